@@ -1,0 +1,160 @@
+"""Cards: what the tool knows about a family of teachers or a dense host, as TOML. Cards are data; nothing here imports torch.
+
+A card is looked up in the wheel (moe2dense/teachers, moe2dense/students) and, in a checkout, in the root folders.
+"""
+
+import dataclasses
+import difflib
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moe2dense.errors import UserError
+
+_PACKAGE = Path(__file__).parent
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A public checkpoint of a family. `config` holds the config.json fields that fix its shape, so plans work offline."""
+
+    id: str
+    aliases: tuple[str, ...] = ()
+    license: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """One MoE family, named after its Hugging Face `model_type`."""
+
+    model_type: str
+    title: str
+    host: str  # the student card that reproduces this family densely
+    num_experts: str = "num_experts"  # names of the config fields
+    top_k: str = "num_experts_per_tok"
+    expert_width: str = "moe_intermediate_size"
+    moe_block: str = "mlp"  # path of the MoE block in a decoder layer
+    router: str = "gate"  # paths within the block
+    experts: str = "experts"
+    shared: str = ""  # dense FFN of the block that every token passes; "" where there is none
+    shared_gate: str = ""  # sigmoid gate on the shared FFN's output
+    mixers: tuple[str, ...] = ("self_attn",)  # children of a decoder layer that mix tokens
+    dispatch: str = "routed"  # routed: experts(x, index, weights); stacked: experts(every expert's scaled input)
+    weights_sum: str = "one"  # one | constant | varies: what a token's routing weights add up to
+    input_scaled: bool = False  # the routing weight multiplies the expert's input, so it does not fold into down_proj
+    packing: bool = True  # False: convolution or recurrent state crosses document borders
+    notes: str = ""
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """One dense host architecture, or a named target (then `host` names the architecture and `geometry` its sizes)."""
+
+    name: str
+    title: str
+    model_type: str = ""
+    host: str = ""
+    geometry: dict[str, Any] = field(default_factory=dict)
+    join: str = "additive"  # additive | scaled | post_norm | parallel: how the FFN's output joins the residual
+    join_multiplier: str = ""  # config field of the factor, where join = "scaled"
+    moe_shaped: bool = False  # the exported checkpoint keeps an MoE wrapper (one expert)
+    ffn: str = "mlp"  # path of the dense FFN in a decoder layer
+    gate: str = "gate_proj"  # paths within the FFN
+    up: str = "up_proj"
+    down: str = "down_proj"
+    width: str = "intermediate_size"  # config field of the FFN width
+    copy: tuple[str, ...] = ()  # config fields taken over from the teacher
+    rename: dict[str, str] = field(default_factory=dict)  # student config field = teacher config field
+    set: dict[str, Any] = field(default_factory=dict)  # student config field = value; "=field" reads the teacher's
+    tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
+    loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
+    notes: str = ""
+
+
+def card_folder(kind: str) -> Path:
+    """The folder of the `teachers` or `students` cards: inside the wheel, else beside the package in a checkout."""
+    inside = _PACKAGE / kind
+    return inside if inside.is_dir() else _PACKAGE.parent / kind
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"card {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"card {path} is not valid TOML: {error}") from error
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """' (did you mean X?)' for the closest of `choices`, or ''."""
+    close = difflib.get_close_matches(word, choices, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            raise UserError(f"card {path}: unknown key {key!r}{nearest(key, list(fields))}")
+    missing = [
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and n not in table
+    ]
+    if missing:
+        raise UserError(f"card {path}: missing key {missing[0]!r}")
+    values = {k: tuple(v) if isinstance(v, list) and k != "checkpoints" else v for k, v in table.items()}
+    return cls(**values)
+
+
+def read_teacher_card(path: str | Path) -> TeacherCard:
+    """A teacher card from a TOML file. Raises UserError naming the file and the key that is wrong."""
+    path = Path(path)
+    table = _read(path)
+    rows = [_build(Checkpoint, row, path) for row in table.pop("checkpoints", [])]
+    return _build(TeacherCard, {**table, "checkpoints": tuple(rows)}, path)
+
+
+def read_student_card(path: str | Path) -> StudentCard:
+    """A student card from a TOML file; its name is the file's. Raises UserError naming the file and the key."""
+    path = Path(path)
+    return _build(StudentCard, {"name": path.stem, **_read(path)}, path)
+
+
+@cache
+def teacher_cards() -> dict[str, TeacherCard]:
+    """Every shipped teacher card by model_type."""
+    cards = (read_teacher_card(p) for p in sorted(card_folder("teachers").glob("*.toml")))
+    return {card.model_type: card for card in cards}
+
+
+@cache
+def student_cards() -> dict[str, StudentCard]:
+    """Every shipped student card (hosts and named targets) by name."""
+    return {p.stem: read_student_card(p) for p in sorted(card_folder("students").glob("*.toml"))}
+
+
+def student_host(name: str) -> StudentCard:
+    """The host card called `name`. Raises UserError listing the hosts."""
+    card = student_cards().get(name)
+    if card is None or card.host:
+        hosts = [n for n, c in student_cards().items() if not c.host]
+        raise UserError(f"no dense host {name!r}{nearest(name, hosts)}; known hosts: {', '.join(hosts)}")
+    return card
+
+
+def find_checkpoint(name: str) -> tuple[TeacherCard, Checkpoint] | None:
+    """The public checkpoint that a bare name, an alias or a known hub id means, or None."""
+    wanted = name.lower()
+    for card in teacher_cards().values():
+        for row in card.checkpoints:
+            if wanted in (row.id.lower(), *(a.lower() for a in row.aliases)):
+                return card, row
+    card = teacher_cards().get(wanted)
+    return (card, card.checkpoints[0]) if card and card.checkpoints else None

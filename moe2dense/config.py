@@ -1,0 +1,89 @@
+"""Every option of a run: one small frozen dataclass per stage, nested in RunConfig. No torch here, so --help stays quick.
+
+Order of precedence: these defaults < the teacher's card < --config TOML < flags.
+"""
+
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class TeacherConfig:
+    """How the teacher is run."""
+
+    memory: str = "auto"  # budget for weights and hidden states: "2GB"; auto = half of the free RAM
+    experts: str = "auto"  # auto | streamed | grouped_mm | megablocks
+    device: str = "auto"
+    card: str = ""  # path of a teacher card for a family that is not shipped
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What text is used."""
+
+    path: str = ""  # folder with train/valid/test files, one file, or a hub id; "" = the default corpus
+    valid: str = ""  # held-out text; "" = the data's own valid split
+    ood: str = ""  # out-of-distribution text for the report
+    block: int = 0  # tokens per block; 0 = min(2048, the teacher's max positions)
+    document_masks: str = "auto"  # auto | on | off: may a token see the document before it in its block
+    eval_blocks: int = 96
+
+
+@dataclass(frozen=True)
+class WalkConfig:
+    """How the student is built (moe2dense/student/)."""
+
+    init: str = "walk"
+    fraction: float = 0.1  # share of --tokens used by the walk
+    max_tokens: int = 200_000
+    ridge: float = 1e-3  # of the Gram matrix's mean diagonal
+    local_steps: int = 300
+    local_lr: float = 2e-3
+    local_batch: int = 2048
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the student is distilled (moe2dense/training.py)."""
+
+    tokens: int = 500_000  # unique teacher positions, the walk's included; 0 = walk only
+    batch: int = 2048  # tokens per optimiser step
+    micro_batch: int = 8  # blocks per forward
+    lr: float = 1e-3
+    warmup: float = 0.03  # share of the steps
+    weight_decay: float = 0.0
+    clip: float = 1.0
+    loss: str = "forward_kl"
+    temperature: float = 1.0
+    alpha: float = 0.0  # weight of the hard-label loss; 1 - alpha weighs the distillation loss
+    targets: str = ""  # folder of stored targets; "" = computed by the run
+    target_format: str = "hidden"  # hidden | sampled | topk | full
+    save_every: int = 50  # steps
+    eval_every: int = 50
+    lora: int = 0  # rank; 0 = full training
+    report_to: str = "none"
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """What the deployable checkpoint looks like."""
+
+    dtype: str = "bfloat16"
+    format: str = "hf"
+    quantize: str = ""
+    shard_size: str = "5GB"
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run: `moe2dense convert TEACHER --to TARGET`, resolved and saved as out/moe2dense.toml."""
+
+    model: str = ""  # the teacher, as given
+    to: str = ""
+    out: str = ""
+    seed: int = 0
+    control: bool = False
+    teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    walk: WalkConfig = field(default_factory=WalkConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

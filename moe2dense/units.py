@@ -1,0 +1,55 @@
+"""Sizes as people write them: 7b, 500k, 2GB, 25%."""
+
+import re
+
+from moe2dense.errors import UserError
+
+_COUNT = {"": 1, "k": 10**3, "m": 10**6, "b": 10**9, "t": 10**12}
+_BYTES = {
+    "": 1, "b": 1, "k": 10**3, "kb": 10**3, "m": 10**6, "mb": 10**6, "g": 10**9, "gb": 10**9, "t": 10**12, "tb": 10**12,
+    "kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40,
+}  # fmt: skip
+_NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*$", re.IGNORECASE)
+
+
+def _parse(text: str | int | float, scales: dict[str, int], what: str, example: str) -> int:
+    if isinstance(text, (int, float)):
+        return int(text)
+    match = _NUMBER.match(text.replace("_", "").replace(",", ""))
+    if match is None or match[2].lower() not in scales:
+        raise UserError(f"{what} must be a number such as {example}; found {text!r}")
+    return round(float(match[1]) * scales[match[2].lower()])
+
+
+def parse_count(text: str | int | float, what: str = "the count") -> int:
+    """`500k` -> 500_000, `7b` -> 7_000_000_000. Raises UserError naming `what` on anything else."""
+    return _parse(text, _COUNT, what, "500k, 3.2m or 7b")
+
+
+def parse_bytes(text: str | int | float, what: str = "the size") -> int:
+    """`2GB` -> 2_000_000_000, `2GiB` -> 2**31. Raises UserError naming `what` on anything else."""
+    return _parse(text, _BYTES, what, "300MB or 2GB")
+
+
+def show_count(n: int | float) -> str:
+    """7241732096 -> '7.24b'."""
+    for scale, suffix in ((10**12, "t"), (10**9, "b"), (10**6, "m"), (10**3, "k")):
+        if n >= scale:
+            return f"{n / scale:.3g}{suffix}"
+    return f"{n:.0f}" if float(n).is_integer() else f"{n:.3g}"
+
+
+def show_bytes(n: int | float) -> str:
+    """93_400_000_000 -> '93.4 GB' (decimal units)."""
+    for scale, suffix in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
+        if n >= scale:
+            return f"{n / scale:.3g} {suffix}"
+    return f"{n:.0f} B"
+
+
+def show_seconds(s: float) -> str:
+    """93784 -> '1 d 2 h'; 75 -> '1 min 15 s'."""
+    s = round(s)
+    parts = [(s // 86400, "d"), (s % 86400 // 3600, "h"), (s % 3600 // 60, "min"), (s % 60, "s")]
+    shown = [f"{n} {unit}" for n, unit in parts if n]
+    return " ".join(shown[:2]) if shown else "0 s"
