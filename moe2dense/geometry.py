@@ -1,0 +1,78 @@
+"""A model's shape in numbers, read from its config on the meta device: no weights are touched."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from moe2dense.cards import TeacherCard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a teacher. Widths in neurons, counts in parameters."""
+
+    model_type: str
+    num_hidden_layers: int
+    moe_layers: tuple[int, ...]  # indices of the sparse layers
+    hidden_size: int
+    vocab_size: int
+    num_experts: int
+    top_k: int
+    expert_width: int
+    shared_width: int  # neurons of the shared experts of one layer; 0 where there are none
+    dense_width: int  # widest dense FFN among the non-sparse layers; 0 where there are none
+    parameters: int
+    active_parameters: int
+    expert_parameters: int  # one expert of one layer
+    max_positions: int
+
+    @property
+    def active_width(self) -> int:
+        """Neurons that one token passes in a sparse layer."""
+        return self.top_k * self.expert_width + self.shared_width
+
+
+def _width(module) -> int:
+    """Neurons of a dense gated FFN: the input width of its down projection."""
+    sizes = [m.in_features for n, m in module.named_modules() if n.split(".")[-1] in ("down_proj", "w2", "output_linear")]
+    return sizes[0] if sizes else 0
+
+
+def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
+    """The shape of a teacher of this config; the card says where its MoE block, experts and shared FFN are."""
+    from moe2dense.student.host import count_parameters, empty_model
+
+    config = config.get_text_config()
+    model = empty_model(config)
+    moe, shared, dense, per_expert = [], 0, 0, 0
+    experts_total = getattr(config, card.num_experts)
+    for index, layer in enumerate(model.get_decoder().layers):
+        try:
+            experts = layer.get_submodule(f"{card.moe_block}.{card.experts}")
+        except AttributeError:
+            dense = max(dense, _width(layer))
+            continue
+        moe.append(index)
+        per_expert = sum(p.numel() for p in experts.parameters()) // experts_total
+        if card.shared:
+            shared = _width(layer.get_submodule(f"{card.moe_block}.{card.shared}"))
+    total = count_parameters(model)
+    top_k = getattr(config, card.top_k)
+    return Geometry(
+        model_type=config.model_type,
+        num_hidden_layers=config.num_hidden_layers,
+        moe_layers=tuple(moe),
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_experts=experts_total,
+        top_k=top_k,
+        expert_width=getattr(config, card.expert_width),
+        shared_width=shared,
+        dense_width=dense,
+        parameters=total,
+        active_parameters=total - len(moe) * (experts_total - top_k) * per_expert,
+        expert_parameters=per_expert,
+        max_positions=getattr(config, "max_position_embeddings", 2048),
+    )
