@@ -1,0 +1,43 @@
+"""Conversations as tokens, and which of those tokens the assistant wrote."""
+
+from typing import Any
+
+from moe2dense.errors import UserError
+
+
+def chat_tokens(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids of a conversation in the tokenizer's chat template, and True where the assistant's words are.
+
+    A template with `{% generation %}` marks says itself; otherwise a turn is what its rendering adds to that of the
+    turns before it. Raises UserError when there is no template, a message is malformed, or turns cannot be told apart.
+    """
+    template = getattr(tokenizer, "chat_template", None)
+    if not template:
+        raise UserError("data has `messages` but the tokenizer has no chat template; use `text` records instead")
+    if not messages or any(not isinstance(m, dict) or "role" not in m or "content" not in m for m in messages):
+        raise UserError("data has a conversation without `role` and `content` in every message")
+    if "generation %}" in str(template) or "generation -%}" in str(template):
+        out = tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+        return list(out["input_ids"]), [bool(m) for m in out["assistant_masks"]]
+    text, spans = _assistant_spans(messages, tokenizer)
+    out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    starts = [start for start, _ in out["offset_mapping"]]
+    return list(out["input_ids"]), [any(a <= start < b for a, b in spans) for start in starts]
+
+
+def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:
+    """The rendered conversation and the character ranges of the assistant's turns."""
+    text = tokenizer.apply_chat_template(messages, tokenize=False)
+    spans = []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        before = tokenizer.apply_chat_template(messages[:i], tokenize=False, add_generation_prompt=True)
+        after = tokenizer.apply_chat_template(messages[: i + 1], tokenize=False)
+        if not (after.startswith(before) and text.startswith(after)):
+            raise UserError(
+                "the chat template rewrites earlier turns, so the assistant's tokens cannot be told apart; "
+                "give the tokenizer a template with {% generation %} marks"
+            )
+        spans.append((len(before), len(after)))
+    return text, spans

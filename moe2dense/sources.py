@@ -1,0 +1,159 @@
+"""Where passages of text come from: local files, folders of splits, or the hub, all read with `datasets`.
+
+A passage is a dict with `text` (or `messages`, for chat) and perhaps `domain`.
+"""
+
+import contextlib
+import re
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from moe2dense.errors import UserError
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
+_NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",), "ood": ("ood",)}
+_HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
+_BUCKETS = {0: "valid", 1: "test"}  # of 20, by hash of the passage; the rest is train
+_PASSAGE = 2000  # characters gathered into one passage of a plain .txt file
+_SHUFFLE_BUFFER = 2000  # records of a streamed dataset among which the order is drawn
+HOW = "pass --data with a folder of {train,valid,test}.jsonl, one .jsonl/.txt/.parquet file, or a hub id"
+
+
+def passages(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]]:
+    """The passages of one split in a seeded order that is the same on every machine.
+
+    A folder gives its `split` file; a single file, or a hub dataset that has only `train`, is split by a hash of
+    each passage (90% train, 5% valid, 5% test). Raises UserError when the source is missing, empty, unreadable,
+    without a `text` or `messages` field, or out of reach.
+    """
+    if split not in _NAMES:
+        raise UserError(f"split must be one of {', '.join(_NAMES)}; found {split!r}")
+    where = Path(path).expanduser()
+    if where.is_dir():
+        rows, hashed = _local(_split_files(where, split), where, seed), False
+    elif where.is_file():
+        rows, hashed = _local([where], where, seed), True
+    elif _HUB_ID.match(str(path)) and _kind(where) is None:
+        rows, hashed = _hub(str(path), split, seed)
+    else:
+        raise UserError(f"data {str(path)!r} does not exist; {HOW}")
+    if hashed and split == "ood":
+        raise UserError(
+            f"data {str(path)!r} has no ood split: out-of-distribution text needs a file of its own (--ood)"
+        )
+    return (row for row in rows if not hashed or _bucket(row) == split)
+
+
+def _bucket(row: dict[str, Any]) -> str:
+    content = row["text"] if row.get("text") is not None else repr(row["messages"])
+    return _BUCKETS.get(xxhash.xxh3_64_intdigest(str(content).encode()) % 20, "train")
+
+
+def _kind(path: Path) -> str | None:
+    """The `datasets` builder for a file name, or None."""
+    suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
+    return _FORMATS.get(suffixes[-1].lower()) if suffixes else None
+
+
+def _split_files(folder: Path, split: str) -> list[Path]:
+    """train.jsonl, or the shards train-00000-of-00004.parquet ..., of `folder`."""
+    data = sorted(p for p in folder.iterdir() if p.is_file() and _kind(p))
+    found = [p for p in data if any(p.name.split(".")[0] == n or p.name.startswith(n + "-") for n in _NAMES[split])]
+    if not found:
+        there = ", ".join(p.name for p in data[:5]) or "no data files"
+        raise UserError(f"data folder {folder} has no {split} file (found {there}); add {split}.jsonl or pass a file")
+    if len({_kind(p) for p in found}) > 1:
+        raise UserError(
+            f"data folder {folder} has {split} files of several formats: {', '.join(p.name for p in found)}"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _quiet():
+    import datasets
+
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield datasets
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def _local(files: list[Path], where: Path, seed: int) -> Iterable[dict[str, Any]]:
+    kind = _kind(files[0])
+    if kind is None:
+        raise UserError(f"data file {where} has an unknown ending; use one of {', '.join(_FORMATS)} (also .gz)")
+    if not any(p.stat().st_size for p in files):
+        raise UserError(f"data {files[0]} is empty; {HOW}")
+    options: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
+    with _quiet() as datasets:
+        try:  # memory-mapped: a file larger than RAM is read page by page
+            data = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
+        except Exception as error:  # the library wraps a reader's errors in many types
+            cause = str(error.__cause__ or error).strip().splitlines()
+            raise UserError(f"data {files[0]} cannot be read as {kind}: {cause[0] if cause else error!r}") from error
+    if kind == "text":
+        return _shuffled(_joined(data["text"]), seed)
+    _check_fields(data.column_names, files[0])
+    return data.shuffle(seed=seed) if len(data) else data
+
+
+def _joined(paragraphs: Iterable[str]) -> list[dict[str, Any]]:
+    """Consecutive paragraphs gathered into passages, so that a block of plain text keeps its context."""
+    found: list[dict[str, Any]] = []
+    part: list[str] = []
+    for paragraph in paragraphs:
+        part.append(paragraph)
+        if sum(map(len, part)) >= _PASSAGE:
+            found.append({"text": "\n\n".join(part)})
+            part = []
+    return [*found, {"text": "\n\n".join(part)}] if part else found
+
+
+def _shuffled(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
+    import numpy as np
+
+    return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
+
+
+def _check_fields(names: list[str], where: Path | str) -> None:
+    if not {"text", "messages"} & set(names):
+        raise UserError(
+            f"data {where} has no `text` field (found {', '.join(names) or 'none'}); "
+            "each record needs `text`, or `messages` for chat, and may have `domain`"
+        )
+
+
+def _hub(name: str, split: str, seed: int) -> tuple[Iterable[dict[str, Any]], bool]:
+    """A streamed hub dataset, `owner/name` or `owner/name:configuration`, and whether it must be split by hash."""
+    from huggingface_hub import constants, dataset_info
+
+    repository, _, configuration = name.partition(":")
+    with _quiet() as datasets:
+        try:
+            if not constants.HF_HUB_OFFLINE:
+                dataset_info(repository, timeout=10)  # fails at once where `datasets` would retry for half a minute
+            available = datasets.get_dataset_split_names(repository, configuration or None)
+            wanted = next((n for n in _NAMES[split] if n in available), None)
+            hashed = available == ["train"]
+            data = None
+            if wanted or hashed:
+                data = datasets.load_dataset(repository, configuration or None, split=wanted or "train", streaming=True)
+        except Exception as error:  # no network, offline mode, no such dataset, gated, ...: one remedy for all
+            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"data {name!r} is no file or folder here and cannot be read from the hub ({reason}); {HOW}"
+            ) from error
+    if data is None:
+        raise UserError(
+            f"hub dataset {name!r} has no {split} split (found {', '.join(available)}); pass a file instead"
+        )
+    if data.column_names:
+        _check_fields(data.column_names, name)
+    return data.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER), hashed
