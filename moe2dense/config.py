@@ -35,6 +35,7 @@ class WalkConfig:
     init: str = "walk"
     fraction: float = 0.1  # share of --tokens used by the walk
     max_tokens: int = 200_000
+    min_tokens: int = 49_152
     ridge: float = 1e-3  # of the Gram matrix's mean diagonal
     local_steps: int = 300
     local_lr: float = 2e-3
@@ -46,6 +47,7 @@ class TrainConfig:
     """How the student is distilled (moe2dense/training.py)."""
 
     tokens: int = 500_000  # unique teacher positions, the walk's included; 0 = walk only
+    epochs: float = 1.0  # passes over the training positions; replays cost no teacher tokens
     batch: int = 2048  # tokens per optimiser step
     micro_batch: int = 8  # blocks per forward
     lr: float = 1e-3

@@ -36,7 +36,9 @@ class Geometry:
 
 def _width(module) -> int:
     """Neurons of a dense gated FFN: the input width of its down projection."""
-    sizes = [m.in_features for n, m in module.named_modules() if n.split(".")[-1] in ("down_proj", "w2", "output_linear")]
+    sizes = [
+        m.in_features for n, m in module.named_modules() if n.split(".")[-1] in ("down_proj", "w2", "output_linear")
+    ]
     return sizes[0] if sizes else 0
 
 

@@ -149,7 +149,9 @@ def _checkpoint(to: str, config: "PreTrainedConfig", shape: Geometry, host: Stud
         raise UserError(f"--to {to}: no dense checkpoint can be read there ({str(error).splitlines()[0]})") from error
     by_type = {c.model_type: c for c in student_cards().values() if not c.host}
     if dense.model_type not in by_type:
-        raise UserError(f"--to {to} is a {dense.model_type!r} model, which has no student card; known: {', '.join(by_type)}")
+        raise UserError(
+            f"--to {to} is a {dense.model_type!r} model, which has no student card; known: {', '.join(by_type)}"
+        )
     card = by_type[dense.model_type]
     if dense.vocab_size != config.vocab_size:
         raise UserError(
