@@ -48,6 +48,7 @@ class TeacherCard:
     input_scaled: bool = False  # the routing weight multiplies the expert's input, so it does not fold into down_proj
     packing: bool = True  # False: convolution or recurrent state crosses document borders
     notes: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)  # settings this family needs, as in a --config file
     checkpoints: tuple[Checkpoint, ...] = ()
 
 

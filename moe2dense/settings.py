@@ -92,3 +92,33 @@ def differences(old: RunConfig, new: RunConfig) -> list[str]:
     """'train.lr: 0.001 -> 0.002' for every value that differs."""
     before, after = _flat(config_table(old)), _flat(config_table(new))
     return [f"{k}: {before[k]!r} -> {after[k]!r}" for k in before if before[k] != after[k]]
+
+
+def configure(teacher: str, to: str, config: str | Path | None, flags: dict[str, Any]) -> RunConfig:
+    """The resolved settings of a run: defaults < teacher card < the checkpoint folder's moe2dense.toml < --config < flags.
+
+    A checkpoint folder may carry a moe2dense.toml with defaults of its own; a data path in it is relative to that folder.
+    Raises UserError for an unknown teacher, an unknown key or a value of the wrong kind.
+    """
+    from moe2dense.planning import default_out
+    from moe2dense.resolve import resolve_teacher
+
+    from_file = read_toml(config) if config else {}
+    card_path = flags.get("teacher.card") or from_file.get("teacher", {}).get("card", "")
+    resolved = resolve_teacher(teacher, card_path)
+    settings = RunConfig(model=teacher, to=to)
+    settings = merge(settings, resolved.card.defaults, f"teacher card {resolved.card.model_type}")
+    if resolved.path and (resolved.path / "moe2dense.toml").is_file():
+        own = resolved.path / "moe2dense.toml"
+        table = read_toml(own)
+        for name in ("path", "valid", "ood"):
+            if table.get("data", {}).get(name):
+                table["data"][name] = str((own.parent / table["data"][name]).resolve())
+        settings = merge(settings, table, str(own))
+    settings = merge(settings, from_file, f"--config {config}")
+    settings = merge_flags(settings, flags)
+    if not settings.to:
+        raise UserError("--to is missing; give a size (7b), a share (25%), a named target or a dense checkpoint")
+    if not settings.out:
+        settings = dataclasses.replace(settings, out=default_out(resolved.name, settings.to))
+    return settings

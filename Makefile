@@ -1,0 +1,41 @@
+# Everything runs in .venv, which the first target makes. torch goes first: a range alone may bring gigabytes of CUDA.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: demo test test-slow lint format clean bench
+
+$(VENV)/.installed: pyproject.toml
+	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev,gguf]"
+	touch $@
+
+demo: $(VENV)/.installed
+	rm -rf out/demo
+	$(BIN)/moe2dense convert examples/tiny-mixtral --to 3.2m --out out/demo
+	$(BIN)/python examples/load_student.py out/demo/model
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m "slow and not gpu"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/basedpyright
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(VENV)/.installed
+	$(BIN)/python benchmarks/recovery.py
+
+clean:
+	rm -rf $(VENV) out build dist
