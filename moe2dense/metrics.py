@@ -1,0 +1,136 @@
+"""What is measured on every token: two next-token distributions, from final hidden states, a few tokens at a time."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+
+# n tokens, H hidden, V vocabulary, N blocks, S block length
+
+CHUNK = 2**23  # numbers of [tokens, vocabulary] held at a time: 32 MB in fp32, a handful of such pieces
+
+
+@dataclass(frozen=True)
+class OutputHead:
+    """From final hidden states to logits: softcap(scale * (hidden @ weight.T + bias))."""
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None = None  # [V]
+    scale: float = 1.0
+    softcap: float = 0.0  # 0 = none
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., H] -> [..., V]."""
+        out = torch.nn.functional.linear(hidden.to(self.weight), self.weight, self.bias) * self.scale
+        return torch.tanh(out / self.softcap) * self.softcap if self.softcap else out
+
+
+def output_head(model: Any) -> OutputHead:
+    """The head of a transformers causal LM, checked on a few tokens against the model's own logits.
+
+    Raises UserError where the model's logits are not a linear map of its last hidden state.
+    """
+    config, module = model.config, model.get_output_embeddings()
+    if module is None:
+        raise UserError(f"student: {type(model).__name__} has no output embedding; a causal language model is needed")
+    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
+    cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
+    head = OutputHead(module.weight, getattr(module, "bias", None), scale, cap)
+    ids = torch.arange(4, device=module.weight.device)[None] % config.vocab_size
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        own = model(input_ids=ids, use_cache=False).logits
+        ours = head.logits(last_hidden(model, {"input_ids": ids}))
+    model.train(was_training)
+    if not torch.allclose(own.float(), ours.float(), rtol=2e-2, atol=1e-3 + 1e-2 * float(own.float().std())):
+        raise UserError(f"student: the logits of {type(model).__name__} are not its output embedding of the last state")
+    return head
+
+
+def last_hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Final normed hidden states [N, S, H] of a transformers causal LM."""
+    return model.base_model(**inputs, use_cache=False).last_hidden_state
+
+
+def model_inputs(blocks: Any, device: Any = "cpu") -> dict[str, Tensor]:
+    """Keyword arguments for a transformers model: positions restart at each document, which also parts their attention."""
+    inputs = {"input_ids": blocks.input_ids.to(device)}
+    mask, documents = blocks.attention_mask, blocks.document_ids
+    if documents is not None:
+        if mask is not None:  # padding becomes a document of its own, that no real token sees
+            documents = documents.masked_fill(~mask.bool(), -1)
+        inputs["position_ids"] = document_positions(documents).to(device)
+    elif mask is not None:
+        inputs["attention_mask"] = mask.long().to(device)
+    return inputs
+
+
+def document_positions(document_ids: Tensor) -> Tensor:
+    """[N, S] document ids -> [N, S] positions that restart at 0 where the document changes."""
+    index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
+    starts = torch.ones_like(document_ids, dtype=torch.bool)
+    starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def scored_positions(blocks: Any) -> Tensor:
+    """[N, S-1] bool: positions that are judged, where this token and the next are real, of one document, and labelled."""
+    ids = blocks.input_ids
+    keep = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+    if blocks.attention_mask is not None:
+        keep &= blocks.attention_mask[:, :-1].bool() & blocks.attention_mask[:, 1:].bool()
+    if blocks.document_ids is not None:
+        keep &= blocks.document_ids[:, :-1] == blocks.document_ids[:, 1:]
+    if blocks.labels_mask is not None:
+        keep &= blocks.labels_mask[:, 1:].bool()
+    return keep
+
+
+@torch.no_grad()
+def score_tokens(
+    hidden_t: Tensor, head_t: Any, hidden_s: Tensor, head_s: Any, labels: Tensor, chunk: int = CHUNK
+) -> dict[str, Tensor]:
+    """Every per-token number for n tokens, fp32 on CPU. hidden_t [n, Ht], hidden_s [n, Hs], labels [n].
+
+    The [tokens, vocabulary] matrix exists only `chunk` numbers at a time. Where the two vocabularies differ in size
+    (padded embeddings) both distributions are taken over the ids they share.
+    """
+    width = min(head_t.weight.shape[0], head_s.weight.shape[0])
+    if len(labels) and int(labels.max()) >= width:
+        raise UserError(f"data: token id {int(labels.max())} is outside the {width} ids both models know")
+    step = max(1, chunk // width)
+    device = head_s.weight.device
+    parts: list[dict[str, Tensor]] = []
+    for i in range(0, len(labels), step):
+        log_t = head_t.logits(hidden_t[i : i + step].to(head_t.weight.device))[:, :width].float().to(device)
+        log_s = head_s.logits(hidden_s[i : i + step].to(device))[:, :width].float()
+        parts.append(_score(log_t.log_softmax(-1), log_s.log_softmax(-1), labels[i : i + step].to(device)))
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
+
+
+def _score(log_t: Tensor, log_s: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    # log_t, log_s [n, V] log-probabilities
+    p_t, p_s = log_t.exp(), log_s.exp()
+    top_t, top_s = log_t.argmax(-1), log_s.argmax(-1)
+    label_t, label_s = (x.gather(1, labels[:, None])[:, 0] for x in (log_t, log_s))
+    five = log_s.topk(min(5, log_s.shape[1]), -1).indices
+    out = {
+        "kl": (p_t * (log_t - log_s)).sum(-1).clamp_min(0),
+        "teacher_nll": -label_t,
+        "nll": -label_s,
+        "agreement": (top_t == top_s).float(),
+        "top5": (five == top_t[:, None]).any(-1).float(),
+        "teacher_p": label_t.exp(),
+        "p": label_s.exp(),
+        "teacher_entropy": -(p_t * log_t).sum(-1),
+        "entropy": -(p_s * log_s).sum(-1),
+        "teacher_confidence": p_t.amax(-1),
+        "confidence": p_s.amax(-1),
+        "teacher_correct": (top_t == labels).float(),
+        "correct": (top_s == labels).float(),
+    }
+    return {k: v.float().cpu() for k, v in out.items()}
