@@ -1,0 +1,47 @@
+"""Turn a sparse Mixture-of-Experts language model into a dense one that behaves like it.
+
+    import moe2dense as m2d
+    m2d.convert("examples/tiny-mixtral", to="3.2m", out="out")
+
+Names are imported when first used, so that `import moe2dense` does not load torch.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "convert": "moe2dense.pipeline",
+    "plan": "moe2dense.pipeline",
+    "load_teacher": "moe2dense.teacher.load",
+    "build_student": "moe2dense.student.build",
+    "load_student": "moe2dense.student.store",
+    "save_student": "moe2dense.student.store",
+    "load_blocks": "moe2dense.data",
+    "Blocks": "moe2dense.data",
+    "distill": "moe2dense.training",
+    "evaluate": "moe2dense.evaluation",
+    "report": "moe2dense.reporting",
+    "export": "moe2dense.exporting",
+    "UserError": "moe2dense.errors",
+}
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (names are resolved lazily below)
+
+if TYPE_CHECKING:
+    from moe2dense.data import Blocks, load_blocks
+    from moe2dense.errors import UserError
+    from moe2dense.evaluation import evaluate
+    from moe2dense.exporting import export
+    from moe2dense.pipeline import convert, plan
+    from moe2dense.reporting import report
+    from moe2dense.student.build import build_student
+    from moe2dense.student.store import load_student, save_student
+    from moe2dense.teacher.load import load_teacher
+    from moe2dense.training import distill
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'moe2dense' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)

@@ -1,0 +1,203 @@
+"""convert(): plan -> walk -> targets -> distill -> evaluate -> report -> export, read top to bottom."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from moe2dense import stages
+
+from moe2dense.config import RunConfig
+from moe2dense.planning import Plan, make_plan, print_plan
+from moe2dense.resolve import fetch, resolve_teacher
+from moe2dense.run import open_run
+from moe2dense.settings import configure
+from moe2dense.units import parse_count
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion left behind."""
+
+    out: Path
+    model: Path
+    report: Path
+    scores: dict[str, Any]  # row name -> numbers on the held-out text
+
+
+def _count(text: str | int | None, name: str) -> int | None:
+    return None if text is None else parse_count(text, name)
+
+
+def plan(
+    teacher: str,
+    /,
+    *,
+    to: str = "",
+    data: str | None = None,
+    tokens: str | None = None,
+    out: str | None = None,
+    config: Path | None = None,
+    memory: str | None = None,
+    block: int | None = None,
+    teacher_card: str | None = None,
+    lora: int | None = None,
+    json: bool = False,
+) -> Plan:
+    """Show what a conversion would build and cost, without reading weights.
+
+    Parameters
+    ----------
+    teacher: folder of a checkpoint, hub id (owner/name), or a known name such as mixtral
+    to: size of the student (7b, 350m), share of the teacher (25%), named target, or dense checkpoint
+    data: text to distil on: folder with train/valid/test files, one file, or a hub id
+    tokens: unique teacher positions, the walk's included (500k, 1b)
+    out: folder of the run
+    config: TOML file with settings; flags override it
+    memory: budget for teacher weights and hidden states (2GB); default half of the free memory
+    block: tokens per block; default min(2048, the teacher's max positions)
+    teacher_card: TOML card of a family that is not shipped
+    lora: rank of adapters to train instead of all weights
+    json: print JSON instead of tables
+    """
+    from rich.console import Console
+
+    flags = {"data.path": data, "train.tokens": _count(tokens, "--tokens"), "out": out, "teacher.memory": memory}
+    flags |= {"data.block": block, "teacher.card": teacher_card, "train.lora": lora}
+    result = make_plan(configure(teacher, to, config, flags))
+    if json:
+        Console().print_json(data=result.to_dict(), default=str)
+    else:
+        print_plan(result, Console())
+    return result
+
+
+def convert(
+    teacher: str,
+    /,
+    *,
+    to: str = "",
+    data: str | None = None,
+    valid: str | None = None,
+    ood: str | None = None,
+    tokens: str | int | None = None,
+    init: str | None = None,
+    out: str | Path | None = None,
+    config: Path | None = None,
+    memory: str | None = None,
+    experts: str | None = None,
+    block: int | None = None,
+    teacher_card: str | None = None,
+    loss: str | None = None,
+    temperature: float | None = None,
+    alpha: float | None = None,
+    lr: float | None = None,
+    epochs: float | None = None,
+    lora: int | None = None,
+    report_to: str | None = None,
+    dtype: str | None = None,
+    quantize: str | None = None,
+    seed: int | None = None,
+    device: str | None = None,
+    control: bool | None = None,
+    resume: bool = False,
+    dry_run: bool = False,
+) -> Result | Plan:
+    """Turn an MoE into a dense checkpoint, with a report of what survived.
+
+    Parameters
+    ----------
+    teacher: folder of a checkpoint, hub id (owner/name), or a known name such as mixtral
+    to: size of the student (7b, 350m), share of the teacher (25%), named target, or dense checkpoint to start from
+    data: text to distil on: folder with train/valid/test files, one file, or a hub id
+    valid: held-out text, where the data has none of its own
+    ood: text of another kind, for the report
+    tokens: unique teacher positions, the walk's included (500k, 1b); 0 stops after the walk
+    init: how the student is built; see `moe2dense list methods`
+    out: folder of the run; default ./TEACHER-TARGET
+    config: TOML file with settings; flags override it
+    memory: budget for teacher weights and hidden states (2GB); default half of the free memory
+    experts: how experts are computed: auto, streamed, grouped_mm, megablocks
+    block: tokens per block; default min(2048, the teacher's max positions)
+    teacher_card: TOML card of a family that is not shipped
+    loss: distillation loss; see `moe2dense list losses`
+    temperature: softens both distributions; the loss is multiplied by its square
+    alpha: weight of the hard-label loss; 1 - alpha weighs the distillation loss (some papers mean the opposite)
+    lr: peak learning rate
+    epochs: passes over the training text; replays cost no teacher tokens
+    lora: rank of adapters to train instead of all weights
+    report_to: none, tensorboard, trackio or wandb; metrics.jsonl is always written
+    dtype: of the exported weights
+    quantize: int8 or int4: quantise the exported student
+    seed: of everything random
+    device: auto, cpu or cuda
+    control: also train a randomly initialised student, to compare with
+    resume: continue the run in --out
+    dry_run: print the plan and stop
+    """
+    flags = {"data.path": data, "data.valid": valid, "data.ood": ood, "train.tokens": _count(tokens, "--tokens")}
+    flags |= {
+        "walk.init": init,
+        "out": None if out is None else str(out),
+        "teacher.memory": memory,
+        "teacher.experts": experts,
+    }
+    flags |= {"data.block": block, "teacher.card": teacher_card, "train.loss": loss, "train.temperature": temperature}
+    flags |= {
+        "train.alpha": alpha,
+        "train.lr": lr,
+        "train.epochs": epochs,
+        "train.lora": lora,
+        "train.report_to": report_to,
+    }
+    flags |= {
+        "export.dtype": dtype,
+        "export.quantize": quantize,
+        "seed": seed,
+        "teacher.device": device,
+        "control": control,
+    }
+    settings = configure(teacher, to, config, flags)
+    return run_conversion(settings, resume=resume, dry_run=dry_run)
+
+
+def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Result | Plan:
+    """convert() from resolved settings. Raises UserError for bad input; a stopped run continues with resume=True."""
+    from rich.console import Console
+
+    from moe2dense.progress import progress_for
+
+    console = Console()
+    stages.check_settings(settings)
+    planned = make_plan(settings)
+    print_plan(planned, console)
+    if dry_run:
+        return planned
+    resolved = resolve_teacher(settings.model, settings.teacher.card)
+    with open_run(settings.out, settings, resume) as run, progress_for(console) as progress:
+        from moe2dense.teacher.load import load_teacher
+
+        source = fetch(resolved)
+        about = settings.teacher
+        teacher = load_teacher(
+            source, memory=about.memory, experts=about.experts, device=about.device, card=resolved.card
+        )
+        text = stages.load_text(settings, planned, teacher.tokenizer())
+        result = _stages(stages.Job(run, settings, planned, teacher, text, progress))
+    stages.show_result(run.folder, console)
+    return result
+
+
+def _stages(job: stages.Job) -> Result:
+    """Every stage in order. A finished one is read back from the run folder."""
+    student = stages.walk(job)
+    rows = {"before": stages.score(job, "before", student)}
+    if job.plan.tokens:
+        student = stages.train(job, student)
+        rows["student"] = stages.score(job, "student", student)
+    else:
+        rows["student"] = rows["before"]
+    if job.settings.control:
+        rows["control"] = stages.control(job)
+    report = stages.write_report(job, student, rows)
+    model = stages.export_model(job, student, report)
+    return Result(job.run.folder, model, job.run.folder / "report.html", rows)

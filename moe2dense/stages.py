@@ -1,0 +1,195 @@
+"""The stages of a conversion. Each reads its result back from the run folder when the run already has it."""
+
+import contextlib
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe2dense.config import RunConfig
+from moe2dense.errors import UserError
+from moe2dense.planning import DEFAULT_CORPUS, Plan
+from moe2dense.run import Run
+
+if TYPE_CHECKING:
+    from moe2dense.data import Blocks
+    from moe2dense.evaluation import Reference
+    from moe2dense.student.types import Student
+
+
+@dataclass
+class Text:
+    """The blocks of a run: the walk's are the first of the training blocks."""
+
+    train: "Blocks"
+    valid: "Blocks"
+    ood: "Blocks | None"
+    walk: "Blocks"
+
+
+@dataclass
+class Job:
+    """What every stage needs."""
+
+    run: Run
+    settings: RunConfig
+    plan: Plan
+    teacher: Any
+    text: Text
+    progress: Any
+    references: dict[str, "Reference"] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def timed(self, stage: str) -> Iterator[dict[str, Any]]:
+        """Record a stage as finished, with its seconds and whatever the body puts into the entry."""
+        entry: dict[str, Any] = {}
+        start = time.perf_counter()
+        yield entry
+        self.run.finish(stage, seconds=round(time.perf_counter() - start, 2), **entry)
+
+
+def check_settings(settings: RunConfig) -> None:
+    """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
+    from moe2dense.verbs.listing import LOSSES, METHODS
+
+    for flag, value, known in (
+        ("--init", settings.walk.init, list(METHODS)),
+        ("--loss", settings.train.loss, list(LOSSES)),
+        ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
+        ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),
+        ("--quantize", settings.export.quantize, ["", "int8", "int4"]),
+    ):
+        if value not in known:
+            raise UserError(f"{flag} must be one of {', '.join(k for k in known if k)}; found {value!r}")
+    for flag, value in (
+        ("--tokens", settings.train.tokens),
+        ("--lora", settings.train.lora),
+        ("--block", settings.data.block),
+    ):
+        if value < 0:
+            raise UserError(f"{flag} must not be negative; found {value}")
+    if settings.train.temperature <= 0:
+        raise UserError(f"--temperature must be above 0; found {settings.train.temperature}")
+    if not 0 <= settings.train.alpha <= 1:
+        raise UserError(f"--alpha must be between 0 and 1; found {settings.train.alpha}")
+
+
+def load_text(settings: RunConfig, plan: Plan, tokenizer: Any) -> Text:
+    """The blocks of the run. Raises UserError for text that is missing, empty or shorter than one block."""
+    from moe2dense.data import load_blocks
+
+    data, block = settings.data, plan.block
+    source = data.path or DEFAULT_CORPUS
+    options = {"seed": settings.seed, "document_masks": data.document_masks}
+    wanted = max(plan.tokens, plan.walk_tokens)
+    train = load_blocks(source, tokenizer, block, "train", tokens=wanted, **options)
+    held = data.eval_blocks * block
+    valid = load_blocks(data.valid or source, tokenizer, block, "valid", tokens=held, **options)
+    ood = load_blocks(data.ood, tokenizer, block, _split_of(data.ood), tokens=held, **options) if data.ood else None
+    return Text(train, valid, ood, train[: max(1, plan.walk_tokens // block)])
+
+
+def _split_of(path: str) -> str:
+    """A folder's out-of-distribution text is its `ood` split; a file made for it is used as it stands."""
+    return "ood" if Path(path).is_dir() else "all"
+
+
+def walk(job: Job) -> "Student":
+    """Build the student layer by layer beside the teacher."""
+    from moe2dense.student.build import build_student
+    from moe2dense.student.store import load_student, save_student
+
+    folder = job.run.folder / "walk"
+    if job.run.finished("walk"):
+        return load_student(folder / "student")
+    settings = job.settings
+    with job.timed("walk") as entry:
+        student = build_student(
+            job.teacher,
+            to=job.plan.target,
+            data=job.text.walk,
+            init=settings.walk.init,
+            out=folder,
+            config=settings.walk,
+            seed=settings.seed,
+            progress=job.progress,
+        )
+        save_student(student, folder / "student")
+        entry |= {"tokens": student.walk_tokens, "history": student.history}
+    return student
+
+
+def reference_for(job: Job, which: str) -> "Reference":
+    """The teacher's final hidden states on held-out text, computed once per process."""
+    from moe2dense.evaluation import reference
+
+    if which not in job.references:
+        blocks = job.text.valid if which == "valid" else job.text.ood
+        job.references[which] = reference(job.teacher, blocks)
+    return job.references[which]
+
+
+def token_counts(job: Job) -> Any:
+    """How often each token id stands in the training text [V]."""
+    import torch
+
+    return torch.bincount(job.text.train.input_ids.flatten(), minlength=job.plan.shape.vocab_size)
+
+
+def score(job: Job, row: str, student: Any) -> dict[str, Any]:
+    """The student's numbers on the held-out and, where given, the out-of-distribution text."""
+    from moe2dense.evaluation import evaluate
+
+    stage = f"score-{row}"
+    done = job.run.finished(stage)
+    if done:
+        return done["scores"]
+    with job.timed(stage) as entry:
+        counts = token_counts(job)
+        scores = {
+            which: evaluate(student, reference_for(job, which), token_counts=counts, seed=job.settings.seed).to_dict()
+            for which in ("valid", "ood")
+            if which == "valid" or job.text.ood is not None
+        }
+        entry["scores"] = scores
+    return scores
+
+
+def train(job: Job, student: "Student", row: str = "student") -> "Student":
+    """Distil the student on the teacher's targets; returns it with the final weights."""
+    from moe2dense.student.store import load_student, save_student
+    from moe2dense.training import distill
+
+    folder = job.run.folder if row == "student" else job.run.folder / row
+    stage, final = f"train-{row}", folder / "checkpoints" / "final"
+    if job.run.finished(stage):
+        return load_student(final)
+    settings = job.settings
+    with job.timed(stage) as entry:
+        result = distill(
+            student,
+            data=job.text.train,
+            targets=training_targets(job),
+            tokens=job.text.train.tokens,
+            valid=job.text.valid,
+            valid_targets=reference_for(job, "valid"),
+            config=settings.train,
+            seed=settings.seed,
+            out=folder,
+            resume=True,
+            progress=lambda name, *rest, **numbers: job.progress(
+                name if row == "student" else f"{name} {row}", *rest, **numbers
+            ),
+        )
+        save_student(student, final)
+        entry |= {
+            "tokens": result.tokens,
+            "steps": result.steps,
+            "best_step": result.best_step,
+            "history": result.history,
+        }
+    return student

@@ -1,0 +1,80 @@
+"""A built student on disk: an fp32 checkpoint that transformers loads, with the fates of its neurons beside it."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+
+from moe2dense.cards import student_host
+from moe2dense.errors import UserError
+from moe2dense.student.types import LayerFate, Student
+
+_FATE_FIELDS = [f.name for f in dataclasses.fields(LayerFate)]
+
+
+def _fate_tensors(fate: list[LayerFate | None]) -> dict[str, torch.Tensor]:
+    return {
+        f"{layer}.{name}": getattr(entry, name).contiguous()
+        for layer, entry in enumerate(fate)
+        if entry is not None
+        for name in _FATE_FIELDS
+    }
+
+
+def save_student(student: Student, folder: str | Path) -> Path:
+    """Write a student to `folder` (replaced whole, through a temporary name). Raises UserError when it cannot be written."""
+    folder = Path(folder)
+    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+    about = {
+        "host": student.card.name,
+        "teacher": student.teacher_path,
+        "method": student.method,
+        "walk_tokens": student.walk_tokens,
+        "layers": len(student.fate),
+        "history": student.history,
+    }
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        student.model.save_pretrained(temporary)
+        save_file(_fate_tensors(student.fate), temporary / "fate.safetensors")
+        (temporary / "student.json").write_text(json.dumps(about, indent=2) + "\n")
+        shutil.rmtree(folder, ignore_errors=True)
+        temporary.rename(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(
+            f"{folder} cannot be written: {error.strerror or error}; free the disk or choose another --out"
+        ) from error
+    return folder
+
+
+def load_student(folder: str | Path) -> Student:
+    """The student that `save_student` wrote, in fp32. Raises UserError when the folder holds none."""
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(folder)
+    if not (folder / "student.json").is_file():
+        raise UserError(f"{folder} holds no built student (no student.json)")
+    about: dict[str, Any] = json.loads((folder / "student.json").read_text())
+    tensors = load_file(folder / "fate.safetensors")
+    fate: list[LayerFate | None] = [
+        LayerFate(**{name: tensors[f"{layer}.{name}"] for name in _FATE_FIELDS})
+        if f"{layer}.source_expert" in tensors
+        else None
+        for layer in range(about["layers"])
+    ]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return Student(
+        model=model,
+        card=student_host(about["host"]),
+        fate=fate,
+        teacher_path=about["teacher"],
+        method=about["method"],
+        walk_tokens=about["walk_tokens"],
+        history=about["history"],
+    )

@@ -1,0 +1,43 @@
+"""Shared fixtures. Nothing here needs a network or a GPU."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread():
+    """Several workers share few cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tiny() -> Path:
+    """A real trained MoE: 4 layers, 8 experts top-2."""
+    return ROOT / "examples" / "tiny-mixtral"
+
+
+@pytest.fixture(scope="session")
+def text() -> Path:
+    """Public-domain passages by domain: train, valid, test, ood."""
+    return ROOT / "examples" / "text"
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tiny)
