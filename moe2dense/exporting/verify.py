@@ -1,0 +1,186 @@
+"""Is what was written the trained student? The folder is read back by transformers alone and compared tensor by tensor."""
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging
+
+from moe2dense.errors import UserError
+
+# Parameter names and config fields by which a mixture of experts is recognised.
+_MOE_TENSOR = re.compile(
+    r"(^|\.)(experts?|shared_experts?|router|block_sparse_moe|e_score_correction_bias)(\.|_|$)|\.gate\.weight$"
+)
+_MOE_CONFIG = re.compile(r"num(_local|_routed)?_experts|n_(routed|shared)_experts|num_experts_per_tok|moe_")
+_TEXT = "The year 1987: 3.14159, and “quotes”, naïve café — 漢字 🙂\n\tdef f(x): return x ** 2  # done\n"
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without transformers' own progress bars and reports; restored afterwards."""
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+class VerificationError(UserError):
+    """The written checkpoint is not the student; the message names the tensor or the file."""
+
+
+def check_dense(folder: Path, moe_shaped: bool) -> None:
+    """No tensor or config field of a mixture of experts is left, unless the host is known to keep the wrapper."""
+    if moe_shaped:
+        return
+    for name in checkpoint_tensors(folder):
+        if _MOE_TENSOR.search(name):
+            raise VerificationError(f"export: tensor {name} belongs to a mixture of experts; the model is not dense")
+    config = json.loads((folder / "config.json").read_text())
+    for key in config:
+        if _MOE_CONFIG.match(key):
+            raise VerificationError(
+                f"export: config.json has the field {key!r}, so {config['model_type']} is not dense"
+            )
+
+
+def checkpoint_tensors(folder: Path) -> dict[str, Path]:
+    """Name of every tensor on disk -> its file; checks that the index, where there is one, is right."""
+    from safetensors import safe_open
+
+    found: dict[str, Path] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            found.update(dict.fromkeys(file.keys(), path))
+    index = folder / "model.safetensors.index.json"
+    if index.exists():
+        listed = json.loads(index.read_text())["weight_map"]
+        wrong = [name for name in {*listed, *found} if name not in found or listed.get(name) != found[name].name]
+        if wrong:
+            raise VerificationError(f"export: tensor {min(wrong)} and the index disagree on its file")
+    return found
+
+
+def load_plain(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """The folder as transformers alone loads it, in fp32, every tensor of the architecture found on disk.
+
+    Raises VerificationError naming a tensor that is missing, left over or of another shape.
+    """
+    with quiet():
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
+        )
+    model, info = loaded
+    problems = (
+        ("missing_keys", "is not in the checkpoint"),
+        ("unexpected_keys", "is in the checkpoint but not part of the architecture"),
+        ("mismatched_keys", "has another shape than the architecture's"),
+        ("error_msgs", "could not be loaded"),
+    )
+    for key, text in problems:
+        if info.get(key):
+            first = sorted(info[key], key=str)[0]
+            raise VerificationError(f"export: tensor {first if isinstance(first, str) else first[0]} {text}")
+    return model.eval().to(device)
+
+
+def compare_tensors(loaded: PreTrainedModel, student: PreTrainedModel, dtype: torch.dtype) -> int:
+    """Every tensor equals the student's rounded to `dtype`, bit for bit. Returns how many were compared."""
+    expected, found = student.state_dict(), loaded.state_dict()
+    for name in sorted({*expected, *found}):
+        if name not in found:
+            raise VerificationError(f"export: tensor {name} is in the student but not in the exported model")
+        if name not in expected:
+            raise VerificationError(f"export: tensor {name} is in the exported model but not in the student")
+        want = rounded(expected[name], dtype)
+        got = found[name].to(want.device)
+        if want.shape != got.shape or not torch.equal(want, got.to(want.dtype)):
+            raise VerificationError(f"export: tensor {name} differs from the student's after reloading")
+    return len(found)
+
+
+def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`tensor` as it reads back after being stored in `dtype`; integers unchanged."""
+    return tensor.detach().to(dtype).float() if tensor.is_floating_point() else tensor.detach()
+
+
+@torch.no_grad()
+def compare_forward(loaded: PreTrainedModel, student: PreTrainedModel, tolerance: float = 1e-4) -> float:
+    """Run the student's own module and config on the exported weights; its logits equal the reloaded model's.
+
+    With the tensors equal, this is what remains: config fields, rope, norms' eps, multipliers, masks. The tolerance is
+    relative to the largest logit. Returns the largest difference. Raises VerificationError above the tolerance.
+    """
+    config = loaded.config.get_text_config()
+    length = min(33, getattr(config, "max_position_embeddings", 33) or 33)
+    seeded = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, config.vocab_size, (2, length), generator=seeded).to(loaded.device)
+    training = student.training
+    student.eval()
+    try:
+        want = torch.func.functional_call(
+            student, loaded.state_dict(), kwargs={"input_ids": ids, "use_cache": False}, tie_weights=False
+        )
+    finally:
+        student.train(training)
+    got = loaded(input_ids=ids, use_cache=False).logits.float()
+    want = want.logits.float()
+    worst = (want - got).abs().max().item()
+    if not worst <= tolerance * max(1.0, want.abs().max().item()):
+        raise VerificationError(
+            f"export: logits differ by {worst:.3g} after reloading although every tensor is equal; "
+            "config.json does not describe the student"
+        )
+    return worst
+
+
+def check_config(folder: Path, student: PreTrainedModel, dtype: str) -> None:
+    """config.json names the student's class, its dtype and every field of its configuration."""
+    config = json.loads((folder / "config.json").read_text())
+    if config.get("architectures") != [type(student).__name__]:
+        raise VerificationError(
+            f"export: config.json names {config.get('architectures')}, not {type(student).__name__}"
+        )
+    if config.get("dtype") != dtype:
+        raise VerificationError(f"export: config.json says dtype {config.get('dtype')}, the tensors are {dtype}")
+    want, got = student.config.to_dict(), AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
+    for key in (
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "_name_or_path",
+        "transformers_version",
+        "quantization_config",
+    ):
+        want.pop(key, None)
+        got.pop(key, None)
+    different = [key for key in sorted({*want, *got}) if want.get(key) != got.get(key)]
+    if different:
+        key = different[0]
+        raise VerificationError(f"export: config field {key} reads back as {got.get(key)!r}, not {want.get(key)!r}")
+
+
+def check_tokenizer(folder: Path, source: PreTrainedTokenizerBase) -> None:
+    """The exported tokenizer encodes, decodes and formats chats exactly as its source."""
+    try:
+        copy = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:
+        raise VerificationError(f"export: the tokenizer files cannot be loaded back: {error}") from error
+    if copy.get_vocab() != source.get_vocab():
+        raise VerificationError("export: the exported tokenizer has another vocabulary than its source")
+    ids = source(_TEXT)["input_ids"]
+    if copy(_TEXT)["input_ids"] != ids or copy.decode(ids) != source.decode(ids):
+        raise VerificationError("export: the exported tokenizer splits text differently from its source")
+    if copy.chat_template != source.chat_template:
+        raise VerificationError("export: the chat template was not carried over")

@@ -1,0 +1,235 @@
+"""The transformers layout: every host round-trips, and what is wrong is named."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+
+from moe2dense.errors import UserError
+from moe2dense.exporting import export, hf, verify
+
+from .conftest import HOSTS, tiny
+
+
+def logits(model, ids):
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=False).logits
+
+
+@pytest.mark.parametrize("host", HOSTS)
+def test_every_host_round_trips_exactly_in_fp32(host, tmp_path):
+    model = tiny(host, seed=3)
+    done = export(model, tmp_path / "m", dtype="float32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert type(again) is type(model) and again.dtype == torch.float32
+    ids = torch.randint(97, (3, 29))
+    assert (logits(again, ids) - logits(model, ids)).abs().max() < 1e-5
+    assert done.checked["tensors"] == len(model.state_dict())
+
+
+@pytest.mark.parametrize("host", ["mistral", "qwen2", "granite", "cohere2"])
+def test_bf16_equals_the_student_rounded_to_bf16(host, tmp_path):
+    model = tiny(host, seed=4)
+    ids = torch.randint(97, (2, 31))
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    exact = logits(model, ids)
+    export(model, tmp_path / "m")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())  # the student itself is untouched
+    assert model.config.dtype != torch.bfloat16
+    assert json.loads((tmp_path / "m/config.json").read_text())["dtype"] == "bfloat16"
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").dtype == torch.bfloat16
+    got = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32), ids)
+    model.load_state_dict({k: v.bfloat16().float() for k, v in before.items()})
+    assert (got - logits(model, ids)).abs().max() < 1e-5
+    assert 0 < (got - exact).abs().max() < 0.1 * exact.abs().max()  # what bf16 costs
+
+
+def test_shards_have_a_right_index_and_tied_weights_are_stored_once(tmp_path):
+    model = tiny("qwen2")
+    export(model, tmp_path / "m", shard_size="8kB", dtype="float16")
+    files = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    index = json.loads((tmp_path / "m/model.safetensors.index.json").read_text())
+    stored = {name: file.name for file in files for name in load_file(file)}
+    assert len(files) > 2 and stored == index["weight_map"]
+    assert "lm_head.weight" not in stored and "model.embed_tokens.weight" in stored
+    assert index["metadata"]["total_size"] == sum(2 * p.numel() for p in model.parameters())
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert again.lm_head.weight.data_ptr() == again.model.embed_tokens.weight.data_ptr()
+
+
+def test_untied_weights_that_are_equal_stay_two_tensors(tmp_path):
+    model = tiny("llama")
+    model.lm_head.weight.data.copy_(model.model.embed_tokens.weight.data)
+    export(model, tmp_path / "m")
+    assert {"lm_head.weight", "model.embed_tokens.weight"} <= set(verify.checkpoint_tensors(tmp_path / "m"))
+
+
+def test_config_carries_rope_eps_and_multipliers(tmp_path):
+    rope = {"rope_type": "llama3", "rope_theta": 7e4, "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 16}  # fmt: skip
+    export(tiny("llama", rope_parameters=rope, rms_norm_eps=7e-6), tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    assert config["rms_norm_eps"] == 7e-6 and config["rope_parameters"] == rope
+
+
+def test_tokenizer_generation_defaults_and_license_travel(student, example, tmp_path):
+    import shutil
+
+    teacher = tmp_path / "teacher"
+    shutil.copytree(example, teacher, ignore=shutil.ignore_patterns("*.safetensors"))
+    (teacher / "chat_template.jinja").write_text("{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}")
+    (teacher / "LICENSE").write_text("be kind\n")
+    (teacher / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# teacher\n")
+    settings = {"bos_token_id": 1, "eos_token_id": [2, 7], "do_sample": True, "temperature": 0.7}
+    (teacher / "generation_config.json").write_text(json.dumps(settings))
+    export(student, tmp_path / "m", tokenizer=teacher)
+    chat = [{"role": "user", "content": "hello"}]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "m")
+    assert tokenizer.apply_chat_template(chat, tokenize=False) == "[user] hello\n"
+    defaults = GenerationConfig.from_pretrained(tmp_path / "m")
+    assert defaults.eos_token_id == [2, 7] and defaults.temperature == 0.7
+    assert (tmp_path / "m/LICENSE").read_text() == "be kind\n"
+    assert "license: cc-by-4.0" in (tmp_path / "m/README.md").read_text().split("---")[1]
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "m" / name).read_bytes() == (example / name).read_bytes()
+
+
+def test_plain_transformers_generates_from_it(student, example, tmp_path):
+    export(student, tmp_path / "m", tokenizer=example, dtype="float32")
+    ids = AutoTokenizer.from_pretrained(example)("Once upon a time", return_tensors="pt").input_ids
+    want = student.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist()
+    script = (
+        "import sys; from transformers import AutoModelForCausalLM, AutoTokenizer\n"
+        "m = AutoModelForCausalLM.from_pretrained(sys.argv[1]); t = AutoTokenizer.from_pretrained(sys.argv[1])\n"
+        "ids = t('Once upon a time', return_tensors='pt').input_ids\n"
+        "print(m.generate(ids, max_new_tokens=8, do_sample=False)[0].tolist())\n"
+        "assert not any('moe2dense' in name for name in sys.modules)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(tmp_path / "m")], capture_output=True, text=True, check=True
+    )
+    assert json.loads(run.stdout.splitlines()[-1]) == want
+    text = pipeline("text-generation", model=str(tmp_path / "m"))("Once upon a time", max_new_tokens=8, do_sample=False)
+    assert text[0]["generated_text"].startswith("Once upon a time")
+
+
+# ---- what is wrong is named
+
+
+def written(model, folder, **options):
+    folder.mkdir()
+    hf.write_model(model, folder, **options)
+    return folder
+
+
+def edit(folder, change):
+    state = load_file(folder / "model.safetensors")
+    change(state)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def nudge(state):
+    # one bf16 step in one weight
+    w = state["model.layers.1.mlp.up_proj.weight"].view(torch.int16)
+    w[3, 5] += 1
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        (nudge, "model.layers.1.mlp.up_proj.weight differs"),
+        (lambda s: s.pop("model.norm.weight"), "model.norm.weight is not in the checkpoint"),
+        (lambda s: s.update(projector=torch.ones(2)), "projector is in the checkpoint but not part"),
+        (
+            lambda s: s.update({"model.layers.0.mlp.experts.0.up_proj.weight": torch.ones(2)}),
+            "experts.0.up_proj.weight belongs to a mixture of experts",
+        ),
+    ],
+)
+def test_a_wrong_tensor_is_named(change, named, tmp_path):
+    model = tiny("mistral")
+    folder = written(model, tmp_path / "m")
+    hf.check_model(model, folder)
+    edit(folder, change)
+    with pytest.raises(verify.VerificationError, match=named):
+        hf.check_model(model, folder)
+
+
+def test_a_config_that_drifts_is_named(tmp_path):
+    model = tiny("mistral")
+    folder = written(model, tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-3}))
+    with pytest.raises(verify.VerificationError, match="rms_norm_eps"):
+        hf.check_model(model, folder)
+
+
+def test_a_module_that_no_longer_matches_its_config_is_caught(tmp_path):
+    model = tiny("llama")
+    for layer in model.model.layers:
+        layer.input_layernorm.variance_epsilon = 0.5  # not in config.json
+    with pytest.raises(verify.VerificationError, match="logits differ"):
+        export(model, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_host_class_that_changes_weights_while_loading_is_caught(tmp_path):
+    # Youtu's initialisation zeroes the padding row of the embedding even after loading it.
+    with pytest.raises(verify.VerificationError, match="model.embed_tokens.weight differs"):
+        export(tiny("youtu", pad_token_id=2), tmp_path / "m")
+
+
+def test_an_moe_is_refused_unless_its_card_says_moe_shaped(tmp_path):
+    from moe2dense.cards import StudentCard
+
+    model = tiny("olmoe", num_experts=1, num_experts_per_tok=1)
+    with pytest.raises(verify.VerificationError, match="experts"):
+        export(model, tmp_path / "m")
+    export(model, tmp_path / "m", card=StudentCard("olmoe", "OLMoE", model_type="olmoe", moe_shaped=True))
+    card = (tmp_path / "m/README.md").read_text()
+    assert "- moe-shaped" in card and "- dense" not in card
+
+
+def test_adapters_nan_and_a_foreign_tokenizer_are_refused(student, example, tmp_path):
+    from peft import LoraConfig, inject_adapter_in_model
+
+    bad = tiny("mistral")
+    bad.model.layers[2].mlp.down_proj.weight.data[1, 2] = float("nan")
+    with pytest.raises(UserError, match=r"model.layers.2.mlp.down_proj.weight has values that are not finite"):
+        export(bad, tmp_path / "m")
+    huge = tiny("mistral")
+    huge.lm_head.weight.data[0, 0] = 1e6
+    with pytest.raises(UserError, match=r"lm_head.weight .* torch.float16"):
+        export(huge, tmp_path / "m", dtype="float16")
+    with pytest.raises(UserError, match="tokenizer: it has 4096 tokens, the model's vocabulary 97"):
+        export(tiny("mistral"), tmp_path / "m", tokenizer=example)
+    with pytest.raises(UserError, match="tokenizer: none can be loaded"):
+        export(student, tmp_path / "m", tokenizer=tmp_path)
+    adapted = tiny("mistral")
+    inject_adapter_in_model(LoraConfig(target_modules=["q_proj"]), adapted)
+    with pytest.raises(UserError, match="adapters"):
+        export(adapted, tmp_path / "m")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int7"}, "dtype: 'int7'"),
+        ({"format": "onnx"}, "format: 'onnx'"),
+        ({"quantize": "int3"}, "quantize: 'int3'"),
+        ({"info": {"licence": "mit"}}, "info: unknown field 'licence'"),
+        ({"shard_size": "big"}, "shard_size must be a number"),
+    ],
+)
+def test_bad_options_are_one_sentence(options, message, tmp_path):
+    with pytest.raises(UserError, match=message):
+        export(tiny("mistral"), tmp_path / "m", **options)
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(UserError, match="a Student or a transformers model is needed; found dict"):
+        export({}, tmp_path / "m")
