@@ -1,0 +1,40 @@
+"""`average` and `weighted-average`: the mean of the experts' weights."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe2dense.student.types import DenseFFN, GatedFFN, gating_of
+
+
+def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:
+    if tensors[0] is None:
+        return None
+    return torch.stack([t * s.to(t) for t, s in zip(tensors, shares, strict=True) if t is not None]).sum(0)
+
+
+def average(experts: Sequence[GatedFFN], alpha: Tensor, weighted: bool = False) -> DenseFFN:
+    """One FFN of an expert's width whose weights are the mean of the experts' (Xue et al., OneS, arXiv 2201.10890).
+
+    `alpha` [E] is the mean routing weight of each expert over all tokens. The mean is uniform or in proportion to alpha; the
+    output is multiplied by alpha's sum, the total weight a token's experts get (1 where routing weights are normalised).
+    """
+    total = alpha.sum()
+    shares = alpha / total if weighted else torch.full_like(alpha, 1 / len(alpha))
+    parts = [experts[e] for e in range(len(alpha))]
+    gate, up, down = (_mean([getattr(p, n) for p in parts], shares) for n in ("gate", "up", "down"))
+    assert gate is not None and up is not None and down is not None
+    gate_bias, up_bias, down_bias = (
+        _mean([getattr(p, n) for p in parts], shares) for n in ("gate_bias", "up_bias", "down_bias")
+    )
+    scale = total.to(down)
+    return DenseFFN(
+        gate,
+        up,
+        down * scale,
+        gate_bias,
+        up_bias,
+        None if down_bias is None else down_bias * scale,
+        gating_of(parts[0]),
+    )

@@ -1,0 +1,136 @@
+"""What the student is made of: dense FFNs, where their neurons come from, and the finished student."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moe2dense.cards import StudentCard
+
+# T tokens, E experts, K top_k, H hidden, F expert width, M student FFN width
+
+SHARED, NEW, MIXED = -1, -2, -3  # LayerFate.source_expert: shared expert, new neuron, mixture of several
+Gating = Callable[[Tensor, Tensor], Tensor]
+
+
+def silu_glu(gate: Tensor, up: Tensor) -> Tensor:
+    """The usual gated activation: silu(gate) * up."""
+    return F.silu(gate) * up
+
+
+class GatedFFN(Protocol):
+    """A gated FFN in plain orientation: an expert of a teacher or a dense FFN of a student."""
+
+    gate: Tensor  # [F, H]
+    up: Tensor  # [F, H]
+    down: Tensor  # [H, F]
+    gate_bias: Tensor | None  # [F]
+    up_bias: Tensor | None  # [F]
+    down_bias: Tensor | None  # [H]
+
+    def hidden(self, x: Tensor) -> Tensor: ...
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+
+@dataclass
+class DenseFFN:
+    """A dense gated FFN: y = down(gating(gate x, up x)); weights in torch's Linear orientation."""
+
+    gate: Tensor  # [M, H]
+    up: Tensor  # [M, H]
+    down: Tensor  # [H, M]
+    gate_bias: Tensor | None = None  # [M]
+    up_bias: Tensor | None = None  # [M]
+    down_bias: Tensor | None = None  # [H]
+    gating: Gating = silu_glu
+
+    @property
+    def width(self) -> int:
+        """M, the number of neurons."""
+        return self.gate.shape[0]
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Neuron activations [n, M] of inputs [n, H]."""
+        return self.gating(F.linear(x, self.gate, self.gate_bias), F.linear(x, self.up, self.up_bias))
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Outputs [n, H] of inputs [n, H]."""
+        return F.linear(self.hidden(x), self.down, self.down_bias)
+
+    def parameters(self) -> list[Tensor]:
+        """The tensors of the FFN, biases included where there are any."""
+        every = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        return [p for p in every if p is not None]
+
+
+def gating_of(ffn: GatedFFN) -> Gating:
+    """The gated activation of a teacher's expert or a dense FFN."""
+    return getattr(ffn, "gating", silu_glu)
+
+
+def dense(ffn: GatedFFN, scale: float = 1.0, rows: Tensor | None = None) -> DenseFFN:
+    """A dense copy of a gated FFN (or of the neurons `rows`), its output multiplied by `scale`."""
+    pick = slice(None) if rows is None else rows
+    return DenseFFN(
+        gate=ffn.gate[pick].clone(),
+        up=ffn.up[pick].clone(),
+        down=ffn.down[:, pick] * scale,
+        gate_bias=None if ffn.gate_bias is None else ffn.gate_bias[pick].clone(),
+        up_bias=None if ffn.up_bias is None else ffn.up_bias[pick].clone(),
+        down_bias=None if ffn.down_bias is None else ffn.down_bias * scale,
+        gating=gating_of(ffn),
+    )
+
+
+def _joined(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
+    present = [p for p in parts if p is not None]
+    assert len(present) in (0, len(parts)), "experts with and without biases cannot be joined"
+    return torch.cat(present, dim) if present else None
+
+
+def concatenate(ffns: Sequence[DenseFFN]) -> DenseFFN:
+    """The FFN whose output is the sum of the outputs of `ffns`: their neurons side by side, output biases added."""
+    biases = [f.down_bias for f in ffns if f.down_bias is not None]
+    return DenseFFN(
+        gate=torch.cat([f.gate for f in ffns]),
+        up=torch.cat([f.up for f in ffns]),
+        down=torch.cat([f.down for f in ffns], dim=1),
+        gate_bias=_joined([f.gate_bias for f in ffns]),
+        up_bias=_joined([f.up_bias for f in ffns]),
+        down_bias=torch.stack(biases).sum(0) if biases else None,
+        gating=ffns[0].gating,
+    )
+
+
+@dataclass
+class LayerFate:
+    """Where a student layer's neurons come from. Energy of neuron j of expert e: sum_t (w_te h_ej(x_t))^2 * |d_ej|^2.
+
+    `energy_kept` counts the neurons that were selected whole; a neuron averaged with others counts with its share of the average.
+    """
+
+    source_expert: Tensor  # [M] int: the routed expert, or SHARED, NEW, MIXED
+    source_neuron: Tensor  # [M] int: the neuron's index in it; -1 for NEW and MIXED
+    energy_total: Tensor  # [E]
+    energy_kept: Tensor  # [E]
+
+
+@dataclass
+class Student:
+    """A built student: an ordinary transformers model, where it came from and what it cost."""
+
+    model: "PreTrainedModel"
+    card: "StudentCard"
+    fate: list[LayerFate | None]
+    teacher_path: str
+    method: str
+    walk_tokens: int
+    history: list[dict] = field(
+        default_factory=list
+    )  # one record per layer: errors before and after each step, seconds
