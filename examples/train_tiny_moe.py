@@ -23,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moe2dense.cards import TeacherCard, teacher_cards
 from moe2dense.data import Blocks, load_blocks
 from moe2dense.errors import UserError
+from moe2dense.units import parse_count
 
 HERE = Path(__file__).parent
 
@@ -152,7 +153,7 @@ def main(
     experts: int = 8,
     top_k: int = 2,
     expert_width: int = 256,
-    tokens: int = 16_000_000,
+    tokens: str = "16m",
     block: int = 256,
     batch: int = 16,
     lr: float = 2e-3,
@@ -190,7 +191,7 @@ def main(
     watch = RouterWatch(model, card, top_k, experts)
     blocks = load_blocks(data, tok, block, "train", seed=seed)
     valid = load_blocks(data, tok, block, "valid", tokens=64 * block, seed=seed)
-    steps = max(1, tokens // (batch * block))
+    steps = max(1, parse_count(tokens, "--tokens") // (batch * block))
     print(
         f"{family}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {blocks.tokens} tokens of text, {steps} steps"
     )

@@ -9,17 +9,24 @@ app = App(
     help="Turn a sparse Mixture-of-Experts language model into a dense one that behaves like it.",
     version=__version__,
     help_format="plaintext",
-    default_parameter=None,
 )
 
-# import strings: a command's module is loaded when that command is asked for
-app.command("moe2dense.pipeline:convert", name="convert")
-app.command("moe2dense.pipeline:plan", name="plan")
-app.command("moe2dense.verbs.listing:show_list", name="list")
-app.command("moe2dense.verbs.inspecting:inspect", name="inspect")
-app.command("moe2dense.verbs.targets:targets", name="targets")
-app.command("moe2dense.verbs.distilling:distill_checkpoint", name="distill")
-app.command("moe2dense.verbs.evaluating:evaluate_checkpoint", name="eval")
-app.command("moe2dense.verbs.reporting:show_report", name="report")
-app.command("moe2dense.verbs.exporting:export_checkpoint", name="export")
-app.command("moe2dense.verbs.doctor:doctor", name="doctor")
+# (command, module:function, one line for --help); a command's module is loaded when that command is asked for
+COMMANDS = (
+    ("convert", "moe2dense.pipeline:convert", "Turn an MoE into a dense checkpoint, with a report of what survived."),
+    ("plan", "moe2dense.pipeline:plan", "Show what a conversion would build and cost, without reading weights."),
+    ("list", "moe2dense.verbs.listing:show_list", "List teachers, students, methods and losses."),
+    ("inspect", "moe2dense.verbs.inspecting:inspect", "Show a checkpoint's shape and routing, or a run's report."),
+    ("targets", "moe2dense.verbs.targets:targets", "Store the teacher's targets on a text."),
+    (
+        "distill",
+        "moe2dense.verbs.distilling:distill_checkpoint",
+        "Train a dense checkpoint on a teacher or its stored targets.",
+    ),
+    ("eval", "moe2dense.verbs.evaluating:evaluate_checkpoint", "Compare a dense checkpoint with its teacher."),
+    ("report", "moe2dense.verbs.reporting:show_report", "Write a run's report again, or compare two runs."),
+    ("export", "moe2dense.verbs.exporting:export_checkpoint", "Write a student for transformers, vLLM or llama.cpp."),
+    ("doctor", "moe2dense.verbs.doctor:doctor", "Show versions, devices, and which optional parts are on."),
+)
+for _name, _where, _help in COMMANDS:
+    app.command(_where, name=_name, help=_help)

@@ -190,14 +190,14 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
 def _stages(job: stages.Job) -> Result:
     """Every stage in order. A finished one is read back from the run folder."""
     student = stages.walk(job)
-    rows = {"before": stages.score(job, "before", student)}
+    rows = {"teacher": stages.score_teacher(job), "before": stages.score(job, student)}
     if job.plan.tokens:
         student = stages.train(job, student)
-        rows["student"] = stages.score(job, "student", student)
+        rows["student"] = stages.score(job, student)
     else:
         rows["student"] = rows["before"]
     if job.settings.control:
-        rows["control"] = stages.control(job)
+        rows["control"] = stages.score(job, stages.control(job))
     report = stages.write_report(job, student, rows)
     model = stages.export_model(job, student, report)
-    return Result(job.run.folder, model, job.run.folder / "report.html", rows)
+    return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"])

@@ -17,7 +17,7 @@ from moe2dense.run import Run
 
 if TYPE_CHECKING:
     from moe2dense.data import Blocks
-    from moe2dense.evaluation import Reference
+    from moe2dense.evaluation import Reference, Scores
     from moe2dense.student.types import Student
 
 
@@ -140,23 +140,13 @@ def token_counts(job: Job) -> Any:
     return torch.bincount(job.text.train.input_ids.flatten(), minlength=job.plan.shape.vocab_size)
 
 
-def score(job: Job, row: str, student: Any) -> dict[str, Any]:
-    """The student's numbers on the held-out and, where given, the out-of-distribution text."""
+def score(job: Job, student: Any) -> dict[str, "Scores"]:
+    """A student's numbers on the held-out and, where given, the out-of-distribution text."""
     from moe2dense.evaluation import evaluate
 
-    stage = f"score-{row}"
-    done = job.run.finished(stage)
-    if done:
-        return done["scores"]
-    with job.timed(stage) as entry:
-        counts = token_counts(job)
-        scores = {
-            which: evaluate(student, reference_for(job, which), token_counts=counts, seed=job.settings.seed).to_dict()
-            for which in ("valid", "ood")
-            if which == "valid" or job.text.ood is not None
-        }
-        entry["scores"] = scores
-    return scores
+    texts = ["valid"] if job.text.ood is None else ["valid", "ood"]
+    counts, seed = token_counts(job), job.settings.seed
+    return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in texts}
 
 
 def train(job: Job, student: "Student", row: str = "student") -> "Student":
@@ -193,3 +183,78 @@ def train(job: Job, student: "Student", row: str = "student") -> "Student":
             "history": result.history,
         }
     return student
+
+
+def training_targets(job: Job) -> Any:
+    """The teacher's targets on the training text: the store the user names, else one written to the run folder."""
+    from moe2dense.targets import open_targets, write_targets
+
+    settings = job.settings.train
+    if settings.targets:
+        return open_targets(settings.targets, job.text.train)
+    folder = job.run.folder / "targets"
+    if not job.run.finished("targets"):
+        with job.timed("targets"):
+            write_targets(job.teacher, job.text.train, folder, format=settings.target_format, progress=job.progress)
+    return open_targets(folder, job.text.train)
+
+
+def control(job: Job) -> "Student":
+    """The same student from random neurons, trained the same way: what the walk is worth."""
+    from moe2dense.student.build import build_student
+
+    settings = job.settings
+    student = build_student(
+        job.teacher, to=job.plan.target, data=job.text.walk, init="random", config=settings.walk, seed=settings.seed
+    )
+    return train(job, student, "control") if job.plan.tokens else student
+
+
+def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any]:
+    """report.html and report.json from everything the run measured; returns the report."""
+    from moe2dense.reporting import assemble, write
+    from moe2dense.verbs.doctor import versions
+
+    stages = job.run.manifest["stages"]
+    model = student.model
+    about = {
+        "parameters": job.plan.target.parameters,
+        "architecture": type(model).__name__,
+        "host": student.card.title,
+        "method": student.method,
+        "width": job.plan.target.width,
+        "layers": model.config.num_hidden_layers,
+        "moe_shaped": student.card.moe_shaped,
+    }
+    report = assemble(
+        config=job.settings,
+        plan=job.plan.to_dict(),
+        student=about,
+        rows={name: found["valid"] for name, found in rows.items()},
+        ood={name: found["ood"] for name, found in rows.items() if "ood" in found},
+        history=stages.get("train-student", {}).get("history", []),
+        control_history=stages.get("train-control", {}).get("history", []),
+        transfer=transfer(job, student),
+        versions=versions(),
+        timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
+        data=_about_text(job),
+        command=command_line(),
+    )
+    write(report, job.run.folder)
+    return report
+
+
+def _about_text(job: Job) -> dict[str, Any]:
+    data, text = job.settings.data, job.text
+    paths = {"train": data.path or DEFAULT_CORPUS, "valid": data.valid or data.path or DEFAULT_CORPUS, "ood": data.ood}
+    blocks = {"train": text.train, "valid": text.valid, "ood": text.ood}
+    return {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
+
+
+def command_line() -> str:
+    """The command as the user could type it again."""
+    return (
+        shlex.join(["moe2dense", *sys.argv[1:]])
+        if Path(sys.argv[0]).stem in ("moe2dense", "__main__")
+        else "moe2dense.convert(...)"
+    )
