@@ -26,12 +26,16 @@ def passages(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]
     """The passages of one split in a seeded order that is the same on every machine.
 
     A folder gives its `split` file; a single file, or a hub dataset that has only `train`, is split by a hash of
-    each passage (90% train, 5% valid, 5% test). Raises UserError when the source is missing, empty, unreadable,
-    without a `text` or `messages` field, or out of reach.
+    each passage (90% train, 5% valid, 5% test); the split `all` is a single file as it stands. Raises UserError when the
+    source is missing, empty, unreadable, without a `text` or `messages` field, or out of reach.
     """
-    if split not in _NAMES:
-        raise UserError(f"split must be one of {', '.join(_NAMES)}; found {split!r}")
+    if split not in (*_NAMES, "all"):
+        raise UserError(f"split must be one of {', '.join(_NAMES)}, all; found {split!r}")
     where = Path(path).expanduser()
+    if split == "all":
+        if not where.is_file():
+            raise UserError(f"data {str(path)!r}: the split `all` needs a single file; {HOW}")
+        return iter(_local([where], where, seed))
     if where.is_dir():
         rows, hashed = _local(_split_files(where, split), where, seed), False
     elif where.is_file():

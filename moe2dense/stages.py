@@ -88,14 +88,15 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: Any) -> Text:
     wanted = max(plan.tokens, plan.walk_tokens)
     train = load_blocks(source, tokenizer, block, "train", tokens=wanted, **options)
     held = data.eval_blocks * block
-    valid = load_blocks(data.valid or source, tokenizer, block, "valid", tokens=held, **options)
-    ood = load_blocks(data.ood, tokenizer, block, _split_of(data.ood), tokens=held, **options) if data.ood else None
+    own = _split_of(data.valid, "valid") if data.valid else "valid"
+    valid = load_blocks(data.valid or source, tokenizer, block, own, tokens=held, **options)
+    ood = load_blocks(data.ood, tokenizer, block, _split_of(data.ood, "ood"), tokens=held, **options) if data.ood else None
     return Text(train, valid, ood, train[: max(1, plan.walk_tokens // block)])
 
 
-def _split_of(path: str) -> str:
-    """A folder's out-of-distribution text is its `ood` split; a file made for it is used as it stands."""
-    return "ood" if Path(path).is_dir() else "all"
+def _split_of(path: str, split: str) -> str:
+    """A file given for one purpose is used as it stands; a folder or hub dataset has a split for it."""
+    return "all" if Path(path).is_file() else split
 
 
 def walk(job: Job) -> "Student":
