@@ -1,0 +1,225 @@
+"""A safetensors checkpoint as an index of byte ranges: any tensor, or a slice of its first axis, read on demand.
+
+Headers are read once and checked against the files before anything else runs. Reads go through `preadv` into a buffer, with the
+kernel's readahead switched off and, for models larger than memory, the pages given back: a mapped file would read up to twice the
+bytes that are asked for. Nothing is ever written.
+"""
+
+import itertools
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000  # the safetensors format's own bound
+_PREADV = hasattr(os, "preadv")
+_FADVISE = hasattr(os, "posix_fadvise")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Where a tensor lies: absolute byte offset `start` in `file`."""
+
+    name: str
+    file: Path
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+    nbytes: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one entry of the first axis."""
+        return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, offset of the data, file size). Raises UserError naming the file."""
+    try:
+        with path.open("rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            head = file.read(8)
+            length = int.from_bytes(head, "little")
+            if len(head) < 8 or length > min(_MAX_HEADER, size - 8):
+                raise UserError(
+                    f"checkpoint file {path} is not a safetensors file: its header claims {length} bytes "
+                    f"and the file has {size}; download it again"
+                )
+            text = file.read(length)
+    except OSError as error:
+        raise UserError(f"checkpoint file {path} cannot be read: {error.strerror}") from error
+    try:
+        header = json.loads(text)
+        assert isinstance(header, dict)
+    except (ValueError, AssertionError) as error:
+        raise UserError(f"checkpoint file {path} has a damaged header; download it again") from error
+    return header, 8 + length, size
+
+
+def _tensor_info(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
+    try:
+        tag, shape, (start, stop) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
+        start, stop = int(start), int(stop)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"checkpoint file {path}: the header's entry for tensor {name!r} is damaged") from error
+    if tag not in DTYPES:
+        known = ", ".join(DTYPES)
+        raise UserError(f"checkpoint file {path}: tensor {name!r} has dtype {tag!r}, which is not one of {known}")
+    wanted = math.prod(shape) * DTYPES[tag].itemsize
+    if start < 0 or stop - start != wanted:
+        raise UserError(
+            f"checkpoint file {path}: tensor {name!r} of shape {list(shape)} and dtype {tag} needs {wanted} bytes, "
+            f"its header says {stop - start}"
+        )
+    if base + stop > size:
+        raise UserError(
+            f"checkpoint file {path} is truncated: tensor {name!r} ends at byte {base + stop} and the file has {size}; "
+            "download it again"
+        )
+    return TensorInfo(name, path, DTYPES[tag], shape, base + start, wanted)
+
+
+def read_header(path: str | Path) -> dict[str, TensorInfo]:
+    """The tensors of one safetensors file, every offset checked against the file. Raises UserError naming file and tensor."""
+    path = Path(path)
+    header, base, size = _header(path)
+    tensors = {n: _tensor_info(path, n, e, base, size) for n, e in header.items() if n != "__metadata__"}
+    ordered = sorted(tensors.values(), key=lambda t: t.start)
+    for before, after in itertools.pairwise(ordered):
+        if after.start < before.start + before.nbytes:
+            raise UserError(f"checkpoint file {path}: tensors {before.name!r} and {after.name!r} overlap")
+    return tensors
+
+
+def _index(folder: Path) -> dict[str, TensorInfo]:
+    index_file, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
+    if not index_file.is_file():
+        if single.is_file():
+            return read_header(single)
+        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
+            raise UserError(
+                f"checkpoint {folder} holds pickled weights, which can run code when loaded; convert it to safetensors"
+            )
+        raise UserError(f"checkpoint {folder} has neither model.safetensors nor model.safetensors.index.json")
+    try:
+        where: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"checkpoint index {index_file} is not valid JSON with a weight_map") from error
+    shards: dict[str, dict[str, TensorInfo]] = {}
+    for name in sorted(set(where.values())):
+        if not (folder / name).is_file():
+            raise UserError(f"checkpoint {folder}: file {name}, named in the index, is missing; download it again")
+        shards[name] = read_header(folder / name)
+    for tensor, name in where.items():
+        if tensor not in shards[name]:
+            raise UserError(f"checkpoint file {folder / name}: tensor {tensor!r}, named in the index, is missing")
+    return {tensor: shards[name][tensor] for tensor, name in where.items()}
+
+
+class Checkpoint:
+    """The tensors of a safetensors folder by name, read on demand and from any thread.
+
+    `drop_pages` gives pages back to the kernel after each read (for models larger than memory). `bytes_read` counts what was asked for.
+    Raises UserError naming file and tensor for anything missing, truncated or damaged.
+    """
+
+    def __init__(self, folder: str | Path, drop_pages: bool = False):
+        self.folder = Path(folder)
+        self.drop_pages = drop_pages
+        self.tensors = _index(self.folder)
+        self.bytes_read = 0
+        self._files: dict[Path, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def close(self) -> None:
+        """Close the files; a later read opens them again."""
+        with self._lock:
+            for fd in self._files.values():
+                os.close(fd)
+            self._files.clear()
+
+    def __del__(self):
+        self.close()
+
+    def __getitem__(self, name: str) -> TensorInfo:
+        if name not in self.tensors:
+            raise UserError(f"checkpoint {self.folder}: tensor {name!r} is missing")
+        return self.tensors[name]
+
+    def _open(self, path: Path, name: str) -> int:
+        with self._lock:
+            if path not in self._files:
+                try:
+                    fd = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
+                except OSError as error:
+                    raise UserError(
+                        f"checkpoint file {path}, which holds tensor {name!r}, cannot be opened: {error.strerror}"
+                    ) from error
+                if _FADVISE:
+                    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_RANDOM)
+                self._files[path] = fd
+            return self._files[path]
+
+    def _fill(self, view: memoryview, info: TensorInfo, offset: int) -> None:
+        if self.drop_pages and not info.file.exists():  # an open descriptor would hide that the file is gone
+            raise UserError(f"checkpoint file {info.file} disappeared while tensor {info.name!r} was to be read")
+        fd, done = self._open(info.file, info.name), 0
+        while done < len(view):
+            try:
+                if _PREADV:
+                    got = os.preadv(fd, [view[done:]], offset + done)
+                else:
+                    with self._lock:
+                        os.lseek(fd, offset + done, os.SEEK_SET)
+                        data = os.read(fd, len(view) - done)
+                    got = len(data)
+                    view[done : done + got] = data
+            except OSError as error:
+                raise UserError(
+                    f"checkpoint file {info.file}: reading tensor {info.name!r} failed: {error.strerror}"
+                ) from error
+            if got == 0:
+                raise UserError(
+                    f"checkpoint file {info.file} ended inside tensor {info.name!r}: it changed while in use"
+                )
+            done += got
+        if self.drop_pages and _FADVISE:
+            os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
+        self.bytes_read += len(view)
+
+    def read(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
+        """Tensor `name`, or entries [start, stop) of its first axis, in its stored dtype.
+
+        `buffer`: uint8 tensor to read into; the result is a view of its head. Without one, fresh memory is used.
+        """
+        info = self[name]
+        if not info.shape:
+            shape, offset, count = (), info.start, info.nbytes
+        else:
+            stop = info.shape[0] if stop is None else stop
+            assert 0 <= start <= stop <= info.shape[0], (name, start, stop, info.shape)
+            shape, offset = (stop - start, *info.shape[1:]), info.start + start * info.row_bytes
+            count = (stop - start) * info.row_bytes
+        raw = torch.empty(count, dtype=torch.uint8) if buffer is None else buffer[:count]
+        assert raw.numel() == count, (name, count, raw.numel())
+        if count:
+            self._fill(memoryview(raw.numpy().data), info, offset)
+        return raw.view(info.dtype).view(shape)

@@ -1,0 +1,260 @@
+"""One expert as a plain gated FFN, the experts of a layer on demand, and the ways to run them over a macro-batch."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from moe2dense.teacher.weights import Layout, Weights
+
+Gating = Callable[[Tensor, Tensor], Tensor]
+_SLICE_BYTES = 16_000_000  # neurons are converted and multiplied in slices of this many bytes of gate_proj
+
+
+class ExpertWeights:
+    """One gated FFN in plain orientation whatever its layout on disk: gate [F, H], up [F, H], down [H, F], optional biases.
+
+    Matrices are kept as stored and converted to `dtype` when used, so an expert costs its size on disk.
+    """
+
+    def __init__(
+        self,
+        gate: Tensor,
+        up: Tensor,
+        down: Tensor,
+        gating: Gating,
+        dtype: torch.dtype = torch.float32,
+        biases: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+    ):
+        self.stored = (gate, up, down)
+        self.gating, self.dtype = gating, dtype
+        self.gate_bias, self.up_bias, self.down_bias = (None if b is None else b.to(dtype) for b in biases)
+
+    @property
+    def gate(self) -> Tensor:
+        """[F, H]"""
+        return self.stored[0].to(self.dtype)
+
+    @property
+    def up(self) -> Tensor:
+        """[F, H]"""
+        return self.stored[1].to(self.dtype)
+
+    @property
+    def down(self) -> Tensor:
+        """[H, F]"""
+        return self.stored[2].to(self.dtype)
+
+    @property
+    def width(self) -> int:
+        """Number of neurons F."""
+        return self.stored[0].shape[0]
+
+    def _slice(self, x: Tensor, a: int, b: int) -> Tensor:
+        gate, up = self.stored[0][a:b].to(self.dtype), self.stored[1][a:b].to(self.dtype)
+        gate_bias = None if self.gate_bias is None else self.gate_bias[a:b]
+        up_bias = None if self.up_bias is None else self.up_bias[a:b]
+        return self.gating(linear(x, gate, gate_bias), linear(x, up, up_bias))
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Neuron activations [n, F] of x [n, H]: silu(gate x) * (up x), or the family's own gating."""
+        return self._slice(x, 0, self.width)
+
+    def output(self, hidden: Tensor) -> Tensor:
+        """[n, F] -> [n, H]: the down projection, its bias included."""
+        return linear(hidden, self.down, self.down_bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """f(x) [n, H] of x [n, H], slice by slice so that neither a converted matrix nor all activations exist at once."""
+        step = max(64, _SLICE_BYTES // (x.shape[-1] * self.dtype.itemsize))
+        out = x.new_zeros(x.shape[0], self.stored[2].shape[0])
+        if self.down_bias is not None:
+            out += self.down_bias
+        for a in range(0, self.width, step):
+            down = self.stored[2][:, a : a + step].to(self.dtype)
+            out.addmm_(self._slice(x, a, a + step), down.T)
+        return out
+
+    def to(self, device: torch.device | str) -> "ExpertWeights":
+        """The same expert with its matrices on `device`."""
+        g, u, d = (t.to(device) for t in self.stored)
+        biases = tuple(None if b is None else b.to(device) for b in (self.gate_bias, self.up_bias, self.down_bias))
+        return ExpertWeights(g, u, d, self.gating, self.dtype, biases)  # type: ignore[arg-type]
+
+    def resident(self) -> "ExpertWeights":
+        """The same expert with its matrices held in the compute dtype."""
+        g, u, d = self.gate.contiguous(), self.up.contiguous(), self.down.contiguous()
+        return ExpertWeights(g, u, d, self.gating, self.dtype, (self.gate_bias, self.up_bias, self.down_bias))
+
+
+@dataclass
+class SharedFFN:
+    """A dense FFN that every token passes inside a MoE block; `gate` [H] is its sigmoid gate, where it has one."""
+
+    weights: ExpertWeights
+    gate: Tensor | None = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        y = self.weights(x)
+        return y if self.gate is None else y * torch.sigmoid(x @ self.gate)[:, None]
+
+
+@dataclass(frozen=True)
+class Routing:
+    """Which rows of a macro-batch each expert gets: rows sorted by expert, in token order within one."""
+
+    rows: Tensor  # [R] flat token index
+    slots: Tensor  # [R] which of the token's K choices this is
+    starts: list[int]  # [E + 1]
+
+    def of(self, expert: int) -> tuple[Tensor, Tensor]:
+        """(rows [n], slots [n]) of one expert."""
+        a, b = self.starts[expert], self.starts[expert + 1]
+        return self.rows[a:b], self.slots[a:b]
+
+    def hit(self) -> list[int]:
+        """Experts that at least one token chose."""
+        return [e for e in range(len(self.starts) - 1) if self.starts[e + 1] > self.starts[e]]
+
+
+def route(index: Tensor, token_mask: Tensor, experts: int) -> Routing:
+    """Group the choices `index` [T, K] of the real tokens (`token_mask` [T]) by expert."""
+    real = token_mask.nonzero()[:, 0]
+    flat = index[real].flatten()
+    order = torch.argsort(flat, stable=True)
+    k = index.shape[1]
+    starts = torch.zeros(experts + 1, dtype=torch.int64)
+    starts[1:] = torch.bincount(flat, minlength=experts).cumsum(0).cpu()
+    return Routing(real[order // k], order % k, starts.tolist())
+
+
+class LayerExperts:
+    """The routed experts of one layer: `len()` of them, `experts[e]` read on demand (or from memory when resident)."""
+
+    def __init__(self, weights: Weights, prefix: str, count: int, layout: Layout, gating: Gating, dtype: torch.dtype):
+        self.weights, self.prefix, self.count, self.layout = weights, prefix, count, layout
+        self.gating, self.dtype = gating, dtype
+        self.device: torch.device | str = "cpu"
+        self.keep: dict[int, ExpertWeights] | None = None  # filled when the teacher stays in memory
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, expert: int) -> ExpertWeights:
+        if not 0 <= expert < self.count:
+            raise IndexError(f"expert {expert} of {self.count}")
+        if self.keep is not None and expert in self.keep:
+            return self.keep[expert]
+        found = self.read(expert).to(self.device)
+        if self.keep is not None:
+            found = self.keep[expert] = found.resident()
+        return found
+
+    def __iter__(self) -> Iterator[ExpertWeights]:
+        return (self[e] for e in range(self.count))
+
+    def nbytes(self, expert: int) -> int:
+        """Stored bytes of one expert's matrices."""
+        w = self.weights
+        return sum(
+            w.source_bytes(s, True)
+            for part in ("gate_up_proj", "down_proj")
+            for s in w.expert_sources(self.prefix + part, expert)
+        )
+
+    def read(self, expert: int, buffer: Tensor | None = None) -> ExpertWeights:
+        """One expert from disk; with `buffer` (uint8), its matrices are views of it and last as long as it is left alone."""
+        w, name = self.weights, self.prefix
+        head = sum(w.source_bytes(s, True) for s in w.expert_sources(name + "gate_up_proj", expert))
+        first, second = (None, None) if buffer is None else (buffer[:head], buffer[head:])
+        gate, up = w.gate_up(name + "gate_up_proj", expert, self.layout, first)
+        down = w.down(name + "down_proj", expert, self.layout, second)
+        both = w.bias(name + "gate_up_proj_bias", expert)
+        gate_bias = up_bias = None
+        if both is not None:
+            gate_bias, up_bias = (both[0::2], both[1::2]) if self.layout.interleaved else both.chunk(2)
+        biases = (gate_bias, up_bias, w.bias(name + "down_proj_bias", expert))
+        return ExpertWeights(gate, up, down, self.gating, self.dtype, biases)
+
+
+def prefetch(experts: LayerExperts, wanted: Iterable[int], budget: int) -> Iterator[tuple[int, ExpertWeights]]:
+    """(e, expert) in order, the next ones read by one thread while the caller computes.
+
+    Two buffers or more, as many as `budget` bytes allow (at most four), are reused; an expert is valid until the next is asked for.
+    """
+    wanted = list(wanted)
+    if not wanted:
+        return
+    size = max(experts.nbytes(e) for e in wanted)
+    buffers: queue.Queue[Tensor] = queue.Queue()
+    for _ in range(min(len(wanted), max(2, min(4, budget // max(size, 1))))):
+        buffers.put(torch.empty(size, dtype=torch.uint8))
+    ready: queue.Queue[Any] = queue.Queue()
+    stop = threading.Event()
+
+    def work() -> None:
+        try:
+            for e in wanted:
+                buffer = buffers.get()
+                if stop.is_set():
+                    return
+                ready.put((e, experts.read(e, buffer[: experts.nbytes(e)]), buffer))
+        except BaseException as error:
+            ready.put(error)
+
+    thread = threading.Thread(target=work, name="expert-reader", daemon=True)
+    thread.start()
+    try:
+        for _ in wanted:
+            item = ready.get()
+            if isinstance(item, BaseException):
+                raise item
+            e, expert, buffer = item
+            yield e, expert.to(experts.device)
+            buffers.put(buffer)
+    finally:
+        stop.set()
+        buffers.put(torch.empty(0, dtype=torch.uint8))
+        thread.join()
+
+
+OnExpert = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # (e, rows, weights, hidden, output)
+
+
+def run_streamed(
+    experts: LayerExperts,
+    x: Tensor,
+    routing: Routing,
+    weights: Tensor,
+    out: Tensor,
+    *,
+    input_scaled: bool = False,
+    on_expert: OnExpert | None = None,
+    budget: int = 0,
+) -> None:
+    """Add sum_e w_te f_e(x_t) to `out` [T, H], one expert in memory at a time.
+
+    x [T, H], weights [T, K]. With `input_scaled` the weight multiplies the expert's input and its output is added as it is.
+    """
+    hit = routing.hit()
+    if experts.keep is not None:
+        source: Iterable[tuple[int, ExpertWeights]] = ((e, experts[e]) for e in hit)
+    else:
+        source = prefetch(experts, hit, budget)
+    for e, expert in source:
+        rows, slots = routing.of(e)
+        x_n, w_n = x[rows].to(experts.dtype), weights[rows, slots].to(experts.dtype)
+        if input_scaled:
+            x_n, w_n = x_n * w_n[:, None], torch.ones_like(w_n)
+        if on_expert is None:
+            y_n = expert(x_n)
+        else:
+            hidden = expert.hidden(x_n)
+            y_n = expert.output(hidden)
+            on_expert(e, rows, w_n, hidden, y_n)
+        out.index_add_(0, rows, (y_n * w_n[:, None]).to(out.dtype))

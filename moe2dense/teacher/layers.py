@@ -1,0 +1,212 @@
+"""One decoder layer of a teacher: its weights in and out of memory, and hooks where its parts meet."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moe2dense.errors import UserError
+from moe2dense.teacher import adapter
+from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
+from moe2dense.teacher.weights import Layout
+
+if TYPE_CHECKING:
+    from moe2dense.teacher.load import Teacher
+
+# T tokens of a chunk, E experts, K top_k, H hidden
+Handler = Callable[
+    [Tensor, Tensor, Tensor, Tensor], Tensor
+]  # (x [T, H], index [T, K], weights [T, K], logits [T, E]) -> [T, H]
+
+
+def _find(module: Any, path: str) -> Any:
+    for name in path.split("."):
+        module = getattr(module, name, None)
+        if module is None:
+            return None
+    return module
+
+
+def _first(output: Any) -> Tensor:
+    return output[0] if isinstance(output, tuple) else output
+
+
+class Layer:
+    """Layer `index` of `teacher`. `sparse` tells whether it has routed experts; `ffn` is the MoE block or the dense FFN."""
+
+    def __init__(self, teacher: "Teacher", index: int):
+        self.teacher, self.index = teacher, index
+        self.module: nn.Module = teacher.body.layers[index]
+        self.prefix = f"{teacher.layers_prefix}{index}."
+        self.card = card = teacher.card
+        block = _find(self.module, card.moe_block) if card else None
+        self.routed: Any = _find(block, card.experts) if card and block is not None else None
+        self.sparse = self.routed is not None
+        self.ffn: Any = block if block is not None else self._dense_child()
+        self.mixers: list[nn.Module] = []
+        self.router: Any = None
+        self.shared_module: Any = None
+        self.shared_inside = True
+        self.experts: LayerExperts | None = None
+        if self.sparse:
+            self._set_up_sparse()
+        skip = f"{card.moe_block}.{card.experts}." if card and self.sparse else None
+        self.names = [n for n in adapter.saved_tensors(self.module) if skip is None or not n.startswith(skip)]
+        self.loaded = False
+
+    def _set_up_sparse(self) -> None:
+        card = self.card
+        assert card is not None
+        self.mixers = [m for name in card.mixers if (m := _find(self.module, name)) is not None]
+        self.router = _find(self.ffn, card.router)
+        if self.router is None or not self.mixers:
+            part = f"router {card.router!r}" if self.router is None else f"mixers {list(card.mixers)}"
+            raise UserError(f"teacher card {card.model_type}: layer {self.index} has no {part}")
+        if card.shared:
+            self.shared_module = _find(self.ffn, card.shared)
+            if self.shared_module is None:
+                self.shared_module, self.shared_inside = _find(self.module, card.shared), False
+        layout = Layout(*adapter.expert_layout(self.routed, card.dispatch == "stacked"))
+        self.experts = LayerExperts(
+            self.teacher.weights, f"{self.prefix}{card.moe_block}.{card.experts}.", int(self.routed.num_experts), layout,
+            adapter.expert_gating(self.routed), self.teacher.dtype,
+        )  # fmt: skip
+        self.experts.device = self.teacher.device
+        if self.teacher.resident:
+            self.experts.keep = {}
+
+    def _dense_child(self) -> Any:
+        for child in self.module.children():
+            if adapter.gated_linears(child) is not None:
+                return child
+        return None
+
+    # weights
+
+    def load(self) -> None:
+        """Read everything but the routed experts."""
+        if not self.loaded:
+            for name in self.names:
+                assign(self.module, name, self.teacher.converted(self.prefix + name))
+            self.loaded = True
+
+    def unload(self) -> None:
+        """Give the weights back, unless the whole teacher stays in memory."""
+        if self.loaded and not self.teacher.resident:
+            for name, value in adapter.saved_tensors(self.module).items():
+                if not value.is_meta:
+                    assign(self.module, name, torch.empty_like(value, device="meta"))
+            self.loaded = False
+
+    # parts as plain weights
+
+    def _gated(self, module: nn.Module, what: str) -> ExpertWeights:
+        parts = adapter.gated_linears(module)
+        if parts is None:
+            raise UserError(f"layer {self.index} of {self.teacher.path}: {what} is not a gated feed-forward network")
+        gate, down = _find(module, parts.gate), _find(module, parts.down)
+        weight, bias = gate.weight, gate.bias
+        if parts.up:
+            up = _find(module, parts.up)
+            g, u, g_bias, u_bias = weight, up.weight, bias, up.bias
+        else:
+            g, u = weight.chunk(2)
+            g_bias, u_bias = bias.chunk(2) if bias is not None else (None, None)
+        made = ExpertWeights(g, u, down.weight, parts.gating, self.teacher.dtype, (g_bias, u_bias, down.bias))
+        probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(2, -1)
+        close = torch.allclose(made(probe), _first(module(probe)), rtol=1e-2, atol=1e-3)
+        if not close:
+            raise UserError(
+                f"layer {self.index} of {self.teacher.path}: {what} computes something else than a gated FFN"
+            )
+        return made
+
+    @torch.no_grad()
+    def dense(self) -> ExpertWeights:
+        """The FFN of a dense layer, in memory while the layer is."""
+        assert not self.sparse and self.loaded
+        return self._gated(self.ffn, "the FFN")
+
+    @torch.no_grad()
+    def shared(self) -> list[SharedFFN]:
+        """Shared experts of a sparse layer, in memory while the layer is."""
+        if self.shared_module is None:
+            return []
+        assert self.loaded and self.card is not None
+        gate = None
+        if self.card.shared_gate:
+            gate = _find(self.ffn, self.card.shared_gate).weight.reshape(-1)
+        return [SharedFFN(self._gated(self.shared_module, "the shared expert"), gate)]
+
+    # hooks
+
+    @contextmanager
+    def intercept(self, handler: Handler, skip_shared: bool = False) -> Iterator[None]:
+        """Within the context the layer's experts are `handler`. `skip_shared`: the shared expert's output is of no interest."""
+        assert self.card is not None
+        logits: list[Tensor] = []
+        replaced: dict[nn.Module, Callable[..., Any]] = {}
+        if self.card.dispatch == "stacked":
+            replaced[self.ffn] = lambda hidden: self._stacked_block(hidden, handler)
+        else:
+            replaced[self.routed] = lambda x, index, weights: handler(x, index, weights, logits[-1])
+        if skip_shared and self.shared_module is not None:
+            replaced[self.shared_module] = torch.zeros_like
+        hook = self.router.register_forward_hook(lambda _m, _i, out: logits.append(_first(out)))
+        try:
+            with adapter.forwards(replaced):
+                yield
+        finally:
+            hook.remove()
+
+    def _stacked_block(self, hidden: Tensor, handler: Handler) -> tuple[Tensor, Tensor]:
+        """A block whose experts take every expert's scaled input at once, without making E copies of the tokens."""
+        x = hidden.reshape(-1, hidden.shape[-1])
+        scores, logits = self.router(x)
+        index = logits.topk(self.router.top_k, dim=1).indices
+        out = handler(x, index, scores.gather(1, index), logits)
+        if self.shared_module is not None:
+            out = out + self.shared_module(x)
+        return out, logits
+
+    @contextmanager
+    def input_to(self, target: Tensor) -> Iterator[None]:
+        """Within the context the FFN's input [T, H] is copied to `target`."""
+
+        def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            value = args[0] if args else kwargs["hidden_states"]
+            target.copy_(value.reshape(target.shape))
+
+        hook = self.ffn.register_forward_pre_hook(keep, with_kwargs=True)
+        try:
+            yield
+        finally:
+            hook.remove()
+
+    @contextmanager
+    def output_to(self, target: Tensor) -> Iterator[None]:
+        """Within the context the block's output [T, H], shared experts included, is copied to `target`."""
+        with ExitStack() as stack:
+
+            def keep(_m: nn.Module, _i: Any, out: Any) -> None:
+                target.copy_(_first(out).reshape(target.shape))
+
+            def add(_m: nn.Module, _i: Any, out: Any) -> None:
+                target.add_(_first(out).reshape(target.shape).to(target.device))
+
+            stack.callback(self.ffn.register_forward_hook(keep).remove)
+            if self.shared_module is not None and not self.shared_inside:
+                stack.callback(self.shared_module.register_forward_hook(add).remove)
+            yield
+
+
+def assign(root: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` where parameter or buffer `name` of `root` is."""
+    path, _, leaf = name.rpartition(".")
+    module = root.get_submodule(path) if path else root
+    if leaf in module._buffers:
+        module._buffers[leaf] = value
+    else:
+        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)

@@ -1,0 +1,265 @@
+"""The layer-major runtime: a whole macro-batch of hidden states goes through one layer, then the next.
+
+Each layer's weights are read once per macro-batch, so bytes per token = checkpoint / macro-batch and memory holds one layer's
+attention, one expert being used and the next being read. The schedule is that of FlexGen (arXiv:2303.06865) for prefill.
+
+A sparse layer runs in two passes, so that any way of joining the residual works: pass 1 stops where the experts are called and keeps
+their inputs and routing, the experts are computed one by one over all tokens, pass 2 replays the layer with the finished expert
+output in place (attention is not computed again).
+"""
+
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moe2dense.teacher import adapter
+from moe2dense.teacher.capture import Observer
+from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN, route
+from moe2dense.teacher.memory import Arena
+
+if TYPE_CHECKING:
+    from moe2dense.teacher.layers import Layer
+    from moe2dense.teacher.load import Teacher
+
+# N blocks, S block length, T = N * S tokens, H hidden, E experts, K top_k
+
+
+class _AtExperts(Exception):
+    """Ends pass 1 where the experts are called."""
+
+
+@dataclass
+class LayerPass:
+    """One layer of one macro-batch, while its weights are in memory. Tensors are overwritten when the next layer begins."""
+
+    index: int
+    sparse: bool
+    module: nn.Module  # transformers' decoder layer with its weights, the routed experts' excepted
+    layer_inputs: Callable[[slice], dict[str, Any]]  # rows of blocks -> keyword arguments of a decoder layer
+    hidden_in: Tensor  # [N, S, H] residual stream before the layer
+    hidden_out: Tensor  # [N, S, H] and after it
+    token_mask: Tensor  # [T] real tokens
+    x: Tensor  # [T, H] input of the MoE block or dense FFN
+    y: Tensor  # [T, H] its output, shared experts included; padding gets no routed experts
+    router_logits: Tensor | None = None  # [T, E]
+    top_k_index: Tensor | None = None  # [T, K]
+    top_k_weights: Tensor | None = None  # [T, K] exactly as the experts receive them
+    experts: LayerExperts | None = None
+    _layer: Any = field(default=None, repr=False)
+
+    @cached_property
+    def shared(self) -> list[SharedFFN]:
+        """The FFNs that every token passes inside a sparse block."""
+        return self._layer.shared()
+
+    @cached_property
+    def dense(self) -> ExpertWeights:
+        """The FFN of a dense layer."""
+        return self._layer.dense()
+
+
+class Stream:
+    """Iterates over the layers of one macro-batch; afterwards `.hidden_states` [N, S, H] is the final, normed hidden state."""
+
+    def __init__(
+        self,
+        teacher: "Teacher",
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        position_ids: Tensor | None,
+        observers: list[Observer],
+        arena: Arena,
+    ):
+        self.teacher, self.ids = teacher, input_ids
+        self.mask, self.positions = attention_mask, position_ids
+        self.observers, self.arena = observers, arena
+        self.shape = (*input_ids.shape, teacher.hidden_size)
+        self.hidden_states: Tensor | None = None
+        real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        self.token_mask = real.reshape(-1).bool()
+        self._inputs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arity: dict[nn.Module, int] = {}  # of what a mixer returns; 0 = no tuple
+        self._layers = self._run()
+
+    def __iter__(self) -> Iterator[LayerPass]:
+        return self._layers
+
+    def __next__(self) -> LayerPass:
+        return next(self._layers)
+
+    def close(self) -> None:
+        """Stop early; the layer in memory is given back."""
+        self._layers.close()
+
+    def chunks(self) -> list[slice]:
+        """Rows of blocks that are run through a decoder layer at once."""
+        n = max(1, self.teacher.chunk_tokens // self.shape[1])
+        return [slice(a, min(a + n, self.shape[0])) for a in range(0, self.shape[0], n)]
+
+    def _record(self, rows: slice, embeddings: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
+        """(arguments of every decoder layer, hidden state before the first) of these blocks."""
+        calls: list[dict[str, Any]] = []
+        first: list[Tensor] = []
+
+        def note(index: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            if index == 0:
+                first.append(hidden)
+            calls.append(arguments)
+            return hidden
+
+        device = self.teacher.device
+        mask = None if self.mask is None else self.mask[rows].to(device)
+        positions = None if self.positions is None else self.positions[rows].to(device)
+        adapter.run_body(self.teacher.body, embeddings, mask, positions, note)
+        return calls, first[0]
+
+    @torch.no_grad()
+    def layer_inputs(self, index: int, rows: slice) -> dict[str, Any]:
+        """Keyword arguments of decoder layer `index` for these blocks: masks and positions as the family makes them."""
+        a, b, _ = rows.indices(self.shape[0])
+        plain = self.mask is None and self.positions is None
+        key = (0, b - a) if plain else (a, b)  # without masks every chunk of the same size gets the same arguments
+        if key not in self._inputs:
+            room = 64_000_000 // (4 * (b - a) * self.shape[1] ** 2)
+            if len(self._inputs) >= max(2, room):
+                self._inputs.clear()
+            blank = torch.zeros(b - a, *self.shape[1:], dtype=self.teacher.dtype, device=self.teacher.device)
+            self._inputs[key] = self._record(slice(a, b), blank)[0]
+        return self._inputs[key][index]
+
+    def _run(self) -> Generator[LayerPass, None, None]:
+        hidden, other = (self.arena.buffer(n, self.shape, self.teacher.dtype) for n in ("hidden", "hidden_next"))
+        self._embed(hidden)
+        for index in range(len(self.teacher.body.layers)):
+            layer = self.teacher.layer(index)
+            try:
+                layer.load()
+                made = self._layer(layer, hidden, other)
+                for observer in self.observers:
+                    with torch.no_grad():
+                        observer.layer(made)
+                yield made
+            finally:
+                layer.unload()
+            self.arena.release()
+            hidden, other = other, hidden
+        self._finish(hidden, other)
+
+    @torch.no_grad()
+    def _embed(self, out: Tensor) -> None:
+        for rows, vectors in zip(self.chunks(), self.teacher.embeddings(self.ids, self.chunks()), strict=True):
+            _, first = self._record(rows, vectors)
+            out[rows] = first.to(out.device)
+
+    @torch.no_grad()
+    def _finish(self, hidden: Tensor, out: Tensor) -> None:
+        """The final norm, by the model's own forward with every layer's output replaced."""
+        last = len(self.teacher.body.layers) - 1
+        for rows in self.chunks():
+            value = hidden[rows].to(self.teacher.device)
+            done = adapter.run_body(
+                self.teacher.body, value, None, None, lambda i, h, _, value=value: value if i == last else h
+            )
+            out[rows] = done.to(out.device)
+        self.hidden_states = out
+
+    @torch.no_grad()
+    def _layer(self, layer: "Layer", hidden: Tensor, out: Tensor) -> LayerPass:
+        flat = (self.shape[0] * self.shape[1], self.shape[2])
+        x = self.arena.buffer("x", flat, self.teacher.dtype)
+        y = self.arena.buffer("y", flat, self.teacher.dtype)
+        made = LayerPass(
+            layer.index, layer.sparse, layer.module, lambda rows, i=layer.index: self.layer_inputs(i, rows),
+            hidden, out, self.token_mask, x, y, experts=layer.experts, _layer=layer,
+        )  # fmt: skip
+        if layer.sparse:
+            self._before_experts(layer, made)
+            self._experts(layer, made)
+            self._after_experts(layer, made)
+        else:
+            self._dense(layer, made)
+        return made
+
+    def _call(self, layer: "Layer", made: LayerPass, rows: slice) -> Tensor:
+        out = layer.module(made.hidden_in[rows].to(self.teacher.device), **self.layer_inputs(layer.index, rows))
+        return out[0] if isinstance(out, tuple) else out
+
+    def _flat(self, rows: slice) -> slice:
+        return slice(rows.start * self.shape[1], rows.stop * self.shape[1])
+
+    def _before_experts(self, layer: "Layer", made: LayerPass) -> None:
+        kept = {m: self.arena.buffer(f"mixer{i}", self.shape, self.teacher.dtype) for i, m in enumerate(layer.mixers)}
+        parts: list[tuple[Tensor, Tensor, Tensor]] = []
+        for rows in self.chunks():
+            flat = self._flat(rows)
+
+            def stop(x: Tensor, index: Tensor, weights: Tensor, logits: Tensor, flat: slice = flat) -> Tensor:
+                made.x[flat] = x.to(made.x.device)
+                parts.append((logits.cpu(), index.cpu(), weights.cpu()))
+                raise _AtExperts
+
+            replaced = {m: self._recording(m, kept[m], rows) for m in layer.mixers}
+            with adapter.forwards(replaced), layer.intercept(stop, skip_shared=True):
+                try:
+                    self._call(layer, made, rows)
+                except _AtExperts:
+                    continue
+                raise AssertionError(f"layer {layer.index} never called its experts")
+        made.router_logits, made.top_k_index, made.top_k_weights = (torch.cat(p) for p in zip(*parts, strict=True))
+
+    def _experts(self, layer: "Layer", made: LayerPass) -> None:
+        assert made.top_k_index is not None and made.top_k_weights is not None and made.experts is not None
+        watching = [o for o in self.observers if o.wants_experts()]
+
+        def tell(e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
+            for observer in watching:
+                observer.expert(made, e, rows, weights, hidden, output)
+
+        made.y.zero_()
+        routing = route(made.top_k_index, self.token_mask, len(made.experts))
+        self.teacher.run_experts(layer, made.x, routing, made.top_k_weights, made.y, tell if watching else None)
+
+    def _after_experts(self, layer: "Layer", made: LayerPass) -> None:
+        for rows in self.chunks():
+            flat = self._flat(rows)
+            finished = made.y[flat].to(self.teacher.device, copy=True)
+            kept = (self.arena.buffer(f"mixer{i}", self.shape, self.teacher.dtype) for i in range(len(layer.mixers)))
+            replaced = {m: self._replaying(m, b, rows) for m, b in zip(layer.mixers, kept, strict=True)}
+
+            def give(*_: Tensor, finished: Tensor = finished) -> Tensor:
+                return finished
+
+            with adapter.forwards(replaced), layer.intercept(give), layer.output_to(made.y[flat]):
+                made.hidden_out[rows] = self._call(layer, made, rows).to(made.hidden_out.device)
+
+    def _dense(self, layer: "Layer", made: LayerPass) -> None:
+        for rows in self.chunks():
+            flat = self._flat(rows)
+            with layer.input_to(made.x[flat]), layer.output_to(made.y[flat]):
+                made.hidden_out[rows] = self._call(layer, made, rows).to(made.hidden_out.device)
+
+    def _recording(self, mixer: nn.Module, buffer: Tensor, rows: slice) -> Callable[..., Any]:
+        """A mixer's own forward that also keeps its output."""
+        forward = mixer.forward
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            out = forward(*args, **kwargs)
+            self._arity[mixer] = len(out) if isinstance(out, tuple) else 0
+            buffer[rows] = (out[0] if isinstance(out, tuple) else out).to(buffer.device)
+            return out
+
+        return call
+
+    def _replaying(self, mixer: nn.Module, buffer: Tensor, rows: slice) -> Callable[..., Any]:
+        """Stands in for a mixer with the output kept in pass 1."""
+        arity = self._arity[mixer]
+
+        def call(*_: Any, **__: Any) -> Any:
+            first = buffer[rows].to(self.teacher.device)
+            return (first, *[None] * (arity - 1)) if arity else first
+
+        return call
