@@ -1,0 +1,45 @@
+"""The map from a model's final hidden states to its logits: weight, bias, scale and soft-cap."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# V vocabulary, H hidden
+_DIVIDED_BY = ("logits_scaling",)  # config fields that act on the logits, over all architectures
+_TIMES = ("logit_scale", "lm_head_multiplier")
+_SOFTCAP = ("final_logit_softcapping",)
+
+
+@dataclass
+class Head:
+    """logits = softcap(scale * (hidden @ weight.T + bias)); weight [V, H], bias [V] or None, softcap c tanh(x / c)."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden [..., H] -> logits [..., V]."""
+        found = torch.nn.functional.linear(hidden, self.weight, self.bias)
+        found = found * self.scale if self.scale != 1.0 else found
+        return found if not self.softcap else self.softcap * torch.tanh(found / self.softcap)
+
+
+def _first(config: Any, names: tuple[str, ...]) -> float | None:
+    return next((float(v) for n in names if (v := getattr(config, n, None))), None)
+
+
+def logit_rules(config: Any) -> tuple[float, float | None]:
+    """The scale and the soft-cap that a config puts on the logits."""
+    scale = (_first(config, _TIMES) or 1.0) / (_first(config, _DIVIDED_BY) or 1.0)
+    return scale, _first(config, _SOFTCAP)
+
+
+def model_head(model: Any) -> Head:
+    """The head of a causal language model of transformers."""
+    linear = model.get_output_embeddings()
+    scale, softcap = logit_rules(model.config.get_text_config())
+    return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
