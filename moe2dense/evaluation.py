@@ -4,6 +4,7 @@ The teacher is run once (`reference`) and every student is judged against its fi
 need never share memory and [tokens, vocabulary] never exists in full.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,10 +227,10 @@ def frequency_groups(label: np.ndarray, token_counts: Tensor | None = None, grou
     return group[label]
 
 
-def retention(student: Scores, control: Scores) -> dict[str, Any]:
+def retention(student: Scores, control: Scores, without: Sequence[str] = ()) -> dict[str, Any]:
     """Share of the gap between control and teacher that the student closes, 1 - KL(student) / KL(control), paired.
 
-    {"overall": Estimate, "by_domain": {domain: Estimate}}; 1 is the teacher, 0 the control, below 0 is worse than it.
+    {"overall": Estimate, leaving out the domains `without`, "by_domain": {domain: Estimate}}; 1 is the teacher, 0 the control, below 0 is worse than it.
     Raises UserError where the two were judged on different text.
     """
     a, b = student._table, control._table
@@ -242,7 +243,7 @@ def retention(student: Scores, control: Scores) -> dict[str, Any]:
 
     domains = np.array(a.domains, dtype=object)[a.block]
     return {
-        "overall": share(np.ones(len(a.block), dtype=bool)),
+        "overall": share(~np.isin(domains, list(without))),
         "by_domain": {d: share(domains == d) for d in sorted(set(a.domains)) if (domains == d).any()},
     }
 

@@ -1,0 +1,151 @@
+"""The report as one dict, report.json: what a run measured, under a versioned schema. Rendering reads nothing else."""
+
+import dataclasses
+import json
+import math
+import shlex
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from moe2dense.config import RunConfig
+from moe2dense.errors import UserError
+from moe2dense.evaluation import Scores, retention
+
+SCHEMA = 1
+Report = dict[str, Any]
+
+
+def assemble(
+    *,
+    config: RunConfig,
+    plan: Mapping[str, Any],
+    student: Mapping[str, Any],
+    rows: Mapping[str, Scores],
+    ood: Mapping[str, Scores] | None = None,
+    history: Sequence[Mapping[str, Any]] = (),
+    control_history: Sequence[Mapping[str, Any]] = (),
+    transfer: Mapping[str, Any] | None = None,
+    versions: Mapping[str, str] | None = None,
+    timings: Mapping[str, float] | None = None,
+    hashes: Mapping[str, str] | None = None,
+    data: Mapping[str, Any] | None = None,
+    command: Sequence[str] | str = "",
+    allow_loss: Sequence[str] = (),
+    samples: Sequence[Mapping[str, str]] = (),
+    train_scores: Scores | None = None,
+    tokens: Mapping[str, str] | None = None,
+) -> Report:
+    """Everything a run has to say, as plain JSON values. Only `config`, `plan`, `student` and `rows` are needed.
+
+    plan: `Plan.to_dict()`. student: {"parameters", "bytes" (exported), "architecture", "method" (init), "width", "layers",
+    "moe_shaped"}, more keys are shown as they are. rows: Scores by "teacher", "student" (required), "before", "control", and
+    any baseline under the name to show; all from one Reference. ood: the same rows on out-of-distribution text.
+    history: the records of metrics.jsonl: "step", "tokens", "loss", optional parts under "parts" (name -> value), "lr",
+    "tokens_per_second", and at evaluations "valid_kl", "valid_rare_kl", "valid_nll"; control_history: the control's.
+    transfer: `Transfer.to_dict()` of reporting.transfer. timings: seconds by stage. hashes: file or stage -> hash.
+    data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: {"prompt", "teacher", "student"}.
+    allow_loss: domains the user allows to be lost; they are reported apart and left out of `retention.kept`.
+    train_scores: the student on text it was trained on (memorisation). tokens: id -> text for the worst tokens.
+    Raises UserError where the student's row is missing.
+    """
+    if "student" not in rows:
+        raise UserError("rows: the report needs at least the student's scores under 'student'")
+    report: Report = {
+        "schema": SCHEMA,
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "teacher": _teacher(plan),
+        "student": dict(student),
+        "cost": _cost(plan, student),
+        "rows": {name: scores.to_dict() for name, scores in rows.items()},
+        "ood": {name: scores.to_dict() for name, scores in (ood or {}).items()},
+        "retention": _retention(rows, allow_loss),
+        "history": [dict(r) for r in history],
+        "control_history": [dict(r) for r in control_history],
+        "transfer": dict(transfer) if transfer else None,
+        "train_scores": train_scores.to_dict() if train_scores else None,
+        "samples": [dict(s) for s in samples],
+        "tokens": dict(tokens or {}),
+        "run": {
+            "command": command if isinstance(command, str) else shlex.join(command),
+            "config": dataclasses.asdict(config),
+            "plan": dict(plan),
+            "versions": dict(versions or {}),
+            "timings": dict(timings or {}),
+            "hashes": dict(hashes or {}),
+            "data": dict(data or {}),
+        },
+    }
+    from moe2dense.diagnosis import diagnose
+
+    report = clean(report)
+    report["diagnosis"] = diagnose(report)
+    return report
+
+
+def _teacher(plan: Mapping[str, Any]) -> dict[str, Any]:
+    return {"name": plan.get("teacher", ""), "bytes": plan.get("checkpoint_bytes"), **dict(plan.get("shape", {}))}
+
+
+def _cost(plan: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
+    shape, flops = plan.get("shape", {}), plan.get("flops", {})
+    size, active, mine = shape.get("parameters"), shape.get("active_parameters"), student.get("parameters")
+    cost: dict[str, Any] = {"tokens": plan.get("tokens"), "walk_tokens": plan.get("walk_tokens")}
+    if size and mine:
+        cost |= {"parameters_ratio": mine / size, "active_ratio": mine / (active or size)}
+    spent = sum(flops.get(k, 0) for k in ("teacher", "walk", "student"))
+    if spent and flops.get("from_scratch"):
+        cost |= {"flops": spent, "scratch_ratio": spent / flops["from_scratch"]}
+    return cost
+
+
+def _retention(rows: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[str, Any] | None:
+    control = rows.get("control")
+    if control is None:
+        return {"allow_loss": list(allow_loss)} if allow_loss else None
+    found = retention(rows["student"], control)
+    kept = retention(rows["student"], control, without=allow_loss)["overall"] if allow_loss else found["overall"]
+    return {
+        "overall": found["overall"].to_dict(),
+        "kept": kept.to_dict(),
+        "by_domain": {d: e.to_dict() for d, e in found["by_domain"].items()},
+        "allow_loss": list(allow_loss),
+    }
+
+
+def clean(value: Any) -> Any:
+    """JSON values only: tuples become lists, numpy and torch numbers plain ones, NaN and infinity None."""
+    if isinstance(value, Mapping):
+        return {str(k): clean(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [clean(v) for v in value]
+    if value is None or isinstance(value, (str, bool)):
+        return value
+    if isinstance(value, int):
+        return int(value)
+    if hasattr(value, "tolist"):
+        return clean(value.tolist())
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    return str(value)
+
+
+def read_report(path: str | Path) -> Report:
+    """A report from its folder or its report.json.
+
+    Raises UserError where there is none, it is not JSON, or a newer version wrote it.
+    """
+    path = Path(path)
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} holds no report.json; run `moe2dense report {path}` on a finished run") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); write it again with `moe2dense report`") from error
+    if not isinstance(report, dict) or "rows" not in report:
+        raise UserError(f"{file} is not a moe2dense report")
+    if report.get("schema") != SCHEMA:
+        raise UserError(f"{file} has report schema {report.get('schema')!r}; this version reads {SCHEMA}")
+    return report

@@ -1,0 +1,91 @@
+"""The exact meaning of every number about an expert: one table for the page, its tooltips, the terminal and the docs."""
+
+from dataclasses import dataclass
+
+# t tokens, w_te routing weight (0 where not routed), f_e expert, y block output
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A per-expert number. good: "high" or "low" where one end is better, "" where it only describes."""
+
+    key: str
+    label: str
+    good: str
+    unit: str  # "%" share of 1, "" plain number, "nats"
+    text: str
+
+
+METRICS: tuple[Metric, ...] = (
+    Metric(
+        "coverage", "Functional coverage", "high", "%",
+        "How well a ridge regression predicts the expert's output f_e(x) from the trained student's FFN activations, on held-out "
+        "tokens routed to the expert. 0 % is what a random FFN of the same width reaches, 100 % what an FFN that holds the "
+        "whole expert reaches.",
+    ),
+    Metric(
+        "error_after", "Block error, after training", "low", "",
+        "On the tokens routed to the expert: squared distance between the student's FFN output and the teacher's block output "
+        "for the same input, over the squared size of the latter. 0 is exact; 1 is as wrong as no output at all.",
+    ),
+    Metric("error_before", "Block error, before training", "low", "", "The same for the student as it was built."),
+    Metric(
+        "cosine_after", "Block cosine, after training", "high", "",
+        "Mean cosine between the student's FFN output and the teacher's block output on the tokens routed to the expert.",
+    ),
+    Metric("cosine_before", "Block cosine, before training", "high", "", "The same for the student as it was built."),
+    Metric(
+        "kl_after", "Token KL, after training", "low", "nats",
+        "Mean KL(teacher || student) of the next-token prediction at the tokens routed to the expert.",
+    ),
+    Metric("kl_before", "Token KL, before training", "low", "nats", "The same for the student as it was built."),
+    Metric(
+        "kept_energy", "Energy kept", "high", "%",
+        "Share of the expert's neuron energy, sum over tokens of (w_te h_j)^2 |d_j|^2, whose neurons the student was built from.",
+    ),
+    Metric("kept_neurons", "Neurons kept", "high", "%", "Share of the expert's neurons the student was built from, whole."),
+    Metric("load", "Load", "", "%", "Share of the held-out tokens that are routed to the expert."),
+    Metric("mean_weight", "Mean weight", "", "", "Mean routing weight on the tokens routed to the expert."),
+    Metric("alpha", "Alpha", "", "", "Mean routing weight over all tokens, 0 where not routed: the expert's magnitude in the block."),
+    Metric(
+        "energy_share", "Share of output energy", "", "%",
+        "Sum over tokens of |w_te f_e(x)|^2, as a share of the same summed over every expert of the layer, shared ones included.",
+    ),
+    Metric(
+        "replaceability", "Replaceability", "", "",
+        "Highest mean cosine between this expert's output and another expert's, on tokens routed to this one. 1: a duplicate.",
+    ),
+    Metric(
+        "lift", "Domain lift", "", "x",
+        "How many times more often than chance the expert's favourite domain is among its tokens: share among its tokens over "
+        "share among all tokens.",
+    ),
+)  # fmt: skip
+
+BY_KEY = {m.key: m for m in METRICS}
+
+QUALITY: dict[str, str] = {
+    "kl": "KL(teacher || student) of the next-token distribution, in nats per token. 0 is a perfect copy.",
+    "nll": "Negative log-likelihood of the text, in nats per token.",
+    "perplexity": "exp of the negative log-likelihood.",
+    "agreement": "Share of tokens where student and teacher have the same first choice.",
+    "top5": "Share of tokens where the teacher's first choice is among the student's five.",
+    "correlation": "Pearson correlation, over tokens, of the probabilities teacher and student give the true next token.",
+    "ece": "Expected calibration error of the first choice against the text, 15 equal bins.",
+    "entropy_gap": "Entropy of the student's distribution minus the teacher's, in nats.",
+    "rare_kl": "KL on the tenth of the tokens that are rarest in the training text.",
+    "retention": "Share of the gap between control and teacher that is closed: 1 - KL(student) / KL(control).",
+    "transferred": "Functional coverage, cut to 0-100 %, weighted by each expert's share of its layer's output energy.",
+}
+
+ROW_TITLES = {
+    "teacher": "Teacher",
+    "student": "Student",
+    "before": "Student before training",
+    "control": "Control: random start, equal tokens",
+}
+
+
+def row_title(name: str) -> str:
+    """What a row of scores is called on the page; baselines keep their own name."""
+    return ROW_TITLES.get(name, name)

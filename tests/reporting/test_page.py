@@ -1,0 +1,225 @@
+"""The page is one file that says what the report dict says, and nothing in the data can break out of it."""
+
+import copy
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+import torch
+from rich.console import Console
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from moe2dense.config import RunConfig
+from moe2dense.data import Blocks
+from moe2dense.errors import UserError
+from moe2dense.evaluation import evaluate, reference
+from moe2dense.reporting import assemble, compare, print_comparison, print_report, read_report, render, write
+from moe2dense.reporting.charts import Scale, number, ramp_step, scale_of
+from moe2dense.reporting.heatmap import heatmap_svg
+from moe2dense.reporting.terminal import bars
+
+
+class Page(HTMLParser):
+    """Tags with attributes, and that every element is closed in order."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+        assert not self.open, f"unclosed {self.open}"
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open[-1] == tag, (tag, self.open[-3:])
+        self.open.pop()
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+
+def island(page):
+    return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.S)[1])
+
+
+def test_page_is_well_formed_self_contained_and_complete(made_up_report):
+    report = made_up_report(4, 8)
+    text = render(report)
+    page = Page(text)
+    assert not [a for t, a in page.tags if t == "script" and "src" in a]
+    assert not re.search(r'(?:src|href)="(?!#|data:,)', text) and "url(" not in text and "@import" not in text
+    ids = [a["id"] for _, a in page.tags if "id" in a]
+    assert len(ids) == len(set(ids))
+    for link in [a["href"][1:] for t, a in page.tags if t == "a" and not re.match(r"#L\d", a["href"])]:
+        assert link in ids
+    assert sum(t == "rect" for t, _ in page.tags) == 32
+    shown = "".join(page.text)
+    for expected in (
+        "0.106",
+        "87.0\u00a0%",
+        "MistralForCausalLM",
+        "moe2dense convert examples/tiny-mixtral",
+        "Few calibration tokens",
+    ):
+        assert expected in shown, expected
+    # every drawn chart has its numbers beside it
+    assert text.count('<div class="plot">') == 5 and text.count("The numbers as a table") == 6
+
+
+def test_page_carries_the_same_numbers_as_the_report(made_up_report):
+    report = made_up_report(3, 5)
+    data = island(render(report))
+    for row, shown in zip(report["transfer"]["layers"], data["layers"], strict=True):
+        for key in ("coverage", "kl_after", "load", "replaceability"):
+            for a, b in zip(row["metrics"][key], shown["m"][key], strict=True):
+                assert (a is None and b is None) or b == pytest.approx(a, rel=6e-3, abs=1e-9)
+        assert [shown["fates"][i] for i in shown["fate"]] == row["fate"]
+    cells = re.findall(r'class="(c\d|u)"', str(heatmap_svg(report["transfer"], "coverage")))
+    flat = [v for r in report["transfer"]["layers"] for v in r["metrics"]["coverage"]]
+    assert cells == ["u" if v is None else f"c{min(9, max(0, int(v * 10)))}" for v in flat]
+
+
+def test_text_from_models_and_data_cannot_break_out(made_up_report):
+    report = made_up_report(2, 3)
+    evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
+    report["teacher"]["name"] = report["run"]["command"] = report["tokens"]["0"] = evil
+    report["samples"] = [{"prompt": evil, "teacher": evil, "student": evil}]
+    report["transfer"]["layers"][0]["contexts"][0][0][1] = evil
+    report["transfer"]["domains"][0] = evil
+    text = render(report)
+    page = Page(text)
+    assert sum(t == "script" for t, _ in page.tags) == 2 and not [t for t, _ in page.tags if t == "img"]
+    assert island(text)["domains"][0] == evil
+
+
+def test_large_reports_stay_below_three_megabytes(made_up_report, tmp_path):
+    page = write(made_up_report(48, 128), tmp_path)
+    assert page.stat().st_size < 3e6
+    assert island(page.read_text())["layers"][0]["examples"], "examples are thinned, not lost"
+
+
+def test_a_report_with_nothing_optional_still_renders(made_up_report):
+    full = made_up_report(2, 2)
+    report = {k: full[k] for k in ("schema", "created", "teacher", "student")} | {
+        "cost": {}, "rows": {"student": full["rows"]["student"]}, "ood": {}, "retention": None, "history": [], "control_history": [],
+        "transfer": None, "train_scores": None, "samples": [], "tokens": {}, "diagnosis": [],
+        "run": {"command": "", "config": {}, "plan": {}, "versions": {}, "timings": {}, "hashes": {}, "data": {}},
+    }  # fmt: skip
+    page = Page(render(report))
+    assert not [a for _, a in page.tags if a.get("id") in ("map", "experts", "training")]
+    report["teacher"] = {"name": ""}
+    report["rows"]["student"] = copy.deepcopy(report["rows"]["student"])
+    for name in ("kl", "agreement"):
+        report["rows"]["student"][name] = {"value": 0.5, "low": None, "high": None}
+    assert "no interval" in "".join(Page(render(report)).text)
+
+
+def test_write_is_atomic_and_read_report_refuses_what_it_is_not(made_up_report, tmp_path):
+    report = made_up_report(2, 2)
+    write(report, tmp_path / "run")
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
+    assert read_report(tmp_path / "run")["rows"]["student"]["kl"] == report["rows"]["student"]["kl"]
+    with pytest.raises(UserError, match=r"no report\.json"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text("{")
+    with pytest.raises(UserError, match="not valid JSON"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text("[]")
+    with pytest.raises(UserError, match="not a moe2dense report"):
+        read_report(tmp_path)
+    (tmp_path / "report.json").write_text(json.dumps(report | {"schema": 99}))
+    with pytest.raises(UserError, match="schema 99"):
+        read_report(tmp_path)
+
+
+def real_scores():
+    def model(seed):
+        torch.manual_seed(seed)
+        sizes = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2)
+        return LlamaForCausalLM(LlamaConfig(vocab_size=40, initializer_range=0.4, **sizes)).eval()
+
+    blocks = Blocks(torch.randint(0, 40, (6, 12)), ["a", "b", "a", "b", "a", "b"])
+    ref = reference(model(0), blocks)
+    return {"teacher": evaluate(ref, ref), "student": evaluate(model(1), ref), "control": evaluate(model(2), ref)}
+
+
+def test_assemble_turns_a_run_into_json_with_a_page():
+    rows = real_scores()
+    plan = {
+        "teacher": "t", "checkpoint_bytes": 1000, "tokens": 5000, "walk_tokens": 500, "warnings": [],
+        "shape": {"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 40, "num_experts": 4, "top_k": 2,
+                  "expert_width": 12, "shared_width": 0, "parameters": 8000, "active_parameters": 4000},
+        "flops": {"teacher": 1.0, "walk": 2.0, "student": 3.0, "from_scratch": 60.0},
+    }  # fmt: skip
+    report = assemble(
+        config=RunConfig(model="t", to="2k"), plan=plan, student={"parameters": 2000, "width": 24, "method": "walk"}, rows=rows,
+        ood={"student": rows["student"]}, command=["moe2dense", "convert", "a b"], allow_loss=["b"],
+        history=[{"step": 1, "tokens": 100, "loss": float("nan")}],
+    )  # fmt: skip
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+    assert (
+        report["cost"]["parameters_ratio"] == 0.25
+        and report["cost"]["active_ratio"] == 0.5
+        and report["cost"]["scratch_ratio"] == 0.1
+    )
+    assert report["run"]["command"] == "moe2dense convert 'a b'" and report["history"][0]["loss"] is None
+    a, c = rows["student"].by_domain["a"]["kl"], rows["control"].by_domain["a"]["kl"]
+    assert report["retention"]["kept"]["value"] == pytest.approx(1 - a / c)
+    assert report["retention"]["overall"]["value"] == pytest.approx(1 - rows["student"].kl / rows["control"].kl)
+    shown = "".join(Page(render(report)).text)
+    assert "may be lost" in shown and number(float(rows["student"].kl)) in shown
+    with pytest.raises(UserError, match="student"):
+        assemble(config=RunConfig(), plan={}, student={}, rows={"teacher": rows["teacher"]})
+
+
+@pytest.mark.parametrize("width", [60, 80, 140])
+def test_terminal_form_fits_and_names_what_matters(made_up_report, width):
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_report(made_up_report(30, 100), console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    for expected in ("student", "control", "0.106", "encyclopedia", "Few calibration tokens"):
+        assert expected in text
+    assert bars([0.0, 0.5, 1.0, None]) == "▁▅█·" and len(bars([0.5] * 300)) <= 64
+
+
+def test_compare_shows_what_changed(made_up_report):
+    a, b = made_up_report(2, 4), made_up_report(2, 4)
+    b["rows"]["student"]["kl"] = {"value": 0.08, "low": 0.075, "high": 0.085}
+    b["run"]["config"]["train"]["lr"] = 5e-4
+    b["transfer"]["layers"][1]["metrics"]["coverage"][2] = 0.111
+    found = compare(a, b)
+    assert found["settings"] == {"train.lr": [1e-3, 5e-4]} and found["same_text"]
+    assert found["quality"]["kl"]["apart"] and found["quality"]["kl"]["difference"] == pytest.approx(-0.026)
+    assert not found["quality"]["nll"]["apart"]
+    assert (found["experts"][0]["layer"], found["experts"][0]["expert"]) == (1, 2)
+    console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_comparison(found, console)
+    assert "-0.026 *" in console.export_text()
+    with pytest.raises(UserError, match="different teachers"):
+        compare(a, made_up_report(2, 5))
+
+
+def test_scales_and_ticks_hold_what_they_show():
+    for values in ([0.11, 5.6], [0.098, 0.105], [3, 30000], [1e-5, 2e-5]):
+        scale = scale_of(values, log=True)
+        assert len(scale.ticks()) >= 2 and all(0 <= scale(t) <= 100 for t in scale.ticks())
+        assert all(0 < scale(v) < 100 for v in values)
+    assert scale_of([0.2, 0.9]).low == 0 and Scale(0, 10)(5) == 50
+    assert scale_of([0.2, 0.9]).ticks()[0] == 0 and scale_of([]).ticks()
+    assert [number(x) for x in (0.0, 0.10612, 41.53, 12345.6, None, float("nan"))] == [
+        "0",
+        "0.106",
+        "41.5",
+        "12 346",
+        "–",
+        "–",
+    ]
+    assert [ramp_step(x, 0, 1) for x in (-0.1, 0, 0.05, 0.95, 1, 2, None)] == [0, 0, 0, 9, 9, 9, None]
