@@ -27,7 +27,7 @@ HOSTS = {
         "block_auto_adjust_ff_dim": False, "tie_word_embeddings": True,
         "layer_types": ["conv", "full_attention", "conv"],
     },
-    "cohere2": {"logit_scale": 0.3, "tie_word_embeddings": True, "sliding_window": 8, "use_qk_norm": False},
+    "cohere2": {"logit_scale": 0.3, "tie_word_embeddings": True, "sliding_window": 8, "num_hidden_layers": 5},
     "youtu": {
         "num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 6,
         "v_head_dim": 6, "pad_token_id": None,

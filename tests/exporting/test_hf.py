@@ -180,7 +180,7 @@ def test_a_module_that_no_longer_matches_its_config_is_caught(tmp_path):
 
 def test_a_host_class_that_changes_weights_while_loading_is_caught(tmp_path):
     # Youtu's initialisation zeroes the padding row of the embedding even after loading it.
-    with pytest.raises(verify.VerificationError, match="model.embed_tokens.weight differs"):
+    with pytest.raises(verify.VerificationError, match=r"model\.embed_tokens\.weight differs"):
         export(tiny("youtu", pad_token_id=2), tmp_path / "m")
 
 
