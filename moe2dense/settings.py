@@ -19,7 +19,12 @@ def config_table(config: Any) -> dict[str, Any]:
 
 def write_config(config: RunConfig) -> str:
     """The resolved config as TOML text."""
-    return tomlkit.dumps(config_table(config))
+    return write_config_table(config_table(config))
+
+
+def write_config_table(table: dict[str, Any]) -> str:
+    """Nested plain values as TOML text."""
+    return tomlkit.dumps(table)
 
 
 def read_toml(path: str | Path, argument: str = "--config") -> dict[str, Any]:

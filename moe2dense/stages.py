@@ -1,7 +1,6 @@
 """The stages of a conversion. Each reads its result back from the run folder when the run already has it."""
 
 import contextlib
-import dataclasses
 import shlex
 import sys
 import time
@@ -90,7 +89,11 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: Any) -> Text:
     held = data.eval_blocks * block
     own = _split_of(data.valid, "valid") if data.valid else "valid"
     valid = load_blocks(data.valid or source, tokenizer, block, own, tokens=held, **options)
-    ood = load_blocks(data.ood, tokenizer, block, _split_of(data.ood, "ood"), tokens=held, **options) if data.ood else None
+    ood = (
+        load_blocks(data.ood, tokenizer, block, _split_of(data.ood, "ood"), tokens=held, **options)
+        if data.ood
+        else None
+    )
     return Text(train, valid, ood, train[: max(1, plan.walk_tokens // block)])
 
 
@@ -145,9 +148,21 @@ def score(job: Job, student: Any) -> dict[str, "Scores"]:
     """A student's numbers on the held-out and, where given, the out-of-distribution text."""
     from moe2dense.evaluation import evaluate
 
-    texts = ["valid"] if job.text.ood is None else ["valid", "ood"]
     counts, seed = token_counts(job), job.settings.seed
-    return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in texts}
+    return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in _texts(job)}
+
+
+def _texts(job: Job) -> list[str]:
+    return ["valid"] if job.text.ood is None else ["valid", "ood"]
+
+
+def score_teacher(job: Job) -> dict[str, "Scores"]:
+    """The teacher's own row: its likelihood of the text; everything relative to itself is zero."""
+    from moe2dense.evaluation import evaluate
+
+    counts, seed = token_counts(job), job.settings.seed
+    truths = {t: reference_for(job, t) for t in _texts(job)}
+    return {t: evaluate(truth, truth, token_counts=counts, seed=seed) for t, truth in truths.items()}
 
 
 def train(job: Job, student: "Student", row: str = "student") -> "Student":
@@ -259,3 +274,38 @@ def command_line() -> str:
         if Path(sys.argv[0]).stem in ("moe2dense", "__main__")
         else "moe2dense.convert(...)"
     )
+
+
+def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
+    """The deployable checkpoint, written whole and checked; a quantised one is judged on the held-out text too."""
+    from moe2dense.evaluation import evaluate
+    from moe2dense.exporting import export
+    from moe2dense.exporting.info import card_info
+
+    options, folder = job.settings.export, job.run.folder / "model"
+    if job.run.finished("export"):
+        return folder
+    with job.timed("export") as entry:
+        done = export(
+            student,
+            folder,
+            tokenizer=str(job.teacher.path),
+            info=card_info(report),
+            dtype=options.dtype,
+            format=options.format,
+            quantize=options.quantize or None,
+            shard_size=options.shard_size,
+            text=job.text.train.input_ids[:64] if options.quantize else None,
+            score=lambda model: evaluate(model, reference_for(job, "valid"), seed=job.settings.seed).to_dict(),
+            overwrite=True,
+        )
+        entry |= {"files": done.files, "checked": done.checked, "quantized": done.quantized}
+    return folder
+
+
+def show_result(folder: Path, console: Any) -> None:
+    """The measured table and where everything is."""
+    from moe2dense.reporting import print_report, read_report
+
+    print_report(read_report(folder), console)
+    console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}", highlight=False)
