@@ -40,7 +40,7 @@ class TeacherCard:
     moe_block: str = "mlp"  # path of the MoE block in a decoder layer
     router: str = "gate"  # paths within the block
     experts: str = "experts"
-    shared: str = ""  # dense FFN of the block that every token passes; "" where there is none
+    shared: str = ""  # dense FFN that every token passes: path in the block, else in the layer; "" where there is none
     shared_gate: str = ""  # sigmoid gate on the shared FFN's output
     mixers: tuple[str, ...] = ("self_attn",)  # children of a decoder layer that mix tokens
     dispatch: str = "routed"  # routed: experts(x, index, weights); stacked: experts(every expert's scaled input)
@@ -114,11 +114,16 @@ def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
     return cls(**values)
 
 
+def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a checkpoint's config says "null" where config.json does."""
+    return {**row, "config": {k: None if v == "null" else v for k, v in row.get("config", {}).items()}}
+
+
 def read_teacher_card(path: str | Path) -> TeacherCard:
     """A teacher card from a TOML file. Raises UserError naming the file and the key that is wrong."""
     path = Path(path)
     table = _read(path)
-    rows = [_build(Checkpoint, row, path) for row in table.pop("checkpoints", [])]
+    rows = [_build(Checkpoint, _with_nulls(row), path) for row in table.pop("checkpoints", [])]
     return _build(TeacherCard, {**table, "checkpoints": tuple(rows)}, path)
 
 

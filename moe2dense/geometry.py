@@ -50,7 +50,9 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
     model = empty_model(config)
     moe, shared, dense, per_expert = [], 0, 0, 0
     experts_total = getattr(config, card.num_experts)
-    for index, layer in enumerate(model.get_decoder().layers):
+    decoder = model.get_decoder()
+    decoder = decoder if hasattr(decoder, "layers") else decoder.model  # llama4's language model names itself
+    for index, layer in enumerate(decoder.layers):
         try:
             experts = layer.get_submodule(f"{card.moe_block}.{card.experts}")
         except AttributeError:
@@ -59,9 +61,12 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
         moe.append(index)
         per_expert = sum(p.numel() for p in experts.parameters()) // experts_total
         if card.shared:
-            shared = _width(layer.get_submodule(f"{card.moe_block}.{card.shared}"))
+            block = layer.get_submodule(card.moe_block)
+            holder = block if hasattr(block, card.shared.split(".")[0]) else layer
+            shared = _width(holder.get_submodule(card.shared))
     total = count_parameters(model)
     top_k = getattr(config, card.top_k)
+    top_k = top_k[0] if isinstance(top_k, (list, tuple)) else top_k  # hunyuan lists one for each layer
     return Geometry(
         model_type=config.model_type,
         num_hidden_layers=config.num_hidden_layers,

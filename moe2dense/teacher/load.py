@@ -236,19 +236,27 @@ def masks(
     for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
         if value is not None and value.shape != ids.shape:
             raise UserError(f"{name} must have input_ids' shape {list(ids.shape)}; found {list(value.shape)}")
-    if document_ids is None:
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if document_ids is None or _one_document(document_ids, real):
         return (None if attention_mask is None else attention_mask.long()), None
     documents = document_ids.clone()
-    if attention_mask is not None:
-        documents[~attention_mask.bool()] = documents.min() - 1  # padding becomes a document of its own
+    documents[~real] = documents.min() - 1  # padding becomes a document of its own
     begins = torch.ones_like(documents, dtype=torch.bool)
     begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    if teacher.card is not None and not teacher.card.packing and bool(begins[:, 1:].any()):
+    if teacher.card is not None and not teacher.card.packing:
         raise UserError(
             f"document_ids: {teacher.card.title} carries state across document borders; give one document per block"
         )
     at = torch.arange(ids.shape[1]).expand_as(documents)
     return None, at - torch.where(begins, at, 0).cummax(1).values
+
+
+def _one_document(documents: Tensor, real: Tensor) -> bool:
+    """Whether no block [N, S] holds real tokens of two documents."""
+    big = documents.max() + 1
+    low = torch.where(real, documents, big).amin(1)
+    high = torch.where(real, documents, documents.min() - 1).amax(1)
+    return bool((low >= high).all())
 
 
 def _language_prefix(checkpoint: Checkpoint) -> str:

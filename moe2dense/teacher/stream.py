@@ -115,6 +115,8 @@ class Stream:
         mask = None if self.mask is None else self.mask[rows].to(device)
         positions = None if self.positions is None else self.positions[rows].to(device)
         adapter.run_body(self.teacher.body, embeddings, mask, positions, note)
+        if positions is not None:
+            _keep_documents_apart(calls, positions)
         return calls, first[0]
 
     @torch.no_grad()
@@ -263,3 +265,23 @@ class Stream:
             return (first, *[None] * (arity - 1)) if arity else first
 
         return call
+
+
+def _keep_documents_apart(calls: list[dict[str, Any]], positions: Tensor) -> None:
+    """Close the masks across documents, which start at position 0: not every family's own masks do. [n, 1, S, S]"""
+    documents = (positions == 0).cumsum(1)
+    same = (documents[:, :, None] == documents[:, None, :])[:, None]
+    length = positions.shape[1]
+    causal = (
+        torch.ones(length, length, dtype=torch.bool, device=positions.device).tril().expand(len(positions), 1, -1, -1)
+    )
+    made: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: layers share masks
+    for arguments in calls:
+        mask = arguments.get("attention_mask", causal)
+        if mask is not None and mask.ndim != 4:
+            continue
+        mask = causal if mask is None else mask
+        if id(mask) not in made:
+            lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+            made[id(mask)] = (mask, mask.masked_fill(~same, lowest))
+        arguments["attention_mask"] = made[id(mask)][1]

@@ -1,0 +1,109 @@
+"""Tiny random models of every family, with awkward sizes, saved in their hub layout."""
+
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+# Odd expert counts and widths wherever the family allows them; layers differ where the family has several kinds.
+BASE = {
+    "vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MLA = {
+    "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
+    "v_head_dim": 5, "head_dim": 4,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+FAMILIES: dict[str, dict] = {
+    "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "sliding_window": 9},
+    "qwen2_moe": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 17,
+        "intermediate_size": 19, "mlp_only_layers": [1], "norm_topk_prob": False, "qkv_bias": True,
+    },
+    "qwen3_moe": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "intermediate_size": 19, "head_dim": 8,
+        "norm_topk_prob": True, "mlp_only_layers": [0], "tie_word_embeddings": True, "rope_parameters": YARN,
+    },
+    "olmoe": {"num_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 11, "clip_qkv": 0.5},
+    "flex_olmo": {"num_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 11},
+    "deepseek_v2": {
+        **MLA, "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", "n_group": 3,
+        "topk_group": 2, "routed_scaling_factor": 16.0,
+    },
+    "deepseek_v3": {
+        **MLA, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2,
+        "routed_scaling_factor": 2.5, "norm_topk_prob": True, "q_lora_rank": None,
+    },
+    "gpt_oss": {
+        "num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 12, "head_dim": 8, "sliding_window": 7,
+        "rope_parameters": {**YARN, "truncate": False},
+    },
+    "phimoe": {
+        "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "attention_bias": True,
+        "lm_head_bias": True,
+    },
+    "granitemoe": {
+        "num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 13, "tie_word_embeddings": True,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    },
+    "granitemoeshared": {
+        "num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 13, "shared_intermediate_size": 9,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+    },
+    "glm4_moe": {
+        "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "head_dim": 8,
+        "routed_scaling_factor": 1.7, "norm_topk_prob": True, "use_qk_norm": True, "attention_bias": True,
+    },
+    "llama4_text": {
+        "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "intermediate_size_mlp": 19,
+        "interleave_moe_layer_step": 2, "head_dim": 8, "num_hidden_layers": 4, "attention_chunk_size": 16,
+    },
+    "ernie4_5_moe": {
+        "moe_num_experts": 7, "moe_k": 3, "moe_intermediate_size": 11, "moe_num_shared_experts": 2,
+        "intermediate_size": 19, "moe_layer_start_index": 1, "moe_layer_end_index": 2, "tie_word_embeddings": True,
+    },
+    "hunyuan_v1_moe": {
+        "num_experts": 5, "moe_topk": [2, 3, 2], "intermediate_size": 13, "head_dim": 8, "tie_word_embeddings": True,
+    },
+    "dots1": {
+        "n_routed_experts": 7, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "norm_topk_prob": True, "routed_scaling_factor": 2.5,
+        "head_dim": 8,
+    },
+    "lfm2_moe": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "intermediate_size": 19,
+        "num_dense_layers": 1, "layer_types": ["conv", "full_attention", "conv"], "tie_word_embeddings": True,
+    },
+    "minimax_m2": {
+        "num_local_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 11, "head_dim": 8, "rotary_dim": 4,
+    },
+    "qwen3_next": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 9,
+        "intermediate_size": 19, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 4, "norm_topk_prob": True,
+    },
+}  # fmt: skip
+
+
+def make(model_type: str, folder: Path, seed: int = 0, **changes):
+    """A random model of the family, saved in `folder` as the hub has it, and returned as the reference (fp32, eager experts)."""
+    torch.manual_seed(seed)
+    config = AutoConfig.for_model(model_type, **{**BASE, **FAMILIES.get(model_type, {}), **changes})
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    for name, value in model.state_dict().items():  # biases and corrections too: zeros would hide what is left out
+        if value.is_floating_point():
+            value.normal_(0.0, 0.1 if "bias" in name or "norm" in name else 0.3)
+            if "norm" in name and "bias" not in name:
+                value.add_(1.0)
+    model.save_pretrained(folder)
+    model.set_experts_implementation("eager")
+    return model.eval().requires_grad_(False)
+
+
+def blocks(model, n: int = 4, s: int = 23, seed: int = 0) -> torch.Tensor:
+    """Random ids without the padding token."""
+    return torch.randint(3, model.config.vocab_size, (n, s), generator=torch.Generator().manual_seed(seed))
