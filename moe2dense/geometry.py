@@ -1,7 +1,7 @@
 """A model's shape in numbers, read from its config on the meta device: no weights are touched."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from moe2dense.cards import TeacherCard
 
@@ -50,7 +50,7 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
     model = empty_model(config)
     moe, shared, dense, per_expert = [], 0, 0, 0
     experts_total = getattr(config, card.num_experts)
-    decoder = model.get_decoder()
+    decoder: Any = model.get_decoder()
     decoder = decoder if hasattr(decoder, "layers") else decoder.model  # llama4's language model names itself
     for index, layer in enumerate(decoder.layers):
         try:
