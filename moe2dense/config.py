@@ -37,9 +37,19 @@ class WalkConfig:
     max_tokens: int = 200_000
     min_tokens: int = 49_152
     ridge: float = 1e-3  # of the Gram matrix's mean diagonal
-    local_steps: int = 300
+    local_steps: int = 1200  # of the fit of a layer's FFN
     local_lr: float = 2e-3
-    local_batch: int = 2048
+    local_batch: int = 512  # tokens
+    layer_steps: int = 200  # of the fit of a whole layer, attention and norms too
+    layer_lr: float = 1e-3
+    layer_batch: int = 2048  # tokens
+    polish_epochs: float = 4.0  # passes of the end-to-end fit over the walk's own tokens
+    polish_lr: float = 1e-3
+    polish_batch: int = 2048  # tokens
+    hold_out: float = 0.06  # share of the walk's blocks kept back to choose the best step of every fit
+    gram_tokens: int = 16_384  # tokens of the Gram matrix for choosing neurons; 0 = all
+    score: str = "acp"  # of whole experts: frequency | cp | acp | do-acp | reap
+    scale: str = "1/K"  # of concatenated experts: 1/K | alpha
 
 
 @dataclass(frozen=True)
@@ -61,7 +71,11 @@ class TrainConfig:
     target_format: str = "hidden"  # hidden | sampled | topk | full
     save_every: int = 50  # steps
     eval_every: int = 50
+    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
+    temperature_schedule: str = ""
     lora: int = 0  # rank; 0 = full training
+    dora: bool = False  # adapters of direction and magnitude (DoRA)
     report_to: str = "none"
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,26 @@ def silu_glu(gate: Tensor, up: Tensor) -> Tensor:
 class GatedFFN(Protocol):
     """A gated FFN in plain orientation: an expert of a teacher or a dense FFN of a student."""
 
-    gate: Tensor  # [F, H]
-    up: Tensor  # [F, H]
-    down: Tensor  # [H, F]
+    @property
+    def gate(self) -> Tensor: ...  # [F, H]
+    @property
+    def up(self) -> Tensor: ...  # [F, H]
+    @property
+    def down(self) -> Tensor: ...  # [H, F]
+
     gate_bias: Tensor | None  # [F]
     up_bias: Tensor | None  # [F]
     down_bias: Tensor | None  # [H]
 
     def hidden(self, x: Tensor) -> Tensor: ...
     def __call__(self, x: Tensor) -> Tensor: ...
+
+
+class Experts(Protocol):
+    """The routed experts of a layer, read on demand: a list, or what a teacher streams."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, expert: int, /) -> Any: ...
 
 
 @dataclass

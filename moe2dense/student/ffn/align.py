@@ -1,13 +1,11 @@
 """`aligned-average`: permute each expert's neurons onto a reference expert's before averaging."""
 
-from collections.abc import Sequence
-
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe2dense.student.ffn.average import average
-from moe2dense.student.types import DenseFFN, GatedFFN, dense
+from moe2dense.student.types import DenseFFN, Experts, GatedFFN, dense
 
 
 def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:
@@ -26,7 +24,7 @@ def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:
     return torch.as_tensor(columns)
 
 
-def aligned_average(experts: Sequence[GatedFFN], alpha: Tensor, weighted: bool = True) -> DenseFFN:
+def aligned_average(experts: Experts, alpha: Tensor, weighted: bool = True) -> DenseFFN:
     """The mean of the experts after their neurons are matched to those of the most used one (MC-SMoE, arXiv 2310.01334)."""
     reference = experts[int(alpha.argmax())]
     aligned = [dense(experts[e], rows=neuron_match(experts[e], reference)) for e in range(len(alpha))]

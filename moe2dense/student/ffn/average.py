@@ -1,11 +1,9 @@
 """`average` and `weighted-average`: the mean of the experts' weights."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, GatedFFN, gating_of
+from moe2dense.student.types import DenseFFN, Experts, gating_of
 
 
 def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:
@@ -14,7 +12,7 @@ def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:
     return torch.stack([t * s.to(t) for t, s in zip(tensors, shares, strict=True) if t is not None]).sum(0)
 
 
-def average(experts: Sequence[GatedFFN], alpha: Tensor, weighted: bool = False) -> DenseFFN:
+def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN:
     """One FFN of an expert's width whose weights are the mean of the experts' (Xue et al., OneS, arXiv 2201.10890).
 
     `alpha` [E] is the mean routing weight of each expert over all tokens. The mean is uniform or in proportion to alpha; the

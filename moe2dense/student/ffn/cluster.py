@@ -1,13 +1,11 @@
 """`cluster`: merge experts that answer alike, then put the merged ones side by side."""
 
-from collections.abc import Sequence
-
 import torch
 from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from moe2dense.student.ffn.align import aligned_average
-from moe2dense.student.types import DenseFFN, GatedFFN, concatenate
+from moe2dense.student.types import DenseFFN, Experts, concatenate
 
 
 def groups(mean_output: Tensor, count: int) -> list[Tensor]:
@@ -23,9 +21,7 @@ def groups(mean_output: Tensor, count: int) -> list[Tensor]:
     return [torch.nonzero(labels == label).flatten() for label in labels.unique()]
 
 
-def cluster(
-    experts: Sequence[GatedFFN], alpha: Tensor, mean_output: Tensor, count: int
-) -> tuple[DenseFFN, list[Tensor]]:
+def cluster(experts: Experts, alpha: Tensor, mean_output: Tensor, count: int) -> tuple[DenseFFN, list[Tensor]]:
     """`count` merged experts side by side, and which experts went into each.
 
     Within a group neurons are aligned and averaged in proportion to alpha [E]; the merged expert carries the group's summed alpha.

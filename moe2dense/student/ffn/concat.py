@@ -1,11 +1,9 @@
 """`concat`: keep the best experts whole, side by side."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, GatedFFN, concatenate, dense
+from moe2dense.student.types import DenseFFN, Experts, concatenate, dense
 
 SCALES = ("1/K", "alpha")
 
@@ -21,7 +19,7 @@ def scales(alpha: Tensor, keep: Tensor, scale: str) -> Tensor:
     return alpha[keep] * (alpha.sum() / alpha[keep].sum().clamp_min(1e-30))
 
 
-def concat(experts: Sequence[GatedFFN], alpha: Tensor, keep: Tensor, scale: str = "1/K") -> DenseFFN:
+def concat(experts: Experts, alpha: Tensor, keep: Tensor, scale: str = "1/K") -> DenseFFN:
     """The experts `keep` [K] as one FFN of K times their width, each output scaled (see `scales`); alpha [E]."""
     factors = scales(alpha, keep, scale)
     return concatenate([dense(experts[e], float(f)) for e, f in zip(keep.tolist(), factors, strict=True)])

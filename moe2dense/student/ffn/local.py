@@ -39,6 +39,7 @@ def fit(
     weight_decay: float = 0.0,
     checks: int = 6,
     clip: float = 0.0,
+    warmup: float = 0.0,
 ) -> Fit:
     """Adam on `parameters` (cosine to zero), keeping the values with the lowest held-out loss: never worse than the start.
 
@@ -55,7 +56,7 @@ def fit(
     every = max(1, steps // checks)
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps)
+            group["lr"] = lr * cosine(step, steps, warmup)
         if len(order) < min(batch, rows):
             order = torch.cat([order, torch.randperm(rows, generator=generator)])
         index, order = order[:batch], order[batch:]

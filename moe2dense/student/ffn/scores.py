@@ -1,28 +1,12 @@
 """Scores of whole experts: which to keep when only some fit."""
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
+from moe2dense.errors import UserError
+from moe2dense.teacher.capture import LayerStats
+
 SCORES = ("frequency", "cp", "acp", "do-acp", "reap")
-
-
-@dataclass
-class ExpertStats:
-    """What a layer's routing says about its experts, over T tokens."""
-
-    load: Tensor  # [E] share of the tokens routed to the expert
-    probability: Tensor  # [E] sum over tokens of the router's probability before top-k
-    weight: Tensor  # [E] sum over tokens of the routing weight w_te
-    output_norm: Tensor  # [E] mean over the expert's tokens of w_te |f_e(x)|
-    mean_output: Tensor  # [E, H] mean of f_e over the tokens routed to e
-    tokens: int
-
-    @property
-    def alpha(self) -> Tensor:
-        """[E] mean routing weight over all tokens: the honest magnitude of an expert in a dense block."""
-        return self.weight / max(self.tokens, 1)
 
 
 def diverse(quality: Tensor, features: Tensor, count: int) -> Tensor:
@@ -41,19 +25,19 @@ def diverse(quality: Tensor, features: Tensor, count: int) -> Tensor:
     return torch.tensor(chosen, device=quality.device)
 
 
-def best_experts(stats: ExpertStats, count: int, score: str = "acp") -> Tensor:
+def best_experts(stats: LayerStats, count: int, score: str = "acp", probability: Tensor | None = None) -> Tensor:
     """Indices [count], ascending, of the experts to keep.
 
-    frequency: tokens routed; cp, acp: router probability accumulated over all tokens, or routing weight over the expert's own; do-acp: acp made diverse
-    by a D-optimal choice over mean outputs (our reading of the scores of Kim et al., arXiv 2605.28207); reap: mean of w |f(x)| over the
-    expert's tokens (Lasby et al., arXiv 2510.13999).
+    frequency: tokens routed; cp, acp: router probability accumulated over all tokens (`probability` [E]), or routing weight over the expert's
+    own; do-acp: acp made diverse by a D-optimal choice over mean outputs (our reading of the scores of Kim et al., arXiv 2605.28207); reap: mean of
+    w |f(x)| over the expert's tokens (Lasby et al., arXiv 2510.13999). Raises UserError on another score.
     """
+    if score not in SCORES:
+        raise UserError(f"walk.score is {score!r}; choose one of {', '.join(SCORES)}")
     if score == "do-acp":
         return diverse(stats.weight, stats.mean_output, count).sort().values
-    values = {
-        "frequency": stats.load,
-        "cp": stats.probability,
-        "acp": stats.weight,
-        "reap": stats.output_norm,
-    }[score]
+    if score == "cp" and probability is not None:
+        values = probability
+    else:
+        values = {"frequency": stats.count, "reap": stats.reap}.get(score, stats.weight)
     return values.topk(count).indices.sort().values

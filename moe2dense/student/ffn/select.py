@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, GatedFFN, concatenate, dense
+from moe2dense.student.types import DenseFFN, Experts, concatenate, dense
 
 
 def neuron_energy(hidden: Tensor, weights: Tensor) -> Tensor:
@@ -28,7 +28,7 @@ def best_neurons(scores: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
     return best // width, best % width
 
 
-def gather(experts: Sequence[GatedFFN], expert: Tensor, neuron: Tensor, scale: Tensor) -> DenseFFN:
+def gather(experts: Experts, expert: Tensor, neuron: Tensor, scale: Tensor) -> DenseFFN:
     """The neurons (expert[i], neuron[i]) side by side, those of expert e scaled by scale[e]; each expert is read once.
 
     `expert` must be ascending, so that the result keeps its order. An expert's output bias comes along, scaled, whether or

@@ -1,11 +1,9 @@
 """`svd`: gather the experts through truncated singular value decompositions."""
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, GatedFFN, gating_of
+from moe2dense.student.types import DenseFFN, Experts, gating_of
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
@@ -14,7 +12,7 @@ def truncate(matrix: Tensor, rank: int) -> Tensor:
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
-def svd_gather(experts: Sequence[GatedFFN], alpha: Tensor, rank: int | None = None) -> DenseFFN:
+def svd_gather(experts: Experts, alpha: Tensor, rank: int | None = None) -> DenseFFN:
     """One FFN of an expert's width: the sum of the experts' matrices, each cut to its leading `rank` directions.
 
     SVD knowledge gathering of OneS (Xue et al., arXiv 2201.10890); by default the ranks of all experts add up to a full

@@ -7,14 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe2dense.errors import UserError
 from moe2dense.student.ffn.align import aligned_average, neuron_match
 from moe2dense.student.ffn.average import average
 from moe2dense.student.ffn.cluster import cluster, groups
 from moe2dense.student.ffn.concat import concat, scales
 from moe2dense.student.ffn.randomized import pad, random_ffn
-from moe2dense.student.ffn.scores import ExpertStats, best_experts, diverse
+from moe2dense.student.ffn.scores import best_experts, diverse
 from moe2dense.student.ffn.svd import svd_gather, truncate
 from moe2dense.student.types import DenseFFN, dense
+from moe2dense.teacher.capture import LayerStats
 
 H, F, E, T = 7, 5, 4, 33
 
@@ -125,17 +127,18 @@ def test_clusters_find_the_groups_and_merge_them_exactly(draws):
 
 
 def test_scores_pick_what_they_say():
-    stats = ExpertStats(
-        load=torch.tensor([4.0, 3, 2, 1]),
-        probability=torch.tensor([1.0, 4, 3, 2]),
-        weight=torch.tensor([1.0, 2, 4, 3]),
-        output_norm=torch.tensor([3.0, 1, 2, 4]),
-        mean_output=torch.eye(4),
-        tokens=10,
-    )
-    picks = {score: best_experts(stats, 2, score).tolist() for score in ("frequency", "cp", "acp", "reap")}
-    assert picks == {"frequency": [0, 1], "cp": [1, 2], "acp": [2, 3], "reap": [0, 3]}
-    torch.testing.assert_close(stats.alpha, stats.weight / 10)
+    stats = LayerStats.zeros(4, 4)
+    stats.tokens += 10
+    stats.count += torch.tensor([4, 3, 2, 1])
+    stats.weight += torch.tensor([1.0, 2, 4, 3])
+    stats.weighted_norm += torch.tensor([12.0, 3, 4, 4])  # over count: 3, 1, 2, 4
+    stats.output += torch.eye(4) * stats.count
+    probability = torch.tensor([1.0, 4, 3, 2])
+    picks = {s: best_experts(stats, 2, s, probability).tolist() for s in ("frequency", "cp", "acp", "reap", "do-acp")}
+    want = {"frequency": [0, 1], "cp": [1, 2], "acp": [2, 3], "reap": [0, 3], "do-acp": [2, 3]}
+    assert picks == want
+    with pytest.raises(UserError, match="score"):
+        best_experts(stats, 2, "best")
 
 
 def test_diverse_choice_is_the_greedy_log_determinant(draws):

@@ -1,0 +1,86 @@
+"""The student's tensors: an empty host, what is copied from the teacher, and FFNs put in their place."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from moe2dense.cards import StudentCard
+from moe2dense.errors import UserError
+from moe2dense.student.host import tensor_map
+from moe2dense.student.target import Target
+from moe2dense.student.types import DenseFFN
+from moe2dense.teacher import adapter
+from moe2dense.teacher.layers import assign
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moe2dense.teacher.load import Teacher
+
+
+def empty_student(target: Target) -> "PreTrainedModel":
+    """The host without storage, its rotary tables real."""
+    return adapter.build_skeleton(target.config, torch.float32)
+
+
+def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher") -> None:
+    """Fill everything outside the FFNs from the teacher. Raises UserError for a tensor of either side that has no counterpart."""
+    sources = tensor_map(target.card, model, set(teacher.shapes))
+    for name, source in sources.items():
+        value = teacher.tensor(source).to("cpu", torch.float32)
+        want = model.get_parameter(name).shape
+        if value.shape != want:
+            raise UserError(
+                f"the student's tensor {name!r} has shape {list(want)} and its source {source!r} {list(value.shape)}; "
+                f"correct the student card {target.card.name!r}"
+            )
+        assign(model, name, value.clone())
+    model.tie_weights()
+    check_teacher_used(set(sources.values()), target, teacher)
+
+
+def check_teacher_used(used: set[str], target: Target, teacher: "Teacher") -> None:
+    """Raises UserError when the teacher has a tensor outside its FFNs that the host has no place for."""
+    card = teacher.card
+    assert card is not None
+    tied = set(adapter.tied_names(teacher.model))
+    ffns = tuple(
+        f"{teacher.layers_prefix}{i}.{path}."
+        for i in range(len(teacher.body.layers))
+        for path in {card.moe_block, target.card.ffn, *([card.shared] if card.shared else [])}
+    )
+    for name in teacher.shapes:
+        if name not in used and name not in tied and not name.startswith(ffns):
+            raise UserError(
+                f"the teacher's tensor {name!r} has no place in the host {target.card.name!r}; choose another host for this family"
+            )
+
+
+def _linear(ffn: nn.Module, path: str) -> Any:
+    return ffn.get_submodule(path)
+
+
+def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
+    """Make `ffn` the weights of a host's FFN module. Raises UserError when one has biases and the other none, or sizes differ."""
+    for path, weight, bias in (
+        (card.gate, ffn.gate, ffn.gate_bias),
+        (card.up, ffn.up, ffn.up_bias),
+        (card.down, ffn.down, ffn.down_bias),
+    ):
+        linear = _linear(module, path)
+        if linear.weight.shape != weight.shape:
+            raise UserError(
+                f"the host's {path} has shape {list(linear.weight.shape)}, the FFN that was built {list(weight.shape)}"
+            )
+        if bias is not None and linear.bias is None:
+            raise UserError(
+                f"the experts have biases and the host {card.name!r} has none in {path}; choose another host"
+            )
+        _set(linear, "weight", weight)
+        if linear.bias is not None:
+            _set(linear, "bias", torch.zeros(len(linear.bias)) if bias is None else bias)
+
+
+def _set(module: nn.Module, name: str, value: Tensor) -> None:
+    assign(module, name, value.detach().to("cpu", torch.float32).contiguous().clone())

@@ -1,0 +1,97 @@
+"""`polish`: a short end-to-end fit of the built student to the teacher's distributions on the walk's own tokens.
+
+The walk ends with the teacher's final hidden states of these tokens, so it reads nothing new from the teacher.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.losses.distillation import distillation_loss
+from moe2dense.losses.head import Head, model_head
+from moe2dense.losses.rows import HiddenRows
+from moe2dense.student.carry import Carrier
+from moe2dense.student.ffn.local import fit
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from moe2dense.student.build import Progress, Walk
+    from moe2dense.teacher.load import Teacher
+
+
+def kl_of(
+    model: "PreTrainedModel",
+    carrier: Carrier,
+    head: Head,
+    teacher_head: Any,
+    targets: Tensor,
+    pick: Tensor,
+    real: Tensor,
+) -> Tensor:
+    """Mean KL(teacher || student) in nats per real token of the blocks `pick`; targets [N, S, H] are the teacher's final hidden states."""
+    mask, positions = (None if t is None else t[pick] for t in (carrier.mask, carrier.positions))
+    hidden = carrier.body(
+        input_ids=carrier.ids[pick], attention_mask=mask, position_ids=positions, use_cache=False
+    ).last_hidden_state
+    rows = HiddenRows(targets[pick].reshape(-1, targets.shape[-1]).float(), teacher_head)
+    return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=real[pick].reshape(-1)).total
+
+
+def polish(
+    model: "PreTrainedModel",
+    teacher: "Teacher",
+    carrier: Carrier,
+    targets: Tensor,
+    state: "Walk",
+    progress: "Progress | None" = None,
+) -> dict[str, Any]:
+    """Train all weights with forward KL for `polish_epochs` over the walk's blocks; the best values on held-out blocks are kept.
+
+    Returns the record of what it did: held-out KL before and after, the step kept, seconds.
+    """
+    begun, config = time.monotonic(), state.config
+    rows = torch.nonzero(~state.held).flatten()
+    kept_back = torch.nonzero(state.held).flatten()
+    if len(kept_back) == 0 or len(rows) == 0:
+        return {"polish_best_step": 0}
+    real = state.real.view(carrier.ids.shape)
+    model.tie_weights()
+    head, batch = model_head(model), max(1, config.polish_batch // carrier.ids.shape[1])
+    steps = max(1, round(config.polish_epochs * len(rows) / batch))
+    done = 0
+
+    def loss(pick: Tensor) -> Tensor:
+        nonlocal done
+        done += 1
+        if progress and (done % 10 == 0 or done == steps):
+            progress("polish", done, steps)
+        return kl_of(model, carrier, head, teacher.head, targets, rows[pick], real)
+
+    def check() -> float:
+        total = 0.0
+        with torch.no_grad():
+            for part in kept_back.split(8):
+                total += float(kl_of(model, carrier, head, teacher.head, targets, part, real)) * float(real[part].sum())
+        return total / float(real[kept_back].sum().clamp_min(1))
+
+    result = fit(
+        list(model.parameters()),
+        loss,
+        check,
+        len(rows),
+        steps,
+        config.polish_lr,
+        batch,
+        state.seed,
+        clip=1.0,
+        warmup=0.03,
+    )
+    return {
+        "polish_kl_before": round(result.before, 6),
+        "polish_kl_after": round(result.after, 6),
+        "polish_best_step": result.best_step,
+        "seconds": round(time.monotonic() - begun, 2),
+    }
