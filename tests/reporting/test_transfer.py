@@ -47,9 +47,11 @@ def ffn_of(model, layer, expert):
 def make_student(teacher, width, sources=(), scale=0.5, seed=7):
     """A Mistral with the teacher's attention; its FFN holds the experts `sources` whole, the rest of the width random."""
     torch.manual_seed(seed)
-    model = MistralForCausalLM(
-        MistralConfig(**SHAPE, intermediate_size=width, initializer_range=0.5, sliding_window=None)
-    ).eval()
+    config = MistralConfig(
+        **SHAPE, intermediate_size=width, initializer_range=0.5, sliding_window=None,
+        rope_parameters=teacher.config.rope_parameters, rms_norm_eps=teacher.config.rms_norm_eps,
+    )  # fmt: skip
+    model = MistralForCausalLM(config).eval()
     model.load_state_dict({k: v for k, v in teacher.state_dict().items() if ".mlp." not in k}, strict=False)
     fate = []
     with torch.no_grad():
