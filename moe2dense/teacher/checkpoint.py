@@ -139,10 +139,10 @@ class Checkpoint:
     def __init__(self, folder: str | Path, drop_pages: bool = False):
         self.folder = Path(folder)
         self.drop_pages = drop_pages
-        self.tensors = _index(self.folder)
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
+        self.tensors = _index(self.folder)
 
     @property
     def nbytes(self) -> int:
@@ -179,9 +179,9 @@ class Checkpoint:
             return self._files[path]
 
     def _fill(self, view: memoryview, info: TensorInfo, offset: int) -> None:
-        if self.drop_pages and not info.file.exists():  # an open descriptor would hide that the file is gone
-            raise UserError(f"checkpoint file {info.file} disappeared while tensor {info.name!r} was to be read")
         fd, done = self._open(info.file, info.name), 0
+        if os.fstat(fd).st_nlink == 0:  # the open descriptor would hide it
+            raise UserError(f"checkpoint file {info.file} was deleted or replaced before tensor {info.name!r} was read")
         while done < len(view):
             try:
                 if _PREADV:

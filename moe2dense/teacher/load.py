@@ -16,6 +16,7 @@ from moe2dense.teacher import adapter
 from moe2dense.teacher.backends import choose_backend, run_experts
 from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.checkpoint import Checkpoint
+from moe2dense.teacher.coverage import check_coverage
 from moe2dense.teacher.experts import OnExpert, Routing
 from moe2dense.teacher.head import LMHead, logit_scale
 from moe2dense.teacher.layers import Layer, assign
@@ -265,30 +266,6 @@ def _language_prefix(checkpoint: Checkpoint) -> str:
         if any(name.startswith(prefix) for name in checkpoint.tensors):
             return prefix
     return ""
-
-
-def check_coverage(teacher: Teacher) -> None:
-    """Every parameter of the model, every expert's included, has its tensors. Raises UserError naming the first that has not."""
-    found = teacher.weights.map.sources
-    for name in teacher.shapes:
-        if name not in found:
-            raise UserError(
-                f"checkpoint {teacher.path}: no tensor for parameter {name!r}; the checkpoint is incomplete"
-            )
-    for index in range(len(teacher.body.layers)):
-        experts = teacher.layer(index).experts
-        if experts is None:
-            continue
-        for name, sources in found.items():
-            if not name.startswith(experts.prefix) or sources[0].expert is None:
-                continue
-            have = {(s.expert, s.part) for s in sources}
-            for e in range(len(experts)):
-                for part in range(sources[0].parts):
-                    if (e, part) not in have:
-                        raise UserError(
-                            f"checkpoint {teacher.path}: expert {e} of parameter {name!r} is missing; the checkpoint is incomplete"
-                        )
 
 
 def find_card(config: Any, card: TeacherCard | str | Path | None) -> TeacherCard | None:

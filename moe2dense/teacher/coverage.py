@@ -1,0 +1,70 @@
+"""Before anything runs: every parameter has its tensors, in the shape and dtype the model needs. Nothing is read."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+from moe2dense.teacher.adapter import Source
+
+if TYPE_CHECKING:
+    from moe2dense.teacher.load import Teacher
+
+_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def check_coverage(teacher: "Teacher") -> None:
+    """Raises UserError naming the first parameter, expert or tensor that is missing or does not fit."""
+    sources = teacher.weights.map.sources
+    for name, want in teacher.shapes.items():
+        if name not in sources:
+            raise UserError(
+                f"checkpoint {teacher.path}: no tensor for parameter {name!r}; the checkpoint is incomplete"
+            )
+        for source in sources[name]:
+            _check_dtype(teacher, source)
+            if name not in teacher.weights.map.converters:
+                _check_shape(teacher, name, source, want)
+    for index in range(len(teacher.body.layers)):
+        experts = teacher.layer(index).experts
+        if experts is not None:
+            for name in (n for n in sources if n.startswith(experts.prefix)):
+                _check_experts(teacher, name, len(experts))
+
+
+def _check_dtype(teacher: "Teacher", source: Source) -> None:
+    info = teacher.checkpoint[source.key]
+    packed = source.scale and info.dtype in (torch.uint8, *_FP8)
+    if packed or (info.dtype.is_floating_point and info.dtype not in _FP8):
+        return
+    found = str(info.dtype).removeprefix("torch.")
+    raise UserError(
+        f"checkpoint file {info.file}: tensor {source.key!r} has dtype {found}"
+        + (" and no tensor of scales beside it" if info.dtype in (torch.uint8, *_FP8) else ", which is no weight")
+    )
+
+
+def _check_shape(teacher: "Teacher", name: str, source: Source, want: Tensor) -> None:
+    info = teacher.checkpoint[source.key]
+    shape, wanted = info.shape, tuple(want.shape)
+    if info.dtype == torch.uint8:  # packed: [.., R, groups, 16 bytes], its last two dimensions are the input
+        shape, wanted = (*shape[:-2], shape[-2] * shape[-1] * 2), (*wanted[:-2], wanted[-1], wanted[-2])
+    if source.expert is not None:
+        wanted = (wanted[1] // source.parts, *wanted[2:])
+    if shape != wanted:
+        raise UserError(
+            f"checkpoint file {info.file}: tensor {source.key!r} has shape {list(shape)}, the config says {list(wanted)}"
+        )
+
+
+def _check_experts(teacher: "Teacher", name: str, experts: int) -> None:
+    sources = teacher.weights.map.sources[name]
+    if sources[0].expert is None:
+        return
+    have = {(s.expert, s.part) for s in sources}
+    for e in range(experts):
+        if any((e, part) not in have for part in range(sources[0].parts)):
+            raise UserError(
+                f"checkpoint {teacher.path}: expert {e} of parameter {name!r} is missing; the checkpoint is incomplete"
+            )
