@@ -73,7 +73,7 @@ def test_every_dtype_and_scalars(tmp_path):
 
 
 def test_truncated_shard(folder):
-    path, name = holder(folder, "layers.1.block_sparse_moe.experts.2.w2")
+    path, _ = holder(folder, "layers.1.block_sparse_moe.experts.2.w2")
     os.truncate(path, path.stat().st_size - 5)
     with pytest.raises(UserError, match=f"{path.name} is truncated: tensor '.*' ends at byte .* download it again"):
         load_teacher(folder)
@@ -83,7 +83,7 @@ def test_truncated_shard(folder):
 
 
 def test_flipped_header(folder):
-    path, name = holder(folder, "experts.1.w1")
+    path, _ = holder(folder, "experts.1.w1")
     data = bytearray(path.read_bytes())
     data[3] ^= 0x40
     path.write_bytes(data)
@@ -176,7 +176,7 @@ def test_shard_deleted_mid_run(folder):
     teacher = load_teacher(folder, memory="17MB")
     teacher.resident = False
     teacher._layers.clear()
-    path, name = holder(folder, "layers.2.block_sparse_moe.experts.1.w1")
+    path, _ = holder(folder, "layers.2.block_sparse_moe.experts.1.w1")
     stream = teacher.stream(torch.randint(3, 100, (4, 23)))
     next(stream)
     path.unlink()
@@ -200,7 +200,7 @@ def test_ignored_tensors_are_named(tmp_path):
 
 
 def test_no_checkpoint(tmp_path):
-    with pytest.raises(UserError, match="has neither model.safetensors nor"):
+    with pytest.raises(UserError, match=r"has neither model\.safetensors nor"):
         Checkpoint(tmp_path)
     (tmp_path / "pytorch_model.bin").write_bytes(b"")
     with pytest.raises(UserError, match="pickled weights"):

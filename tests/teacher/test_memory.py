@@ -121,7 +121,7 @@ def test_full_disk_is_one_sentence(monkeypatch):
 
 
 def test_unwritable_spill_folder(tmp_path):
-    with pytest.raises(UserError, match="no file can be made in .*missing"):
+    with pytest.raises(UserError, match=r"no file can be made in .*missing"):
         SpillFolder(tmp_path / "missing").tensor((4,), torch.float32, "hidden states")
 
 
