@@ -69,9 +69,15 @@ class StudentCard:
     up: str = "up_proj"
     down: str = "down_proj"
     width: str = "intermediate_size"  # config field of the FFN width
-    copy: tuple[str, ...] = ()  # config fields taken over from the teacher
+    experts: str = (
+        ""  # moe_shaped: path within the FFN block of its stacked experts; the block's other tensors are set to zero
+    )
+    output_scale: float = 1.0  # moe_shaped: what a router of zeros multiplies the sum of the (identical) experts with
+    copy: tuple[str, ...] = ()  # config fields taken over from the teacher; ["*"] = all that both configs have
     rename: dict[str, str] = field(default_factory=dict)  # student config field = teacher config field
-    set: dict[str, Any] = field(default_factory=dict)  # student config field = value; "=field" reads the teacher's
+    set: dict[str, Any] = field(
+        default_factory=dict
+    )  # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
     tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
     loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
     notes: str = ""

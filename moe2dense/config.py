@@ -38,7 +38,7 @@ class WalkConfig:
     min_tokens: int = 49_152
     ridge: float = 1e-3  # of the Gram matrix's mean diagonal
     local_steps: int = 1200  # of the fit of a layer's FFN
-    local_lr: float = 2e-3
+    local_lr: float = 4e-3
     local_batch: int = 512  # tokens
     layer_steps: int = 200  # of the fit of a whole layer, attention and norms too
     layer_lr: float = 1e-3

@@ -20,8 +20,16 @@ if TYPE_CHECKING:
 
 
 def empty_student(target: Target) -> "PreTrainedModel":
-    """The host without storage, its rotary tables real."""
-    return adapter.build_skeleton(target.config, torch.float32)
+    """The host without storage, its rotary tables real; an MoE wrapper's router is zero."""
+    model, card = adapter.build_skeleton(target.config, torch.float32), target.card
+    if card.experts:
+        model.set_experts_implementation("eager")
+        for layer in adapter.decoder(model)[1].layers:
+            module = layer.get_submodule(card.ffn)
+            for name, tensor in adapter.saved_tensors(module).items():
+                if name.rpartition(".")[0] != card.experts:
+                    _set(module, name, torch.zeros(tensor.shape))
+    return model
 
 
 def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher") -> None:
@@ -63,6 +71,9 @@ def _linear(ffn: nn.Module, path: str) -> Any:
 
 def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
     """Make `ffn` the weights of a host's FFN module. Raises UserError when one has biases and the other none, or sizes differ."""
+    if card.experts:
+        _put_stacked(module, card, ffn)
+        return
     for path, weight, bias in (
         (card.gate, ffn.gate, ffn.gate_bias),
         (card.up, ffn.up, ffn.up_bias),
@@ -80,6 +91,41 @@ def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
         _set(linear, "weight", weight)
         if linear.bias is not None:
             _set(linear, "bias", torch.zeros(len(linear.bias)) if bias is None else bias)
+
+
+def _put_stacked(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
+    """Every expert of an MoE wrapper becomes `ffn`, in the wrapper's own layout; router and corrections become zero."""
+    experts = module.get_submodule(card.experts)
+    transposed, interleaved = adapter.expert_layout(experts, False)
+    values = {"gate_up_proj": _joined(ffn.gate, ffn.up, interleaved), "down_proj": ffn.down}
+    if transposed:
+        values = {name: value.T for name, value in values.items()}
+    if ffn.gate_bias is not None and ffn.up_bias is not None and ffn.down_bias is not None:
+        values |= {
+            "gate_up_proj_bias": _joined(ffn.gate_bias, ffn.up_bias, interleaved),
+            "down_proj_bias": ffn.down_bias,
+        }
+    for name, tensor in adapter.saved_tensors(module).items():
+        path, _, leaf = name.rpartition(".")
+        if path != card.experts:
+            _set(module, name, torch.zeros(tensor.shape))
+            continue
+        value = values.pop(leaf) if leaf in values else torch.zeros(tensor.shape[1:])
+        scale = card.output_scale if leaf.startswith("down") else 1.0
+        if tensor.shape[1:] != value.shape:
+            raise UserError(
+                f"the host's {name} has shape {list(tensor.shape[1:])}, the FFN that was built {list(value.shape)}"
+            )
+        _set(module, name, (value / scale).expand(tensor.shape))
+    if values:
+        raise UserError(
+            f"the host {card.name!r} has no place for the experts' {next(iter(values))}; choose another host"
+        )
+
+
+def _joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
+    """Gate and up rows as one: in turn, or one after the other."""
+    return torch.stack([gate, up], 1).flatten(0, 1) if interleaved else torch.cat([gate, up])
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:

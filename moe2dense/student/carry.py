@@ -90,12 +90,12 @@ class Carrier:
         return out[0] if isinstance(out, tuple) else out
 
     @torch.no_grad()
-    def run(self, index: int, hidden: Tensor, ffn: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    def run(self, index: int, hidden: Tensor, ffn: Callable[..., Tensor] | None = None) -> Tensor:
         """Layer `index` on all blocks [N, S, H] -> [N, S, H]; `ffn` stands in for its FFN."""
         out = torch.empty_like(hidden)
-        module = self.ffn(index)
+        replaced = {self.neurons(index): ffn} if ffn else {}
         for rows in self.chunks():
-            with adapter.forwards({module: ffn} if ffn else {}):
+            with adapter.forwards(replaced):
                 out[rows] = self.call(index, hidden[rows], rows)
         return out
 
@@ -103,13 +103,17 @@ class Carrier:
         """The FFN module of a layer."""
         return self.body.layers[index].get_submodule(self.card.ffn)
 
+    def neurons(self, index: int) -> Any:
+        """What computes the FFN: the module itself, or the experts inside an MoE wrapper."""
+        return self.ffn(index).get_submodule(self.card.experts) if self.card.experts else self.ffn(index)
+
     @torch.no_grad()
     def before_ffn(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """(x [N, S, H], r [N, S, H]): what enters the layer's FFN, and what the layer would return if its FFN wrote zeros."""
         seen: list[Tensor] = []
 
-        def zeros(x: Tensor) -> Tensor:
-            seen.append(x)
+        def zeros(x: Tensor, *_: Tensor) -> Tensor:
+            seen.append(x.reshape(-1, *hidden.shape[1:]))
             return torch.zeros_like(x)
 
         rest = self.run(index, hidden, zeros)

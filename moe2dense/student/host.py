@@ -10,6 +10,15 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
+_NOT_COPIED = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "quantization_config",
+    "auto_map",
+    "_name_or_path",
+}
 _HEAD_FIELDS = {"hidden_size", "num_attention_heads"}
 
 
@@ -27,6 +36,25 @@ def _teacher_field(teacher: "PreTrainedConfig", name: str, card: StudentCard) ->
     return getattr(teacher, name)
 
 
+def _copied(teacher: "PreTrainedConfig", card: StudentCard) -> list[str]:
+    """Names of the fields taken over from the teacher; `*` stands for all that both configs write."""
+    if card.copy != ("*",):
+        return list(card.copy)
+    from transformers import AutoConfig
+
+    theirs = teacher.to_dict()
+    mine = theirs if teacher.model_type == card.model_type else AutoConfig.for_model(card.model_type).to_dict()
+    return [name for name in theirs if (name in mine or name == "head_dim") and name not in _NOT_COPIED]
+
+
+def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any:
+    """A value of the card's `set`: itself, "=field" or "=range(field)" of the teacher."""
+    if not isinstance(value, str) or not value.startswith("="):
+        return value
+    match = re.fullmatch(r"=range\((\w+)\)", value)
+    return list(range(_teacher_field(teacher, match[1], card))) if match else _teacher_field(teacher, value[1:], card)
+
+
 def dense_config(teacher: "PreTrainedConfig", card: StudentCard, width: int, **geometry: Any) -> "PreTrainedConfig":
     """The host's config: what the card copies from the teacher, the FFN width, then `geometry` (pruned or named sizes).
 
@@ -35,11 +63,15 @@ def dense_config(teacher: "PreTrainedConfig", card: StudentCard, width: int, **g
     from transformers import AutoConfig
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    fields = {name: _teacher_field(teacher, name, card) for name in card.copy}
+    fields = {name: _teacher_field(teacher, name, card) for name in _copied(teacher, card)}
     fields |= {mine: _teacher_field(teacher, theirs, card) for mine, theirs in card.rename.items()}
-    for name, value in card.set.items():
-        computed = isinstance(value, str) and value.startswith("=")
-        fields[name] = _teacher_field(teacher, value[1:], card) if computed else value
+    fields |= {name: _computed(teacher, value, card) for name, value in card.set.items()}
+    if (
+        card.copy == ("*",)
+        and "head_dim" not in fields
+        and "head_dim" in AutoConfig.for_model(card.model_type).to_dict()
+    ):
+        fields["head_dim"] = head_dim(teacher)  # the host's default is a number of its own
     if _HEAD_FIELDS & geometry.keys() and "head_dim" in fields:
         fields["head_dim"] = head_dim(teacher)
     fields |= {card.width: width} | geometry
