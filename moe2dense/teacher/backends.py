@@ -1,41 +1,84 @@
-"""Ways to run a layer's experts over a macro-batch, chosen by what fits and what is installed."""
+"""Ways to run a layer's experts over a macro-batch, chosen by what fits and what is installed.
 
+streamed: one expert at a time, read from disk or kept in memory; runs everywhere and shows observers every expert.
+grouped_mm: transformers' grouped matrix products over all experts of a layer at once; the teacher must fit in memory.
+megablocks: its dropless grouped MLP; optional, CUDA only, and the teacher must fit in memory.
+"""
+
+from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from moe2dense.errors import UserError
-from moe2dense.teacher.experts import OnExpert, Routing, run_streamed
+from moe2dense.teacher import adapter
+from moe2dense.teacher.experts import OnExpert, route, run_streamed
+from moe2dense.units import show_bytes
 
 if TYPE_CHECKING:
     from moe2dense.teacher.layers import Layer
     from moe2dense.teacher.load import Teacher
+    from moe2dense.teacher.stream import LayerPass
 
 BACKENDS = ("auto", "streamed", "grouped_mm", "megablocks")
-MEGABLOCKS_HELP = (
-    "megablocks is not installed: on a CUDA machine, pip install 'moe2dense[megablocks]' (it pins its own torch)"
-)
+MEGABLOCKS_HELP = "megablocks is not installed; on a CUDA machine, pip install 'moe2dense[megablocks]' (it brings the torch it is pinned to)"
+_GROUP_TOKENS = 8192  # tokens in one grouped product; each is copied K times
+
+
+def megablocks_available() -> str:
+    """'' when the megablocks backend can be used, else one line that says how to get it."""
+    return "" if find_spec("megablocks") and find_spec("grouped_gemm") else MEGABLOCKS_HELP
+
+
+def _refusal(experts: str, teacher: "Teacher") -> str:
+    """Why a resident backend cannot run this teacher, or ''."""
+    card, plan = teacher.card, teacher.plan
+    if card is None:
+        return "the teacher has no experts"
+    if card.dispatch == "stacked":
+        return f"{card.title} scales its experts' inputs"
+    if not plan.resident:
+        return (
+            f"the teacher needs {show_bytes(plan.total_bytes)} in memory and at most half of "
+            f"{show_bytes(teacher.budget)} may hold weights; raise memory"
+        )
+    if experts == "megablocks":
+        return megablocks_available() or ("it needs CUDA" if teacher.device.type != "cuda" else "")
+    sizes = teacher.hidden_size, int(getattr(teacher.model.config, card.expert_width))
+    if teacher.device.type == "cpu" and any(n * teacher.dtype.itemsize % 16 for n in sizes):
+        return f"on CPU rows must be multiples of 16 bytes, and the teacher's sizes are {sizes[0]} and {sizes[1]}"
+    return ""
 
 
 def choose_backend(experts: str, teacher: "Teacher") -> str:
-    """The backend that `experts` means for this teacher. Raises UserError for one that is unknown or cannot run here."""
+    """The backend that `experts` means for this teacher. Raises UserError for one that is unknown or cannot run it."""
     if experts not in BACKENDS:
         raise UserError(f"experts must be one of {', '.join(BACKENDS)}; found {experts!r}")
-    return "streamed"
+    if experts == "auto":
+        fits = teacher.device.type == "cuda" and not _refusal("grouped_mm", teacher)
+        return "grouped_mm" if fits else "streamed"
+    if experts != "streamed" and (why := _refusal(experts, teacher)):
+        raise UserError(f"experts={experts!r} cannot run this teacher: {why}; or use experts='streamed'")
+    return experts
 
 
-def run_experts(
-    teacher: "Teacher",
-    layer: "Layer",
-    x: Tensor,
-    routing: Routing,
-    weights: Tensor,
-    out: Tensor,
-    on_expert: OnExpert | None,
-) -> None:
-    """Add sum_e w_te f_e(x_t) to `out` [T, H]."""
+def run_experts(teacher: "Teacher", layer: "Layer", made: "LayerPass", on_expert: OnExpert | None) -> None:
+    """Add sum_e w_te f_e(x_t) of the real tokens to `made.y` [T, H]."""
+    assert made.top_k_index is not None and made.top_k_weights is not None
     assert layer.experts is not None and layer.card is not None
-    run_streamed(
-        layer.experts, x, routing, weights, out,
+    if teacher.backend != "streamed" and on_expert is None:
+        return _run_grouped(layer, made, made.top_k_index, made.top_k_weights)
+    routing = route(made.top_k_index, made.token_mask, len(layer.experts))
+    return run_streamed(
+        layer.experts, made.x, routing, made.top_k_weights, made.y,
         input_scaled=layer.card.input_scaled, on_expert=on_expert, budget=teacher.plan.prefetch_bytes,
     )  # fmt: skip
+
+
+def _run_grouped(layer: "Layer", made: "LayerPass", index: Tensor, weights: Tensor) -> None:
+    layer.load_experts()
+    real = made.token_mask.nonzero()[:, 0]
+    for rows in real.split(_GROUP_TOKENS):
+        x = made.x[rows].to(layer.teacher.device)
+        args = index[rows].to(x.device), weights[rows].to(x.device, x.dtype)
+        made.y[rows] += layer.grouped(x, *args).to(made.y.device)

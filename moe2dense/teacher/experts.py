@@ -133,6 +133,11 @@ def route(index: Tensor, token_mask: Tensor, experts: int) -> Routing:
     return Routing(real[order // k], order % k, starts.tolist())
 
 
+def _halves(both: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
+    """(gate, up) of what holds both along its first axis."""
+    return (both[0::2], both[1::2]) if interleaved else both.chunk(2)  # type: ignore[return-value]
+
+
 class LayerExperts:
     """The routed experts of one layer: `len()` of them, `experts[e]` read on demand (or from memory when resident)."""
 
@@ -141,6 +146,7 @@ class LayerExperts:
         self.gating, self.dtype = gating, dtype
         self.device: torch.device | str = "cpu"
         self.keep: dict[int, ExpertWeights] | None = None  # filled when the teacher stays in memory
+        self.stacked: Any = None  # the module that holds all experts in memory, once a grouped backend has filled it
 
     def __len__(self) -> int:
         return self.count
@@ -150,10 +156,24 @@ class LayerExperts:
             raise IndexError(f"expert {expert} of {self.count}")
         if self.keep is not None and expert in self.keep:
             return self.keep[expert]
+        if self.stacked is not None:
+            return self._view(expert)
         found = self.read(expert).to(self.device)
         if self.keep is not None:
             found = self.keep[expert] = found.resident()
         return found
+
+    def _view(self, expert: int) -> ExpertWeights:
+        """One of the stacked experts, sharing their memory."""
+        both, down = self.stacked.gate_up_proj[expert], self.stacked.down_proj[expert]
+        if self.layout.transposed:
+            both, down = both.mT, down.mT
+        gate, up = _halves(both, self.layout.interleaved)
+        gate_bias = up_bias = down_bias = None
+        if getattr(self.stacked, "gate_up_proj_bias", None) is not None:
+            gate_bias, up_bias = _halves(self.stacked.gate_up_proj_bias[expert], self.layout.interleaved)
+            down_bias = self.stacked.down_proj_bias[expert]
+        return ExpertWeights(gate, up, down, self.gating, self.dtype, (gate_bias, up_bias, down_bias))
 
     def __iter__(self) -> Iterator[ExpertWeights]:
         return (self[e] for e in range(self.count))
@@ -177,7 +197,7 @@ class LayerExperts:
         both = w.bias(name + "gate_up_proj_bias", expert)
         gate_bias = up_bias = None
         if both is not None:
-            gate_bias, up_bias = (both[0::2], both[1::2]) if self.layout.interleaved else both.chunk(2)
+            gate_bias, up_bias = _halves(both, self.layout.interleaved)
         biases = (gate_bias, up_bias, w.bias(name + "down_proj_bias", expert))
         return ExpertWeights(gate, up, down, self.gating, self.dtype, biases)
 

@@ -100,6 +100,19 @@ class Layer:
                     assign(self.module, name, torch.empty_like(value, device="meta"))
             self.loaded = False
 
+    def load_experts(self) -> None:
+        """Read all routed experts into their module, stacked as transformers has them, to stay there."""
+        assert self.experts is not None and self.teacher.resident
+        if self.experts.stacked is None:
+            prefix = self.experts.prefix.removeprefix(self.prefix)
+            for name in (n for n in adapter.saved_tensors(self.module) if n.startswith(prefix)):
+                assign(self.module, name, self.teacher.converted(self.prefix + name))
+            self.experts.stacked = self.routed
+
+    def grouped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
+        """sum_e w_te f_e(x_t) of x [T, H] by grouped matrix products; index and weights [T, K]."""
+        return adapter.grouped_experts(self.routed, x, index, weights)
+
     # parts as plain weights
 
     def _gated(self, module: nn.Module, what: str) -> ExpertWeights:

@@ -13,11 +13,10 @@ from moe2dense.cards import TeacherCard, read_teacher_card, teacher_cards
 from moe2dense.errors import UserError
 from moe2dense.resolve import family_card, fetch, resolve_teacher
 from moe2dense.teacher import adapter
-from moe2dense.teacher.backends import choose_backend, run_experts
+from moe2dense.teacher.backends import choose_backend
 from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.checkpoint import Checkpoint
 from moe2dense.teacher.coverage import check_coverage
-from moe2dense.teacher.experts import OnExpert, Routing
 from moe2dense.teacher.head import LMHead, logit_scale
 from moe2dense.teacher.layers import Layer, assign
 from moe2dense.teacher.memory import Arena, SpillFolder, memory_budget
@@ -154,12 +153,6 @@ class Teacher:
             raise UserError(f"teacher {self.path} has no tokenizer that can be loaded: {error}") from error
 
     # running
-
-    def run_experts(
-        self, layer: Layer, x: Tensor, routing: Routing, weights: Tensor, out: Tensor, on_expert: OnExpert | None
-    ) -> None:
-        """Add the routed experts' weighted outputs to `out` [T, H] with this teacher's backend."""
-        run_experts(self, layer, x, routing, weights, out, on_expert)
 
     def stream(
         self,

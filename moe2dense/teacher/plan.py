@@ -20,6 +20,7 @@ _BUFFERS = 5  # hidden states before and after, mixer output, block input and ou
 class MemoryPlan:
     """Bytes and tokens of a teacher's run within its budget."""
 
+    total_bytes: int  # the whole model in the compute dtype
     resident: bool  # the whole model stays in memory in the compute dtype
     drop_pages: bool  # the checkpoint is larger than the page cache can be
     layer_bytes: int  # the largest layer without its routed experts, in the compute dtype
@@ -46,6 +47,7 @@ def plan_memory(teacher: "Teacher") -> MemoryPlan:
     left -= max(0, prefetch - 2 * expert_bytes)
     per_token = teacher.hidden_size * compute * _BUFFERS
     return MemoryPlan(
+        total_bytes=total,
         resident=resident,
         drop_pages=teacher.checkpoint.nbytes > psutil.virtual_memory().total // 2,
         layer_bytes=layer_bytes,

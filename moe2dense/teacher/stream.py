@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from moe2dense.teacher import adapter
 from moe2dense.teacher.capture import Observer
-from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN, route
+from moe2dense.teacher.backends import run_experts
+from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
 from moe2dense.teacher.memory import Arena
 
 if TYPE_CHECKING:
@@ -214,7 +215,6 @@ class Stream:
         made.router_logits, made.top_k_index, made.top_k_weights = (torch.cat(p) for p in zip(*parts, strict=True))
 
     def _experts(self, layer: "Layer", made: LayerPass) -> None:
-        assert made.top_k_index is not None and made.top_k_weights is not None and made.experts is not None
         watching = [o for o in self.observers if o.wants_experts()]
 
         def tell(e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
@@ -222,8 +222,7 @@ class Stream:
                 observer.expert(made, e, rows, weights, hidden, output)
 
         made.y.zero_()
-        routing = route(made.top_k_index, self.token_mask, len(made.experts))
-        self.teacher.run_experts(layer, made.x, routing, made.top_k_weights, made.y, tell if watching else None)
+        run_experts(self.teacher, layer, made, tell if watching else None)
 
     def _after_experts(self, layer: "Layer", made: LayerPass) -> None:
         for rows in self.chunks():
