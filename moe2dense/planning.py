@@ -23,7 +23,7 @@ DEFAULT_CORPUS = "HuggingFaceFW/fineweb-edu"
 TRAIN_BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and two Adam moments
 TOKENS_PER_PARAMETER = 20
 USUAL_BUDGET = (0.05, 0.15)  # share of the teacher's training compute that general quality takes
-HIDDEN_COPIES = 4  # residual stream in and out, block input and output, while a layer runs
+HIDDEN_COPIES = 5  # residual stream in and out, attention output, block input and output, while a layer runs
 
 
 @dataclass(frozen=True)
@@ -131,9 +131,11 @@ def resident_layer_bytes(shape: Geometry) -> int:
 
 
 def macro_batch_tokens(budget: int, shape: Geometry) -> int:
-    """Tokens whose hidden states fit the budget beside one layer; at least one block."""
+    """Tokens that share one read of the weights: those whose hidden states fit beside one layer, more by spilling to disk."""
+    from moe2dense.teacher.plan import LEAST_MACRO_BATCH
+
     room = budget - resident_layer_bytes(shape)
-    return max(1, room // (4 * HIDDEN_COPIES * shape.hidden_size))
+    return max(LEAST_MACRO_BATCH, room // (4 * HIDDEN_COPIES * shape.hidden_size))
 
 
 def walk_tokens(config: RunConfig, block: int) -> int:

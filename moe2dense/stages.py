@@ -250,7 +250,7 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         ood={name: found["ood"] for name, found in rows.items() if "ood" in found},
         history=stages.get("train-student", {}).get("history", []),
         control_history=stages.get("train-control", {}).get("history", []),
-        transfer=transfer(job, student),
+        transfer=transfer(job, student, rows),
         versions=versions(),
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
         data=_about_text(job),
@@ -258,6 +258,26 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
     )
     write(report, job.run.folder)
     return report
+
+
+def transfer(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any]:
+    """What each expert knew and what of it the student holds, on the held-out text."""
+    from moe2dense.reporting.transfer import measure_transfer
+    from moe2dense.student.store import load_student
+
+    with job.timed("transfer"):
+        found = measure_transfer(
+            job.teacher,
+            job.text.valid,
+            student,
+            before=load_student(job.run.folder / "walk" / "student"),
+            scores=rows["student"]["valid"],
+            before_scores=rows["before"]["valid"],
+            tokenizer=job.teacher.tokenizer(),
+            seed=job.settings.seed,
+            progress=job.progress,
+        )
+    return found.to_dict()
 
 
 def _about_text(job: Job) -> dict[str, Any]:
