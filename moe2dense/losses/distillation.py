@@ -17,11 +17,15 @@ from moe2dense.losses.rows import TeacherRows
 
 @dataclass
 class Loss:
-    """total: the objective, differentiable; kd: T^2 times the divergence; ce: the hard-label loss. Means over tokens."""
+    """total: the objective, differentiable; kd: T^2 times the divergence; ce: the hard-label loss. Means over tokens.
+
+    watched: what the watched tokens add to kd.
+    """
 
     total: Tensor
     kd: Tensor
     ce: Tensor
+    watched: Tensor
 
 
 def distillation_loss(
@@ -32,6 +36,7 @@ def distillation_loss(
     labels: Tensor | None = None,
     mask: Tensor | None = None,
     weights: Tensor | None = None,
+    watch: Tensor | None = None,
     loss: str = "forward_kl",
     temperature: float = 1.0,
     alpha: float = 0.0,
@@ -42,7 +47,7 @@ def distillation_loss(
     """The distillation objective over n tokens, exact and in tiles.
 
     hidden [n, H] with the student's head, or its logits [n, V] with head None; teacher: n rows, or None when alpha is
-    1; labels [n], -100 = none; mask [n] bool: tokens that count; weights [n]: of each token. alpha weighs the hard labels.
+    1; labels [n], -100 = none; mask [n] bool: tokens that count; weights [n]: of each token; watch [n] bool. alpha weighs the hard labels.
     The two losses are divided by `denominator` (default: what counts here) and `label_denominator` (default: the
     labels here): pass the global batch's when this is a part of it. Raises UserError when a part lacks what it needs.
     """
@@ -53,7 +58,7 @@ def distillation_loss(
     if mask is not None and not bool(mask.all()):
         index = mask.nonzero()[:, 0]
         hidden, teacher = hidden[index], None if teacher is None else teacher.select(index)
-        labels, weights = (None if x is None else x[index] for x in (labels, weights))
+        labels, weights, watch = (None if x is None else x[index] for x in (labels, weights, watch))
     if denominator is None:
         denominator = float(len(hidden) if weights is None else weights.sum())
     if label_denominator is None:
@@ -65,6 +70,7 @@ def distillation_loss(
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         divergence = teacher.tile(rows, loss, temperature, dtype) if teacher is not None and alpha < 1 else None
         here = None if labels is None else labels[rows]
+        watched = None if watch is None else watch[rows]
         token_weights = None if weights is None else weights[rows].to(dtype)
 
         def tile(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
@@ -86,12 +92,12 @@ def distillation_loss(
                     soft = soft.mul_(token_weights[part, None] * factor)
                 grad = soft if grad is None else grad.add_(soft)
             assert grad is not None
-            return torch.stack([(1 - alpha) * kd + alpha * ce, kd, ce]), grad
+            seen = kd if watched is None else kd * watched[part]
+            return torch.stack([(1 - alpha) * kd + alpha * ce, kd, ce, seen]), grad
 
         return tile
 
     parts = tiled_loss(hidden, head, opened, tile_bytes)
     if len(hidden) == 0:
-        zero = parts[0].detach()
-        return Loss(parts[0], zero, zero)
-    return Loss(parts[0], parts[1].detach(), parts[2].detach())
+        parts = parts.expand(4)
+    return Loss(parts[0], *(p.detach() for p in parts[1:]))

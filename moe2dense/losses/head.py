@@ -1,6 +1,7 @@
 """The map from a model's final hidden states to its logits: weight, bias, scale and soft-cap."""
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -43,3 +44,15 @@ def model_head(model: Any) -> Head:
     linear = model.get_output_embeddings()
     scale, softcap = logit_rules(model.config.get_text_config())
     return Head(linear.weight, getattr(linear, "bias", None), scale, softcap)
+
+
+@lru_cache(maxsize=4)
+def _moved(weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, device: torch.device) -> Head:
+    return Head(weight.to(device), None if bias is None else bias.to(device), scale, softcap)
+
+
+def head_on(head: Any, device: torch.device) -> Any:
+    """A teacher's head on a device, copied there once."""
+    if head.weight.device == device:
+        return head
+    return _moved(head.weight, head.bias, head.scale, head.softcap, device)

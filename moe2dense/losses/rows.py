@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from moe2dense.errors import UserError
 from moe2dense.losses.chunked import product
+from moe2dense.losses.head import head_on
 from moe2dense.losses.logits import Divergence, divergence
 
 # n tokens, t tokens of a tile, H teacher hidden, V vocabulary, k stored tokens per position
@@ -27,6 +28,10 @@ class TeacherRows(Protocol):
     def __len__(self) -> int: ...
     def select(self, index: Tensor) -> "TeacherRows":
         """The rows of some tokens, index [m]."""
+        ...
+
+    def to(self, device: torch.device) -> "TeacherRows":
+        """The rows on another device; a head that is kept stays on it."""
         ...
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
@@ -57,6 +62,9 @@ class HiddenRows:
     def select(self, index: Tensor) -> "HiddenRows":
         return HiddenRows(self.hidden[index], self.head)
 
+    def to(self, device: torch.device) -> "HiddenRows":
+        return HiddenRows(self.hidden.to(device), head_on(self.head, device))
+
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
         head = self.head
         logits = product(self.hidden[rows].to(head.weight.dtype), head.weight.T, dtype)
@@ -80,6 +88,9 @@ class LogitRows:
 
     def select(self, index: Tensor) -> "LogitRows":
         return LogitRows(self.logits[index])
+
+    def to(self, device: torch.device) -> "LogitRows":
+        return LogitRows(self.logits.to(device))
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
         # an impossible token (-inf) would turn 0 * -inf into NaN
@@ -114,6 +125,9 @@ class TopKRows:
 
     def select(self, index: Tensor) -> "TopKRows":
         return TopKRows(self.ids[index], self.log_p[index], self.tail, self.temperature)
+
+    def to(self, device: torch.device) -> "TopKRows":
+        return TopKRows(self.ids.to(device), self.log_p.to(device), self.tail, self.temperature)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
         _only_forward(loss, temperature, self.temperature, "topk")
@@ -157,6 +171,9 @@ class SampledRows:
 
     def select(self, index: Tensor) -> "SampledRows":
         return SampledRows(self.ids[index], self.weights[index], self.entropy[index], self.temperature)
+
+    def to(self, device: torch.device) -> "SampledRows":
+        return SampledRows(self.ids.to(device), self.weights.to(device), self.entropy.to(device), self.temperature)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
         _only_forward(loss, temperature, self.temperature, "sampled")

@@ -1,0 +1,68 @@
+"""distill(): train a dense student on its teacher's distributions, on one CPU, one GPU or many processes."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from moe2dense.config import TrainConfig
+from moe2dense.data import Blocks
+from moe2dense.errors import UserError
+from moe2dense.schedules import scheduled
+from moe2dense.targets.memory import as_targets, hidden_targets
+from moe2dense.trainer import Trainer, TrainResult
+from moe2dense.trainstep import Lesson, rare_positions
+
+__all__ = ["TrainResult", "distill"]
+
+# N blocks, S block length
+
+
+def distill(
+    student: Any,
+    teacher: Any = None,
+    data: Blocks | None = None,
+    *,
+    tokens: int | None = None,
+    targets: Any = None,
+    valid: Blocks | None = None,
+    valid_targets: Any = None,
+    config: TrainConfig | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Callable[..., None] | None = None,
+    accelerator: Any = None,
+) -> TrainResult:
+    """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
+
+    data: N blocks of S tokens; `tokens`: how many of their positions to use (default: all), each seen config.epochs times.
+    The teacher's answers come from `targets` (stored, in memory, or hidden states with a head) or, computed once, from
+    `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
+    out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU.
+    Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
+    """
+    config = config or TrainConfig()
+    model = student.model if hasattr(student, "fate") else student
+    if data is None or not len(data):
+        raise UserError("data: distillation needs at least one block of text")
+    block = data.input_ids.shape[1]
+    if tokens is not None and tokens < block:
+        raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
+    if teacher is None and targets is None and _needs_teacher(config):
+        raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
+    known = None if targets is None else as_targets(targets, data)
+    data = data if tokens is None else data[: tokens // block]
+    if not bool(data.loss_mask().any()):
+        raise UserError("data: no token carries loss; the blocks are masked throughout")
+    if known is None and teacher is not None:
+        known = hidden_targets(teacher, data, progress=progress)
+    held = None
+    if valid is not None and (valid_targets is not None or teacher is not None):
+        found = valid_targets if valid_targets is not None else hidden_targets(teacher, valid)
+        held = Lesson(valid, as_targets(found, valid, "valid_targets"), rare_positions(valid, data))
+    trainer = Trainer(model, Lesson(data, known), held, config, seed, out, accelerator)
+    return trainer.run(resume, progress)
+
+
+def _needs_teacher(config: TrainConfig) -> bool:
+    return bool(config.alpha_schedule) or scheduled(config.alpha, 0, 1) < 1
