@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from moe2dense.errors import UserError
-from moe2dense.teacher import adapter
 from moe2dense.teacher.experts import OnExpert, route, run_streamed
 from moe2dense.units import show_bytes
 

@@ -120,15 +120,16 @@ class RoutingStats(Observer):
     def wants_experts(self) -> bool:
         return self.outputs or self.neurons
 
-    def _of(self, layer: "LayerPass", width: int = 0) -> LayerStats:
+    def _of(self, layer: "LayerPass") -> LayerStats:
         if layer.index not in self.layers:
             assert layer.experts is not None
+            width = layer.experts.width if self.neurons else 0
             self.layers[layer.index] = LayerStats.zeros(len(layer.experts), layer.x.shape[1], width)
         return self.layers[layer.index]
 
     def expert(self, layer: "LayerPass", e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
         """Add one expert's outputs."""
-        s = self._of(layer, hidden.shape[1] if self.neurons else 0)
+        s = self._of(layer)
         norm, w = output.double().norm(dim=1), weights.double()
         s.norm[e] += norm.sum().cpu()
         s.weighted_norm[e] += (w * norm).sum().cpu()

@@ -145,6 +145,7 @@ class LayerExperts:
         self.weights, self.prefix, self.count, self.layout = weights, prefix, count, layout
         self.gating, self.dtype = gating, dtype
         self.device: torch.device | str = "cpu"
+        self.width = 0  # neurons of one expert
         self.keep: dict[int, ExpertWeights] | None = None  # filled when the teacher stays in memory
         self.stacked: Any = None  # the module that holds all experts in memory, once a grouped backend has filled it
 

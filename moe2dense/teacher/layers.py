@@ -74,6 +74,8 @@ class Layer:
             adapter.expert_gating(self.routed), self.teacher.dtype,
         )  # fmt: skip
         self.experts.device = self.teacher.device
+        down = self.teacher.shapes[self.experts.prefix + "down_proj"]
+        self.experts.width = down.numel() // (len(self.experts) * self.teacher.hidden_size)
         if self.teacher.resident:
             self.experts.keep = {}
 

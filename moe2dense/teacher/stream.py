@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.teacher import adapter
-from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.backends import run_experts
+from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
 from moe2dense.teacher.memory import Arena
 

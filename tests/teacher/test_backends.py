@@ -57,5 +57,5 @@ def test_refusals(tmp_path):
 def test_megablocks_says_how_to_get_it(tmp_path):
     make("mixtral", tmp_path)
     assert megablocks_available() == MEGABLOCKS_HELP and "\n" not in MEGABLOCKS_HELP
-    with pytest.raises(UserError, match="megablocks is not installed; .* pip install"):
+    with pytest.raises(UserError, match=r"megablocks is not installed; .* pip install"):
         load_teacher(tmp_path, experts="megablocks")
