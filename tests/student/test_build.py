@@ -1,0 +1,201 @@
+"""The walk on small teachers: exactness, masks, resuming, errors, and its order of merit on the trained example."""
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moe2dense.cards import student_host
+from moe2dense.config import WalkConfig
+from moe2dense.data import Blocks, load_blocks
+from moe2dense.errors import UserError
+from moe2dense.geometry import teacher_geometry
+from moe2dense.student.build import build_student, held_out
+from moe2dense.student.carry import Carrier
+from moe2dense.student.host import dense_config
+from moe2dense.student.target import Target
+from moe2dense.student.types import MIXED, NEW, SHARED
+from moe2dense.teacher.load import load_teacher, masks
+
+sys.path.insert(0, str(Path(__file__).parent.parent / "teacher"))
+from families import BASE, blocks, make
+
+SHORT = WalkConfig(
+    local_steps=30, local_batch=64, layer_steps=8, layer_batch=64, polish_epochs=1, polish_batch=64, hold_out=0.25
+)
+METHODS = (
+    "random", "average", "weighted-average", "aligned-average", "svd", "concat", "cluster", "select", "obs", "select+refit",
+    "obs+refit", "obs+refit+local", "walk",
+)  # fmt: skip
+
+
+def target_for(teacher, width: int) -> Target:
+    card = student_host(teacher.card.host)
+    config = dense_config(teacher.config, card, width)
+    return Target("test", "test", card, width, config, 0, teacher_geometry(teacher.config, teacher.card))
+
+
+def kl(teacher: torch.Tensor, student: torch.Tensor) -> float:
+    p, q = (x.double().log_softmax(-1) for x in (teacher, student))
+    return float((p.exp() * (p - q)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("model_type", ["cohere2", "granite", "olmo2", "mistral"])
+@pytest.mark.parametrize("packing", ["plain", "padded", "packed"])
+def test_carried_states_are_those_of_the_models_own_forward(model_type, packing):
+    torch.manual_seed(1)
+    changes = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4} if model_type == "granite" else {}
+    config = AutoConfig.for_model(model_type, **BASE, **changes, intermediate_size=13)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    ids = blocks(model, n=5, s=11)
+    mask = documents = None
+    if packing == "padded":
+        mask = torch.ones_like(ids)
+        mask[1, 7:] = 0
+    if packing == "packed":
+        documents = (torch.arange(11) >= 4).long().expand_as(ids)
+    want_mask, positions = masks(type("T", (), {"card": None})(), ids, mask, documents)  # type: ignore[arg-type]
+    carrier = Carrier(model, student_host(model_type), ids, want_mask, positions)
+    carrier.chunks = lambda: [slice(0, 2), slice(2, 5)]
+    hidden = carrier.embed()
+    want = model.model(
+        ids, attention_mask=want_mask, position_ids=positions, output_hidden_states=True, use_cache=False
+    )
+    for index in range(config.num_hidden_layers):
+        torch.testing.assert_close(hidden, want.hidden_states[index], rtol=1e-4, atol=1e-5)
+        x, rest = carrier.before_ffn(index, hidden)
+        out = carrier.run(index, hidden)
+        if student_host(model_type).join != "post_norm":
+            joined = rest + carrier.multiplier() * carrier.ffn(index)(x)
+            torch.testing.assert_close(out, joined, rtol=1e-4, atol=1e-5)
+        hidden = out
+    real = torch.ones_like(ids).bool() if mask is None else mask.bool()
+    torch.testing.assert_close(model.model.norm(hidden)[real], want.last_hidden_state[real], rtol=1e-4, atol=1e-5)
+
+
+def test_all_neurons_of_uniformly_routed_experts_are_the_teacher(tmp_path):
+    """Every expert chosen with equal weight: the student with all E * F neurons computes the same, whichever way it is made."""
+    model = make("mixtral", tmp_path / "t", num_experts_per_tok=5)
+    for layer in model.model.layers:
+        layer.mlp.gate.weight.zero_()
+    model.save_pretrained(tmp_path / "u")
+    teacher, ids = load_teacher(tmp_path / "u", experts="streamed"), blocks(model)
+    for init in ("select", "obs", "obs+refit", "concat"):
+        student = build_student(teacher, target_for(teacher, 5 * 13), Blocks(ids), init=init)
+        torch.testing.assert_close(student.model(ids).logits, model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("init", METHODS)
+@pytest.mark.parametrize("width", [7, 13, 20, 26])
+def test_every_method_at_every_width_fills_every_tensor(init, width, tmp_path):
+    model = make("mixtral", tmp_path)
+    teacher, ids = load_teacher(tmp_path, experts="streamed"), blocks(model, n=6, s=16)
+    student = build_student(teacher, target_for(teacher, width), Blocks(ids), init=init, config=SHORT)
+    assert student.walk_tokens == 96 and student.method == init and len(student.fate) == 3
+    assert torch.isfinite(student.model(ids).logits).all()
+    for fate in student.fate:
+        assert fate is not None and len(fate.source_expert) == len(fate.source_neuron) == width
+        assert (fate.energy_kept <= fate.energy_total * (1 + 1e-5)).all() and (fate.energy_kept >= 0).all()
+        kinds = set(fate.source_expert[fate.source_expert < 0].tolist())
+        assert kinds <= {NEW, MIXED} and (fate.source_neuron[fate.source_expert >= 0] >= 0).all()
+
+
+def test_shared_experts_come_first_and_unscaled(tmp_path):
+    model = make("deepseek_v3", tmp_path)
+    teacher, ids = load_teacher(tmp_path, experts="streamed"), blocks(model)
+    student = build_student(teacher, target_for(teacher, 19 + 5), Blocks(ids), init="select")
+    layer, built = model.model.layers[1].mlp.shared_experts, student.model.model.layers[1].mlp
+    shared = layer.gate_proj.weight.shape[0]
+    torch.testing.assert_close(built.down_proj.weight[:, :shared], layer.down_proj.weight)
+    assert student.fate[1] is not None and (student.fate[1].source_expert == SHARED).sum() == shared
+    assert student.fate[0] is None  # the first layer is dense: kept and padded with neurons that write zero
+    own = model.model.layers[0].mlp
+    torch.testing.assert_close(student.model.model.layers[0].mlp.down_proj.weight[:, :19], own.down_proj.weight)
+    assert not student.model.model.layers[0].mlp.down_proj.weight[:, 19:].any()
+
+
+def test_padding_does_not_change_the_student(tmp_path):
+    model = make("mixtral", tmp_path)
+    teacher, ids = load_teacher(tmp_path, experts="streamed"), blocks(model, n=4, s=16)
+    wide = torch.cat([ids, torch.full((4, 5), 7)], 1)
+    mask = torch.ones_like(wide).bool()
+    mask[:, 16:] = False
+    one, other = (
+        build_student(teacher, target_for(teacher, 20), data, init="obs+refit+local", config=SHORT)
+        for data in (Blocks(ids), Blocks(wide, attention_mask=mask))
+    )
+    assert other.walk_tokens == 64
+    torch.testing.assert_close(one.model(ids).logits, other.model(ids).logits, rtol=1e-3, atol=1e-3)
+
+
+def test_a_walk_resumes_at_the_last_finished_layer(tmp_path):
+    model = make("mixtral", tmp_path / "t")
+    teacher, data = load_teacher(tmp_path / "t", experts="streamed"), Blocks(blocks(model))
+    target, out = target_for(teacher, 20), tmp_path / "walk"
+    whole = build_student(teacher, target, data, init="walk", config=SHORT)
+    built: list[int] = []
+
+    def stop(_: str, done: int, *__: object, **___: object) -> None:
+        built.append(done)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build_student(teacher, target, data, init="walk", config=SHORT, out=out, progress=stop)
+    assert sorted(p.name for p in out.iterdir()) == ["layer-0000.safetensors", "layer-0001.safetensors"]
+    stamp = (out / "layer-0001.safetensors").stat().st_mtime_ns
+    again = build_student(teacher, target, data, init="walk", config=SHORT, out=out)
+    assert (out / "layer-0001.safetensors").stat().st_mtime_ns == stamp
+    for (name, a), b in zip(whole.model.named_parameters(), again.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=name)
+    assert again.fate[0] is not None and torch.equal(again.fate[0].source_expert, whole.fate[0].source_expert)
+    with pytest.raises(UserError, match="other data or settings"):
+        build_student(teacher, target, data, init="walk", config=dataclasses.replace(SHORT, ridge=0.1), out=out)
+
+
+def test_errors_name_what_is_wrong(tmp_path):
+    make("gpt_oss", tmp_path)
+    teacher = load_teacher(tmp_path, experts="streamed")
+    data = Blocks(torch.full((2, 8), 5))
+    wrong = dataclasses.replace(
+        target_for(teacher, 12),
+        card=student_host("qwen3"),
+        config=dense_config(teacher.config, student_host("llama"), 12),
+    )
+    with pytest.raises(UserError, match="sinks"):
+        build_student(teacher, wrong, data)
+    with pytest.raises(UserError, match="no known method"):
+        build_student(teacher, target_for(teacher, 12), data, init="best")
+    with pytest.raises(UserError, match="no step"):
+        build_student(teacher, target_for(teacher, 12), data, init="obs+luck")
+    with pytest.raises(UserError, match="no blocks"):
+        build_student(teacher, target_for(teacher, 12), Blocks(torch.zeros(0, 8, dtype=torch.int64)))
+
+
+def test_held_out_blocks():
+    assert held_out(1, 0.1, 0).sum() == 0 and held_out(2, 0.1, 0).sum() == 1 and held_out(100, 0.06, 3).sum() == 6
+    assert torch.equal(held_out(50, 0.1, 1), held_out(50, 0.1, 1)) and not torch.equal(
+        held_out(50, 0.1, 1), held_out(50, 0.1, 2)
+    )
+
+
+def test_the_order_of_merit_on_the_trained_teacher(tiny, text, tokenizer):
+    """random >> concat >> obs+refit > local > with the polish, on held-out text; 12k tokens, short fits."""
+    teacher = load_teacher(tiny)
+    data = load_blocks(text, tokenizer, 128, "train", tokens=12_288)
+    valid = load_blocks(text, tokenizer, 128, "valid", tokens=4_096)
+    want = teacher.run(valid.input_ids).logits
+    short = WalkConfig(
+        local_steps=150, local_batch=512, layer_steps=0, polish_epochs=1, polish_batch=1024, gram_tokens=8192
+    )
+    found = {}
+    for init in ("random", "concat", "obs+refit", "obs+refit+local", "obs+refit+local+polish"):
+        student = build_student(teacher, "3.2m", data, init=init, config=short)
+        with torch.no_grad():
+            found[init] = kl(want, student.model(valid.input_ids).logits)
+    values = list(found.values())
+    assert values == sorted(values, reverse=True), found
+    assert found["random"] > 4 > 1.5 > found["obs+refit"] and found["concat"] > 2 * found["obs+refit"], found
