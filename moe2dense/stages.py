@@ -211,7 +211,15 @@ def training_targets(job: Job) -> Any:
     folder = job.run.folder / "targets"
     if not job.run.finished("targets"):
         with job.timed("targets"):
-            write_targets(job.teacher, job.text.train, folder, format=settings.target_format, progress=job.progress)
+            write_targets(
+                job.teacher,
+                job.text.train,
+                folder,
+                format=settings.target_format,
+                temperature=settings.temperature,
+                seed=job.settings.seed,
+                progress=job.progress,
+            )
     return open_targets(folder, job.text.train)
 
 
