@@ -54,11 +54,13 @@ def write_model(
     source: TokenizerSource | None = None,
     dtype: str = "bfloat16",
     shard_size: str | int = "5GB",
+    state: dict[str, Tensor] | None = None,
 ) -> None:
     """Write `model` into the existing `folder` in the standard layout, with the tokenizer of `source` if given.
 
     Weights are rounded to `dtype`, split into shards of at most `shard_size` with an index, tied weights stored once.
-    generation_config.json and the license files come from `source` when it is a folder that has them.
+    generation_config.json and the license files come from `source` when it is a folder that has them. `state` replaces
+    the model's own tensors, stored as they are.
     """
     origin = tokenizers.source_folder(source) if source is not None else None
     tokenizer = tokenizers.load_tokenizer(source) if source is not None else None
@@ -67,12 +69,12 @@ def write_model(
     model.config = copy.deepcopy(config)  # save_pretrained writes into the config it saves
     try:
         # This method keeps transformers' own names on disk, for hosts whose layout in memory is another one too.
-        state = cast_state(model, torch_dtype(dtype))
+        state = cast_state(model, torch_dtype(dtype)) if state is None else state
         with verify.quiet():
             model.save_pretrained(folder, state_dict=state, max_shard_size=parse_bytes(shard_size, "shard_size"))
     finally:
         model.config = config
-    _edit_json(folder / "config.json", dtype=dtype)
+    edit_json(folder / "config.json", dtype=dtype)
     if source is not None and tokenizer is not None:
         tokenizers.write_tokenizer(source, tokenizer, folder)
     if origin is not None:
@@ -107,7 +109,8 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
         )
 
 
-def _edit_json(path: Path, **values: Any) -> None:
+def edit_json(path: Path, **values: Any) -> None:
+    """Set top-level fields of a JSON file."""
     table = json.loads(path.read_text(encoding="utf-8"))
     table.update(values)
     table.pop("_name_or_path", None)
