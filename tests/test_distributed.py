@@ -1,0 +1,78 @@
+"""Several processes train to the same weights as one, at the same global batch."""
+
+import contextlib
+import multiprocessing
+import os
+import socket
+
+import pytest
+import torch
+from test_training import make_blocks, make_student, make_teacher, settings
+
+from moe2dense.checkpoints import Checkpoints
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+def worker(rank, world, port, out, options, queue):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    from moe2dense.training import distill
+
+    def stop(stage, done, total, **numbers):
+        if stage == "distill" and done == stop_at:
+            raise InterruptedError
+
+    student, n, stop_at = make_student(torch.float64), options.pop("blocks"), options.pop("stop_at", None)
+    kls = []
+    with contextlib.suppress(InterruptedError):
+        result = distill(
+            student, make_teacher(torch.float64), make_blocks(n), valid=make_blocks(5, seed=9), out=out, seed=3,
+            progress=stop, **options,
+        )  # fmt: skip
+        kls = [r["valid_kl"] for r in result.history if "valid_kl" in r]
+    if rank == 0:
+        queue.put(({k: v.numpy() for k, v in student.state_dict().items()}, kls))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train(world, out, **options):
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
+    queue = context.Queue()
+    processes = [context.Process(target=worker, args=(r, world, port, out, dict(options), queue)) for r in range(world)]
+    for p in processes:
+        p.start()
+    state, kls = queue.get(timeout=120)
+    for p in processes:
+        p.join(60)
+    assert all(p.exitcode == 0 for p in processes)
+    return {k: torch.from_numpy(v) for k, v in state.items()}, kls
+
+
+def close(a, b):
+    for name in a[0]:
+        torch.testing.assert_close(a[0][name], b[0][name], rtol=1e-9, atol=1e-9, msg=name)
+    assert a[1] == pytest.approx(b[1], rel=1e-9)
+
+
+def test_two_processes_equal_one(tmp_path):
+    """20 steps in float64; 5 blocks a step, so that one process has an empty pass."""
+    options = {"config": settings(epochs=5.0, batch=60, micro_batch=2, alpha=0.2), "blocks": 20}
+    close(train(2, tmp_path / "two", **options), train(1, tmp_path / "one", **options))
+
+
+def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
+    options = {"config": settings(epochs=2.0, batch=60, save_every=4), "blocks": 20}
+    whole = train(1, tmp_path / "whole", **options)
+    train(2, tmp_path / "part", stop_at=6, **options)
+    assert Checkpoints(tmp_path / "part/checkpoints").steps()[-1] == 4
+    close(train(1, tmp_path / "part", resume=True, **options), whole)
