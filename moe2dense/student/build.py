@@ -16,7 +16,7 @@ from moe2dense.student.assemble import copy_tensors, empty_student, put_ffn
 from moe2dense.student.carry import Carrier
 from moe2dense.student.ffn.local import Fit, fit, local, relative_error
 from moe2dense.student.ffn.refit import refit
-from moe2dense.student.methods import Block, make_ffn, parse_method
+from moe2dense.student.methods import Block, make_ffn, parse_method, pool_limit
 from moe2dense.student.polish import polish
 from moe2dense.student.resume import LayerStore
 from moe2dense.student.target import Target, resolve_target
@@ -149,6 +149,7 @@ def block_of(state: Walk, made: LayerPass, x: Tensor, target: Tensor) -> Block:
         experts=made.experts or (), stats=state.stats[made.index] if made.sparse else None, probability=probability,
         input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
         seed=state.seed * 1000 + made.index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
+        pool_limit=pool_limit(state.teacher.budget // 2, state.target.width),
     )  # fmt: skip
     return replace(block, gating=gating) if gating else block
 

@@ -1,5 +1,6 @@
 """How a layer's FFN is made, by name: `--init BASE[+refit][+local]...`; `walk` is the whole recipe."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -75,6 +76,11 @@ class Block:
                 output_energy(self.stats.neuron_energy[e], self.experts[e].down) for e in range(len(self.experts))
             ]
         return self._energies
+
+
+def pool_limit(budget: int, width: int) -> int:
+    """Most neurons whose elimination fits in `budget` bytes: five float32 matrices of that side; never fewer than `width`."""
+    return max(width, math.isqrt(max(budget, 0) // (5 * 4)))
 
 
 Method = Callable[[Block, int], tuple[DenseFFN, Tensor, Tensor]]  # routed budget -> FFN, source expert, source neuron
@@ -155,12 +161,14 @@ def _select(block: Block, width: int) -> tuple[DenseFFN, Tensor, Tensor]:
 
 def _obs(block: Block, width: int) -> tuple[DenseFFN, Tensor, Tensor]:
     """Elimination over a pool of neurons, preselected by energy where all would not fit in memory."""
-    pool, expert, neuron = _select(block, block.pool_limit or len(block.experts) * block.experts[0].gate.shape[0])
+    pool, expert, neuron = _select(block, block.pool_limit or sum(len(e) for e in block.energies()))
     fixed = concatenate(block.fixed) if block.fixed else None
     tokens = slice(0, block.config.gram_tokens or None)
     target = block.target[tokens]
     if fixed is not None:  # shared neurons stay whole; elimination works on what they leave over
         target = target - fixed(block.x[tokens])
+    if pool.width <= width:
+        return pool, expert, neuron
     gram, cross = grams(pool, block.x[tokens], target)
     gram, cross = gram[: pool.width, : pool.width], cross[: pool.width]
     step = max(1, pool.width // 256)

@@ -1,0 +1,176 @@
+"""What each way of making a student is worth: KL and NLL before training, and at equal total teacher tokens after it.
+
+    python benchmarks/recovery.py                                  # random, concat and the walk, one seed: under ten minutes on two cores
+    python benchmarks/recovery.py --methods all --widths 256,512,1024 --seeds 3 --budgets 49152,491520 --data FOLDER
+    python benchmarks/recovery.py --sibling 4915200 --data FOLDER  # a dense model of the student's shape, trained from scratch
+
+Teacher tokens count every position the teacher was run on, the walk's included; replays of the same positions are free. Text is judged in one
+block from each passage. Each budget starts from the same built student and trains on the first blocks of the same text.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe2dense.config import TrainConfig, WalkConfig
+from moe2dense.data import Blocks, load_blocks
+from moe2dense.evaluation import Reference, evaluate, reference
+from moe2dense.sources import passages
+from moe2dense.student.build import build_student
+from moe2dense.student.host import dense_config
+from moe2dense.student.target import Target, resolve_target
+from moe2dense.targets import hidden_targets
+from moe2dense.teacher.load import Teacher, load_teacher
+from moe2dense.training import distill
+
+ROOT = Path(__file__).parent.parent
+ALL = (
+    "random", "average", "weighted-average", "aligned-average", "svd", "concat", "cluster", "select", "select+refit", "obs+refit",
+    "random+local", "concat+refit+local", "obs+refit+local", "obs+refit+local+layer", "walk",
+)  # fmt: skip
+
+
+def one_block_per_passage(folder: str, split: str, tokenizer: Any, block: int, count: int) -> Blocks:
+    """The first `block` tokens of each of `count` passages that are long enough."""
+    rows: list[list[int]] = []
+    for record in passages(folder, split, 0):
+        ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
+        if len(ids) >= block:
+            rows.append(ids[:block])
+        if len(rows) == count:
+            break
+    return Blocks(torch.tensor(rows))
+
+
+def width_target(teacher: Teacher, width: int) -> Target:
+    """The teacher's dense host with an FFN of `width` neurons."""
+    base = resolve_target("50%", teacher.config, teacher.card)
+    config = dense_config(teacher.config, base.card, width)
+    return dataclasses.replace(base, to=f"M={width}", label=f"M={width}", width=width, config=config)
+
+
+def judge(model: Any, texts: dict[str, Reference]) -> dict[str, float]:
+    """{'valid KL', 'valid NLL', ...} in nats per token."""
+    found: dict[str, float] = {}
+    for name, ref in texts.items():
+        scores = evaluate(model, ref, bootstrap=10)
+        found |= {f"{name} KL": float(scores.kl.value), f"{name} NLL": float(scores.nll.value)}
+    return found
+
+
+def trained(student: Any, data: Blocks, targets: Any, budget: int, epochs: float, seed: int) -> None:
+    """Distil on the first `budget` tokens of the text, `epochs` times over."""
+    config = TrainConfig(epochs=epochs) if epochs else TrainConfig()
+    config = dataclasses.replace(config, tokens=budget, eval_every=10**9, save_every=10**9)
+    rows = range(max(1, budget // data.input_ids.shape[1]))
+    part = dataclasses.replace(targets, hidden=targets.hidden[rows.start : rows.stop])
+    distill(student, data=data[rows.start : rows.stop], targets=part, config=config, seed=seed)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row of the table; each is printed when it is known."""
+    teacher = load_teacher(args.teacher)
+    tokenizer = teacher.tokenizer()
+    texts = {
+        s: reference(teacher, one_block_per_passage(args.data, s, tokenizer, args.block, 96)) for s in ("valid", "ood")
+    }
+    budgets = [int(b) for b in args.budgets.split(",") if b]
+    data = load_blocks(args.data, tokenizer, args.block, "train", tokens=max([*budgets, args.walk_tokens]))
+    targets = hidden_targets(teacher, data) if budgets else None
+    rows = []
+    print(
+        f"teacher NLL: {', '.join(f'{n} {judge_teacher(r):.3f}' for n, r in texts.items())}; text: {data.tokens} tokens",
+        flush=True,
+    )
+    methods = ALL if args.methods == "all" else args.methods.split(",")
+    for seed in range(args.seeds):
+        for width in (int(w) for w in args.widths.split(",")):
+            for method in methods:
+                walk_data = data[: max(1, args.walk_tokens // args.block)]
+                begun = time.monotonic()
+                student = build_student(
+                    teacher, width_target(teacher, width), walk_data, init=method, config=WalkConfig(), seed=seed
+                )
+                built = time.monotonic() - begun
+                row = {
+                    "method": method,
+                    "M": width,
+                    "seed": seed,
+                    "tokens": walk_data.tokens if method != "random" else 0,
+                }
+                rows.append(show(row | judge(student, texts) | {"seconds": built}))
+                for budget in budgets:
+                    copied, begun = copy.deepcopy(student), time.monotonic()
+                    trained(copied, data, targets, budget, args.epochs, seed)
+                    rows.append(
+                        show(
+                            row
+                            | {"tokens": budget}
+                            | judge(copied, texts)
+                            | {"seconds": built + time.monotonic() - begun}
+                        )
+                    )
+    if args.sibling:
+        rows.append(show(sibling(teacher, tokenizer, texts, args)))
+    return rows
+
+
+def judge_teacher(ref: Reference) -> float:
+    """The teacher's own NLL."""
+    return float(evaluate(ref, ref, bootstrap=10).nll.value)
+
+
+def sibling(teacher: Teacher, tokenizer: Any, texts: dict[str, Reference], args: argparse.Namespace) -> dict[str, Any]:
+    """A dense model of the student's shape, every weight random, trained on `--sibling` tokens of text without a teacher."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    width, begun = int(args.widths.split(",")[0]), time.monotonic()
+    model = AutoModelForCausalLM.from_config(width_target(teacher, width).config)
+    data = load_blocks(args.data, tokenizer, args.block, "train", tokens=args.sibling)
+    config = TrainConfig(tokens=data.tokens, alpha=1.0, lr=2e-3, eval_every=10**9, save_every=10**9)
+    distill(model, data=data, config=config)
+    row = {"method": "dense sibling", "M": width, "seed": 0, "tokens": data.tokens}
+    return row | judge(model, texts) | {"seconds": time.monotonic() - begun}
+
+
+def show(row: dict[str, Any]) -> dict[str, Any]:
+    """Print one row."""
+    numbers = "  ".join(f"{k} {v:.3f}" if isinstance(v, float) and k != "seconds" else f"{k} {v:.0f}" for k, v in row.items() if k != "method")  # fmt: skip
+    print(f"{row['method']:24s} {numbers}", flush=True)
+    return row
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=str(ROOT / "examples" / "tiny-mixtral"))
+    parser.add_argument(
+        "--data", default=str(ROOT / "examples" / "text"), help="folder with train, valid and ood files"
+    )
+    parser.add_argument("--methods", default="random,concat,walk", help=f"comma-separated, or all: {', '.join(ALL)}")
+    parser.add_argument("--widths", default="512")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--budgets", default="", help="total teacher tokens to train with, such as 49152,491520")
+    parser.add_argument("--walk-tokens", type=int, default=49_152)
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument(
+        "--epochs", type=float, default=0.0, help="passes over the training text; 0 = the default of the project"
+    )
+    parser.add_argument(
+        "--sibling", type=int, default=0, help="also train a dense model of this shape on so many tokens of text"
+    )
+    parser.add_argument("--out", default="", help="write the rows as JSON")
+    args = parser.parse_args()
+    rows = run(args)
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
