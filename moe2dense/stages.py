@@ -124,7 +124,7 @@ def walk(job: Job) -> "Student":
         )
         save_student(student, folder / "student")
         entry |= {"tokens": student.walk_tokens, "history": student.history}
-    return student
+    return load_student(folder / "student")  # as a resumed run does, so that both train the same module
 
 
 def reference_for(job: Job, which: str) -> "Reference":

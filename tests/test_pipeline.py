@@ -202,6 +202,11 @@ def start(tiny, folder, *more):
     )
 
 
+def finish(process) -> None:
+    _, error = process.communicate()
+    assert process.returncode == 0, error
+
+
 def kill_when(process, ready) -> bool:
     """Send SIGKILL once `ready()`; False when the process ended first."""
     deadline = time.monotonic() + 300
@@ -227,15 +232,14 @@ def test_killed_and_resumed_gives_the_same_weights(tiny, tmp_path, stage):
     for folder in (whole, killed):
         folder.mkdir()
         quick(folder)
-    assert start(tiny, whole).wait() == 0
+    finish(start(tiny, whole))
     signs = {
         "walk": lambda: len(list((killed / "out" / "walk").glob("*.safetensors"))) >= 2,
         "training": lambda: len(list((killed / "out" / "checkpoints").glob("*"))) >= 1,
     }
     assert kill_when(start(tiny, killed), signs[stage]), "the run ended before it could be killed"
     assert not (killed / "out" / "model").exists()
-    process = start(tiny, killed, "--resume")
-    assert process.wait() == 0, process.stderr.read()
+    finish(start(tiny, killed, "--resume"))
     expected, found = weights(whole), weights(killed)
     assert expected.keys() == found.keys()
     for name in expected:

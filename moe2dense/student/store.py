@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from moe2dense.cards import student_host
 from moe2dense.errors import UserError
+from moe2dense.exporting.verify import quiet
 from moe2dense.student.types import LayerFate, Student
 
 _FATE_FIELDS = [f.name for f in dataclasses.fields(LayerFate)]
@@ -40,7 +41,8 @@ def save_student(student: Student, folder: str | Path) -> Path:
     }
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        student.model.save_pretrained(temporary)
+        with quiet():
+            student.model.save_pretrained(temporary)
         save_file(_fate_tensors(student.fate), temporary / "fate.safetensors")
         (temporary / "student.json").write_text(json.dumps(about, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
@@ -68,7 +70,8 @@ def load_student(folder: str | Path) -> Student:
         else None
         for layer in range(about["layers"])
     ]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return Student(
         model=model,
         card=student_host(about["host"]),
