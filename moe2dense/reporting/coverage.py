@@ -14,28 +14,41 @@ from torch import Tensor
 
 # n tokens, H hidden, M student width, F expert width
 
-RIDGE = 1e-3  # of the kernel's mean diagonal
+RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the kernel's mean diagonal; leave-one-out chooses among them
+SKETCH = 64  # random directions of the output on which the choice is made
 LEAST_GAP = 0.02  # of the outputs' variance: below this, a random FFN reads the expert as well as a copy does
 
 
-def ridge_errors(features_nM: Tensor, targets_nH: Tensor, train: Tensor, ridge: float = RIDGE) -> Tensor:
+def ridge_errors(
+    features_nM: Tensor, targets_nH: Tensor, train: Tensor, ridges: tuple[float, ...] = RIDGES, seed: int = 0
+) -> Tensor:
     """Squared error [m] of each held-out token after a ridge regression on the tokens `train` [n] bool.
 
-    Solved in the dual, (K + lambda I)^-1 on tokens, so a wide FFN costs no more than the tokens squared. Features and
-    targets are centred on the training tokens; lambda is `ridge` times the kernel's mean diagonal.
+    Solved in the dual on tokens, so a wide FFN costs no more than the tokens squared. Features and targets are centred on
+    the training tokens; the ridge is a multiple of the kernel's mean diagonal, chosen for each set of features by its
+    leave-one-out error (Allen's PRESS), since one fixed ridge would favour some features over others.
     """
     x, y = features_nM.float(), targets_nH.float()
     mean_x, mean_y = x[train].mean(0), y[train].mean(0)
-    a, b = x[train] - mean_x, x[~train] - mean_x
+    a, b, t = x[train] - mean_x, x[~train] - mean_x, y[train] - mean_y
     kernel = a @ a.T
     size = kernel.diagonal().mean().clamp_min(1e-30)
-    eye = torch.eye(len(a), device=a.device)
-    factor, info = torch.linalg.cholesky_ex(kernel / size + ridge * eye)
-    if int(info):
-        factor = torch.linalg.cholesky((kernel / size).double() + ridge * eye.double()).float()
-    weights = torch.cholesky_solve(y[train] - mean_y, factor)
-    predicted = (b @ a.T / size) @ weights + mean_y
-    return (predicted - y[~train]).square().sum(1)
+    values, vectors = torch.linalg.eigh((kernel / size).double())
+    values, vectors = values.clamp_min(0).float(), vectors.float()
+    sketch = t
+    if t.shape[1] > SKETCH:
+        directions = torch.randn(t.shape[1], SKETCH, generator=torch.Generator().manual_seed(seed))
+        sketch = t @ directions.to(t)
+    ridge = min(ridges, key=lambda r: press(values + r, vectors, sketch))
+    weights = vectors @ ((vectors.T @ t) / (values + ridge)[:, None])
+    return ((b @ a.T / size) @ weights + mean_y - y[~train]).square().sum(1)
+
+
+def press(values: Tensor, vectors: Tensor, targets: Tensor) -> float:
+    """Leave-one-out squared error of kernel ridge, from the eigenvalues (ridge added) and vectors of the kernel."""
+    dual = vectors @ ((vectors.T @ targets) / values[:, None])
+    inverse_diagonal = (vectors.square() / values).sum(1)
+    return float((dual / inverse_diagonal[:, None]).square().sum())
 
 
 def random_features(

@@ -73,7 +73,7 @@ def measure_transfer(
     before_scores: Scores | None = None,
     *,
     least_tokens: int = 64,
-    sample: int = 1536,
+    sample: int = 900,
     bootstrap: int = 200,
     replaceability: bool = True,
     tokenizer: Any = None,
@@ -346,7 +346,7 @@ def _coverage(
     assert activations is not None
     train = cov.split(len(rows), setup.generator)
     random, copied, width = [], [], activations.shape[1]
-    for _ in range(max(1, min(8, 2048 // width))):  # narrow random FFNs differ much from one another
+    for _ in range(max(1, min(8, 1024 // width))):  # narrow random FFNs differ much from one another
         features = _random(x, width, expert, setup)
         copy = torch.cat([hidden, features[:, : max(0, width - hidden.shape[1])]], 1)
         random.append(cov.ridge_errors(features, output, train).cpu())

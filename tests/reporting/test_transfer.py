@@ -253,7 +253,7 @@ def test_ridge_errors_equal_the_primal_solution_in_float64():
     for n, m in ((60, 9), (40, 90)):
         x, y = torch.randn(n, m, generator=generator) + 1, torch.randn(n, 5, generator=generator) - 2
         train = coverage.split(n, generator)
-        got = coverage.ridge_errors(x, y, train, ridge=0.1)
+        got = coverage.ridge_errors(x, y, train, (0.1,))
         a, b, t = x[train].double(), x[~train].double(), y[train].double()
         centre, middle = a.mean(0), t.mean(0)
         a, b = a - centre, b - centre
@@ -262,6 +262,25 @@ def test_ridge_errors_equal_the_primal_solution_in_float64():
         wanted = (b @ w + middle - y[~train].double()).square().sum(1)
         torch.testing.assert_close(got.double(), wanted, rtol=1e-3, atol=1e-4)
     assert int((~coverage.split(90, generator)).sum()) == 30
+
+
+def test_the_ridge_is_chosen_by_leaving_one_out():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(50, 30, generator=generator)
+    y = x[:, :3] @ torch.randn(3, 4, generator=generator) + 2 * torch.randn(50, 4, generator=generator)
+    values, vectors = torch.linalg.eigh(x.double() @ x.double().T)
+    for ridge in (0.5, 20.0):
+        total = 0.0
+        for i in range(50):
+            keep = torch.arange(50) != i
+            a, t = x[keep].double(), y[keep].double()
+            w = a.T @ torch.linalg.solve(a @ a.T + ridge * torch.eye(49, dtype=torch.float64), t)
+            total += float((x[i].double() @ w - y[i].double()).square().sum())
+        assert coverage.press(values + ridge, vectors, y.double()) == pytest.approx(total, rel=1e-8)
+    train = coverage.split(50, generator)
+    each = {r: float(coverage.ridge_errors(x, y, train, (r,)).sum()) for r in coverage.RIDGES}
+    chosen = float(coverage.ridge_errors(x, y, train).sum())
+    assert chosen in each.values() and chosen < 0.9 * max(each.values())
 
 
 def test_coverage_says_nothing_where_there_is_nothing_to_tell_apart():
