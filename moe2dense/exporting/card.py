@@ -38,6 +38,7 @@ _COLUMNS = (
     ("agreement", "same first choice"),
     ("rare_kl", "KL on rare tokens"),
 )
+_STATUS = {"seen": "yes, this architecture is tested there", "documented": "by its documentation, not tested"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
@@ -147,18 +148,13 @@ def _quality(info: dict[str, Any], quantized: dict[str, float] | None) -> list[s
     return lines
 
 
-def _lost(info: dict[str, Any], moe_shaped: bool) -> list[str]:
+def _lost(info: dict[str, Any]) -> list[str]:
     lines = ["For the uses the teacher was meant for, where its size is too much; judge it on your own text first.", ""]
     if "transferred" in info:
         lines += [f"Of the experts' saliency, {100 * info['transferred']:.0f} % was found again in the student.", ""]
     lines += [f"- {sentence}" for sentence in info.get("lost", [])] + [""] * bool(info.get("lost"))
     if not info.get("lost"):
         lines += ["A dense student of fewer parameters knows less than its teacher: expect rare facts to go first.", ""]
-    if moe_shaped:
-        lines += [
-            "No dense architecture equals this teacher's, so the files keep its MoE class with one active expert.",
-            "",
-        ]
     return lines
 
 
@@ -205,6 +201,7 @@ def model_card(
     quantize: str = "",
     quantized: dict[str, float] | None = None,
     format: str = "hf",
+    notes: str = "",
 ) -> str:
     """README.md of an exported checkpoint. `info`: see INFO_FIELDS. `quantized`: KL and tokens of a quantised export."""
     from moe2dense.units import show_count
@@ -223,8 +220,9 @@ def model_card(
     ]
     lines += [f"{show_count(parameters)} parameters, {stored}.", ""]
     lines += ["## How close it is to the teacher", "", *_quality(info, quantized)]
-    lines += ["## Use, and what was lost", "", *_lost(info, moe_shaped)]
+    lines += ["## Use, and what was lost", "", *_lost(info)]
     lines += ["## How to load it", "", *_loading(name, loads or {}, quantize, format)]
+    lines += [notes, ""] * bool(notes)
     lines += ["## How it was made", ""]
     if info.get("command"):
         lines += ["```shell", info["command"], "```", ""]

@@ -76,6 +76,7 @@ def export(
     """
     model, host = _model_of(student), card or _card_of(student)
     _check_options(model, format, dtype, quantize)
+    _check_wrapper(model, host)
     source = tokenizer if tokenizer is not None else _teacher_folder(student)
     notes = _inherit(cards.check_info(info), student, source)
     out = Path(out)
@@ -101,7 +102,7 @@ def export(
             record = {"checked": {"tensors": checked.tensors, "logit_difference": checked.logit_difference}}
         page = cards.model_card(
             out.name, notes, dtype=dtype, parameters=model.num_parameters(), loads=host.loads, moe_shaped=host.moe_shaped,
-            quantize=quantize or "", quantized=record.get("quantized"), format=format,
+            quantize=quantize or "", quantized=record.get("quantized"), format=format, notes=host.notes,
         )  # fmt: skip
         (partial / "README.md").write_text(page, encoding="utf-8")
     files = {str(p.relative_to(out)): p.stat().st_size for p in sorted(out.rglob("*")) if p.is_file()}
@@ -126,6 +127,16 @@ def _card_of(student: Any) -> StudentCard:
     kind = _model_of(student).config.model_type
     hosts = [c for c in student_cards().values() if not c.host]
     return next((c for c in hosts if c.model_type == kind), StudentCard(kind, kind, model_type=kind))
+
+
+def _check_wrapper(model: PreTrainedModel, host: StudentCard) -> None:
+    """A host that keeps the MoE wrapper keeps it as its card sets it: one expert, not a whole mixture."""
+    for key, value in host.set.items() if host.moe_shaped else ():
+        found = getattr(model.config, key, None)
+        if not isinstance(value, str) and found != value:
+            raise UserError(
+                f"student: its config has {key} = {found}, a dense {host.name} has {value}; export a built student"
+            )
 
 
 def _check_options(model: PreTrainedModel, format: str, dtype: str, quantize: str | None) -> None:

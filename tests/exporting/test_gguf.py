@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from moe2dense.cards import student_cards
 from moe2dense.errors import UserError
 from moe2dense.exporting import export
 from moe2dense.exporting.gguf import interleave, named_tensors
@@ -121,6 +122,11 @@ def test_what_gguf_cannot_describe_is_refused(tmp_path):
         "layer 1 is full_attention", tiny("cohere2", **BIG, layer_types=["sliding_attention"] + ["full_attention"] * 4)
     )
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_cards_claim_llama_cpp_for_exactly_the_hosts_tested_there():
+    claimed = {card.model_type for card in student_cards().values() if card.loads.get("llama_cpp") == "seen"}
+    assert claimed == set(HOSTS) & set(GGUF_HOSTS)
 
 
 # ---- tokenizers

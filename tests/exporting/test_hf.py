@@ -3,16 +3,22 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
+from moe2dense.cards import StudentCard, student_host, teacher_cards
 from moe2dense.errors import UserError
 from moe2dense.exporting import export, hf, verify
+from moe2dense.student.host import dense_config
 
 from .conftest import HOSTS, tiny
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
+from families import FAMILIES, make
 
 
 def logits(model, ids):
@@ -29,6 +35,24 @@ def test_every_host_round_trips_exactly_in_fp32(host, tmp_path):
     ids = torch.randint(97, (3, 29))
     assert (logits(again, ids) - logits(model, ids)).abs().max() < 1e-5
     assert done.checked["tensors"] == len(model.state_dict())
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_the_host_of_every_family_round_trips(family, tmp_path):
+    teacher = make(family, tmp_path / "teacher").config.get_text_config()
+    host = student_host(teacher_cards()[family].host)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(dense_config(teacher, host, 24)).float().eval()
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    export(model, tmp_path / "m", dtype="float32")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.randint(3, 101, (2, 17))
+    assert (logits(again, ids) - logits(model, ids)).abs().max() < 1e-5
+    experts = [name for name in verify.checkpoint_tensors(tmp_path / "m") if "expert" in name]
+    assert bool(experts) == host.moe_shaped
+    assert ("- moe-shaped" in (tmp_path / "m/README.md").read_text()) == host.moe_shaped
 
 
 @pytest.mark.parametrize("host", ["mistral", "qwen2", "granite", "cohere2"])
@@ -185,14 +209,14 @@ def test_a_host_class_that_changes_weights_while_loading_is_caught(tmp_path):
 
 
 def test_an_moe_is_refused_unless_its_card_says_moe_shaped(tmp_path):
-    from moe2dense.cards import StudentCard
-
     model = tiny("olmoe", num_experts=1, num_experts_per_tok=1)
     with pytest.raises(verify.VerificationError, match="experts"):
-        export(model, tmp_path / "m")
-    export(model, tmp_path / "m", card=StudentCard("olmoe", "OLMoE", model_type="olmoe", moe_shaped=True))
+        export(model, tmp_path / "m", card=StudentCard("olmoe", "OLMoE", model_type="olmoe"))
+    with pytest.raises(UserError, match="num_experts = 4, a dense olmoe has 1"):
+        export(tiny("olmoe", num_experts=4, num_experts_per_tok=1), tmp_path / "m")
+    export(model, tmp_path / "m")
     card = (tmp_path / "m/README.md").read_text()
-    assert "- moe-shaped" in card and "- dense" not in card
+    assert "- moe-shaped" in card and "- dense" not in card and student_host("olmoe").notes in card
 
 
 def test_adapters_nan_and_a_foreign_tokenizer_are_refused(student, example, tmp_path):
