@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moe2dense.errors import UserError
+from moe2dense.sharding import like, whole
 
 _NAME = re.compile(r"^step-(\d+)$")
 
@@ -33,7 +34,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     found = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            found[f"{names[parameter]}/{key}"] = torch.as_tensor(value)
+            found[f"{names[parameter]}/{key}"] = whole(torch.as_tensor(value)).cpu()
     return found
 
 
@@ -47,9 +48,10 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = by_name.get(names[parameter], {})
-            # the step count stays on the CPU unless the fused kernel keeps it beside the parameter
             optimizer.state[parameter] = {
-                k: v.clone() if k == "step" and not group.get("fused") else v.to(parameter.device, copy=True)
+                k: v.to(parameter.device, copy=True)
+                if k == "step"
+                else like(v.to(parameter.device, copy=True), parameter)
                 for k, v in state.items()
             }
 
@@ -94,6 +96,13 @@ class Checkpoints:
         """Remove all checkpoints but these."""
         for step in set(self.steps()) - set(steps):
             shutil.rmtree(self.path(step), ignore_errors=True)
+
+    def load_weights(self, model: torch.nn.Module, step: int | None = None) -> None:
+        """Put the weights of a checkpoint (default: the last) into a model: after training in shards, into a whole one."""
+        weights, _, _ = self.load(self.steps()[-1] if step is None else step)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(weights[name])
 
     def state(self, step: int) -> dict[str, Any]:
         return json.loads((self.path(step) / "state.json").read_text())

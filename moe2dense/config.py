@@ -72,6 +72,7 @@ class TrainConfig:
     save_every: int = 50  # steps
     eval_every: int = 50
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    shard: bool = False  # on several processes: spread weights and optimiser over them (FSDP2) instead of copies (DDP)
     alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
     temperature_schedule: str = ""
     lora: int = 0  # rank; 0 = full training

@@ -14,11 +14,12 @@ from moe2dense.config import TrainConfig
 from moe2dense.errors import UserError
 from moe2dense.losses.student import Objective
 from moe2dense.order import total_steps
+from moe2dense.sharding import like, shard, whole
 from moe2dense.trainlog import Interrupts, MetricsFile, memory_bytes
 from moe2dense.trainsetup import add_adapters, check_head, make_accelerator, make_optimizer, merge_adapters
 from moe2dense.trainstep import Lesson, Plan, plan_step, train_step, validate
 
-_FREE = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing")
+_FREE = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
 
 
 @dataclass
@@ -65,8 +66,12 @@ class Trainer:
             if config.lora:
                 model.enable_input_require_grads()
         self.model = add_adapters(model, config) if config.lora else model
-        optimizer = make_optimizer(self.model, config)
-        self.objective, self.optimizer = self.accelerator.prepare(Objective(self.model), optimizer)
+        objective: Any = Objective(self.model)
+        if config.shard and self.accelerator.num_processes > 1:
+            self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
+            self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config))
+        else:
+            self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(self.model, config))
         self.names = {p: n for n, p in self.model.named_parameters() if p.requires_grad}
         main = out is not None and self.accelerator.is_main_process
         self.checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoints")
@@ -159,12 +164,13 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of this step and drop all but it and the best."""
-        if self.checkpoints is not None and self.accelerator.is_main_process:
-            weights = {n: p for p, n in self.names.items()}
+        if self.checkpoints is not None:
+            weights = {n: whole(p.detach()).cpu() for p, n in self.names.items()}
             state = optimizer_tensors(self.optimizer.optimizer, self.names) | {"rng/state": torch.get_rng_state()}
             about = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
-            self.checkpoints.save(self.step, weights, state, about)
-            self.checkpoints.keep(self.step, self.best[1] if self.best else None)
+            if self.accelerator.is_main_process:
+                self.checkpoints.save(self.step, weights, state, about)
+                self.checkpoints.keep(self.step, self.best[1] if self.best else None)
         self.accelerator.wait_for_everyone()
 
     def _load(self, step: int) -> None:
@@ -179,7 +185,7 @@ class Trainer:
             )
         with torch.no_grad():
             for parameter, name in self.names.items():
-                parameter.copy_(weights[name])
+                parameter.copy_(like(weights[name], parameter))
         torch.set_rng_state(state.pop("rng/state"))
         restore_optimizer(self.optimizer.optimizer, self.names, state)
         self.step, self.first_kl = about["step"], about["first_kl"]
@@ -209,7 +215,9 @@ class Trainer:
     def _finish(self, seconds: float) -> TrainResult:
         self.accelerator.end_training()
         model = merge_adapters(self.model) if self.config.lora else self.model
-        model.train(self.was_training).to(self.home)
+        model.train(self.was_training)
+        if not self.config.shard:
+            model.to(self.home)
         history = self.metrics.records
         final = next((r["valid_kl"] for r in reversed(history) if "valid_kl" in r), None)
         if final is not None and self.first_kl is not None and not final <= self.first_kl:

@@ -39,7 +39,8 @@ def distill(
     The teacher's answers come from `targets` (stored, in memory, or hidden states with a head) or, computed once, from
     `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
     out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU.
-    Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
+    With config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
+    puts the result into a whole model. Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
     """
     config = config or TrainConfig()
     model = student.model if hasattr(student, "fate") else student
@@ -50,6 +51,10 @@ def distill(
         raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
     if teacher is None and targets is None and _needs_teacher(config):
         raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
+    if config.shard and (config.lora or out is None):
+        raise UserError(
+            "shard=True needs out=, where its weights are gathered, and trains all weights: it takes no lora"
+        )
     known = None if targets is None else as_targets(targets, data)
     data = data if tokens is None else data[: tokens // block]
     if not bool(data.loss_mask().any()):

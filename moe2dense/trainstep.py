@@ -15,6 +15,7 @@ from moe2dense.data import Blocks
 from moe2dense.metrics import model_inputs
 from moe2dense.order import micro_batches, step_blocks
 from moe2dense.schedules import learning_rate, scheduled
+from moe2dense.sharding import whole
 from moe2dense.targets.memory import Targets
 
 # N blocks, S block length, n = N S tokens
@@ -112,7 +113,7 @@ def train_step(
             # processes average their gradients, and each holds its share of one mean
             accelerator.backward(found[0] * world if world > 1 else found[0])
         sums += torch.stack([x.detach() for x in found[:3]])
-    norm = float(accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf))
+    norm = float(whole(accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)))
     if world > 1:
         sums = accelerator.reduce(sums, "sum")
     loss, kd, ce = sums.tolist()

@@ -1,6 +1,7 @@
 """Several processes train to the same weights as one, at the same global batch."""
 
 import contextlib
+import dataclasses
 import multiprocessing
 import os
 import socket
@@ -31,7 +32,7 @@ def worker(rank, world, port, out, options, queue):
             raise InterruptedError
 
     student, n, stop_at = make_student(torch.float64), options.pop("blocks"), options.pop("stop_at", None)
-    kls = []
+    kls: list = []
     with contextlib.suppress(InterruptedError):
         result = distill(
             student, make_teacher(torch.float64), make_blocks(n), valid=make_blocks(5, seed=9), out=out, seed=3,
@@ -39,7 +40,8 @@ def worker(rank, world, port, out, options, queue):
         )  # fmt: skip
         kls = [r["valid_kl"] for r in result.history if "valid_kl" in r]
     if rank == 0:
-        queue.put(({k: v.numpy() for k, v in student.state_dict().items()}, kls))
+        local = {k: getattr(v, "to_local", lambda v=v: v)() for k, v in student.state_dict().items()}
+        queue.put(({k: v.numpy() for k, v in local.items()}, kls))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
 
@@ -76,3 +78,28 @@ def test_a_run_goes_on_with_another_number_of_processes(tmp_path):
     train(2, tmp_path / "part", stop_at=6, **options)
     assert Checkpoints(tmp_path / "part/checkpoints").steps()[-1] == 4
     close(train(1, tmp_path / "part", resume=True, **options), whole)
+
+
+def test_sharded_training_equals_one_process(tmp_path):
+    """FSDP2: 20 steps in float64; the parameters are really spread, and checkpoints are whole."""
+    options = {"config": settings(epochs=5.0, batch=60, micro_batch=2), "blocks": 20}
+    one = train(1, tmp_path / "one", **options)
+    options["config"] = dataclasses.replace(options["config"], shard=True)
+    shards, kls = train(2, tmp_path / "two", **options)
+    assert kls == pytest.approx(one[1], rel=1e-9)
+    assert any(v.numel() < one[0][k].numel() for k, v in shards.items())
+    model = make_student(torch.float64)
+    Checkpoints(tmp_path / "two/checkpoints").load_weights(model)
+    close((model.state_dict(), kls), one)
+
+
+def test_a_sharded_run_goes_on_in_one_process_and_back(tmp_path):
+    options = {"config": settings(epochs=2.0, batch=60, save_every=2, shard=True), "blocks": 20}
+    whole = train(1, tmp_path / "whole", **options)
+    train(2, tmp_path / "part", stop_at=2, **options)
+    train(1, tmp_path / "part", stop_at=4, resume=True, **options)
+    _, kls = train(2, tmp_path / "part", resume=True, **options)
+    assert kls == pytest.approx(whole[1], rel=1e-9)
+    model = make_student(torch.float64)
+    Checkpoints(tmp_path / "part/checkpoints").load_weights(model)
+    close((model.state_dict(), kls), whole)

@@ -415,4 +415,6 @@ def test_bad_arguments(teacher):
         distill(student, teacher, make_blocks(attention_mask=torch.zeros(24, 12, dtype=torch.bool)))
     with pytest.raises(UserError, match="--report-to tensorboar"):
         distill(student, teacher, blocks, config=settings(report_to="tensorboar"))
+    with pytest.raises(UserError, match="shard=True needs out="):
+        distill(student, teacher, blocks, config=settings(shard=True))
     assert distill(student, teacher, blocks, tokens=100, config=settings()).unique == 96
