@@ -8,7 +8,7 @@ import time
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 
 from moe2dense.units import show_count, show_seconds
 
@@ -23,12 +23,34 @@ def _show(name: str, value: Any) -> str:
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
+class Pace:
+    """Rates of the stages. A stage's clock starts at its first report, so that what a resumed run skipped does not count."""
+
+    def __init__(self) -> None:
+        self._first: dict[str, tuple[float, int, int]] = {}
+
+    def numbers(self, stage: str, done: int, total: int, numbers: dict[str, Any]) -> list[str]:
+        """What to show beside done/total: tokens/s, the stage's own numbers, the time left or taken."""
+        tokens = numbers.pop("tokens", 0)
+        now = time.perf_counter()
+        start, done_then, tokens_then = self._first.setdefault(stage, (now, done, tokens))
+        spent, more = now - start, done - done_then
+        shown = [f"{show_count((tokens - tokens_then) / spent)} tokens/s"] if tokens > tokens_then and spent > 0 else []
+        shown += [_show(k, v) for k, v in numbers.items()]
+        if done < total and more > 0:
+            shown.append(f"ETA {show_seconds(spent / more * (total - done))}")
+        elif done >= total and spent >= 1:
+            shown.append(f"in {show_seconds(spent)}")
+        if done >= total:
+            del self._first[stage]
+        return shown
+
+
 class Lines:
     """One line per stage every few seconds, for logs."""
 
     def __init__(self, console: Console, every: float = 5.0):
-        self.console, self.every = console, every
-        self._start: dict[str, float] = {}
+        self.console, self.every, self._pace = console, every, Pace()
         self._last: dict[str, float] = {}
 
     def __enter__(self) -> "Lines":
@@ -39,23 +61,11 @@ class Lines:
 
     def __call__(self, stage: str, done: int, total: int, **numbers: Any) -> None:
         now = time.perf_counter()
-        start = self._start.setdefault(stage, now)
-        if done < total and now - self._last.get(stage, start) < self.every:
+        shown = self._pace.numbers(stage, done, total, numbers)
+        if done < total and now - self._last.setdefault(stage, now) < self.every:
             return
         self._last[stage] = now
-        spent = now - start
-        parts = [f"{stage} {done}/{total}"]
-        tokens = numbers.pop("tokens", None)
-        if tokens and spent > 0:
-            parts.append(f"{show_count(tokens / spent)} tokens/s")
-        parts += [_show(k, v) for k, v in numbers.items()]
-        if done and done < total:
-            parts.append(f"ETA {show_seconds(spent / done * (total - done))}")
-        elif spent >= 1:
-            parts.append(f"in {show_seconds(spent)}")
-        self.console.print("  " + "  ".join(parts), highlight=False)
-        if done >= total:
-            self._start.pop(stage, None)
+        self.console.print("  ".join([f"  {stage} {done}/{total}", *shown]), highlight=False, soft_wrap=True)
 
 
 class Bars:
@@ -63,9 +73,9 @@ class Bars:
 
     def __init__(self, console: Console):
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
-        self.bars = Progress(*columns, TimeRemainingColumn(), TextColumn("{task.fields[numbers]}"), console=console)
+        self.bars = Progress(*columns, TextColumn("{task.fields[numbers]}"), console=console)
+        self._pace = Pace()
         self._tasks: dict[str, TaskID] = {}
-        self._start: dict[str, float] = {}
 
     def __enter__(self) -> "Bars":
         self.bars.start()
@@ -77,11 +87,7 @@ class Bars:
     def __call__(self, stage: str, done: int, total: int, **numbers: Any) -> None:
         if stage not in self._tasks:
             self._tasks[stage] = self.bars.add_task(stage, total=total, numbers="")
-            self._start[stage] = time.perf_counter()
-        tokens = numbers.pop("tokens", None)
-        spent = time.perf_counter() - self._start[stage]
-        shown = [f"{show_count(tokens / spent)} tokens/s"] if tokens and spent > 0 else []
-        shown += [_show(k, v) for k, v in numbers.items()]
+        shown = self._pace.numbers(stage, done, total, numbers)
         self.bars.update(self._tasks[stage], completed=done, total=total, numbers="  ".join(shown))
 
 

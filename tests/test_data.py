@@ -206,3 +206,12 @@ def test_hub_out_of_reach_says_how_to_pass_data(tokenizer, monkeypatch):
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     with pytest.raises(UserError, match=r"cannot be read from the hub.*--data"):
         load_blocks("nobody/no-such-corpus", tokenizer, 16, tokens=100)
+
+
+def test_a_file_for_one_purpose_is_used_whole(text, tokenizer):
+    whole = load_blocks(text / "ood.jsonl", tokenizer, 64, "all")
+    parts = [load_blocks(text / "ood.jsonl", tokenizer, 64, split) for split in ("train", "valid")]
+    assert len(whole) > sum(len(p) for p in parts) - 3
+    assert set(whole.domains) == {"history"}
+    with pytest.raises(UserError, match="needs a single file"):
+        load_blocks(text, tokenizer, 64, "all")

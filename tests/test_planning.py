@@ -1,0 +1,87 @@
+import dataclasses
+import json
+
+import pytest
+
+from moe2dense.config import RunConfig
+from moe2dense.errors import UserError
+from moe2dense.planning import Machine, block_length, calibrate, default_out, make_plan, walk_tokens
+from moe2dense.settings import merge_flags
+
+MACHINE = Machine(flops=1e11, disk=1e9)
+
+
+def planned(model="mixtral", to="7b", **flags):
+    flags = {name.replace("__", "."): value for name, value in flags.items()}
+    return make_plan(merge_flags(RunConfig(model=model, to=to), {"teacher.memory": "12GB"} | flags), MACHINE)
+
+
+def test_mixtral_costs():
+    plan = planned(train__tokens=1_000_000)
+    assert plan.checkpoint_bytes == 2 * 46_702_792_704
+    assert plan.flops["teacher"] == 2 * 12_879_925_248 * 1_000_000
+    assert plan.flops["student"] == 6 * 7_241_732_096 * 1_000_000
+    assert plan.flops["from_scratch"] == 6 * 20 * 7_241_732_096**2
+    assert plan.memory["distill"] == 16 * 7_241_732_096
+    assert plan.disk["model"] == 2 * 7_241_732_096
+    assert plan.bytes_per_token == pytest.approx(plan.checkpoint_bytes / plan.macro_batch)
+    # where reading the checkpoint once takes as long as computing the macro-batch
+    seconds_read = plan.checkpoint_bytes / MACHINE.disk
+    seconds_compute = plan.break_even_batch * 2 * plan.shape.active_parameters / (0.6 * MACHINE.flops)
+    assert seconds_read == pytest.approx(seconds_compute, rel=1e-2)
+
+
+def test_more_memory_means_fewer_bytes_per_token():
+    small, large = planned(teacher__memory="6GB"), planned(teacher__memory="40GB")
+    assert small.bytes_per_token > large.bytes_per_token
+    assert small.reads >= large.reads
+
+
+def test_lora_and_walk_only_save_memory_and_disk():
+    full, lora, walk = planned(), planned(train__lora=64), planned(train__tokens=0)
+    assert lora.memory["distill"] < full.memory["distill"] / 3
+    assert walk.disk["checkpoints"] == 0
+    assert walk.flops["student"] == 0
+    assert walk.walk_tokens > 0
+
+
+def test_warnings():
+    assert any("capacity gap" in w for w in planned("qwen3-30b-a3b", "1.5b").warnings)
+    assert not any("capacity gap" in w for w in planned().warnings)
+    assert any("few calibration tokens" in w for w in planned(train__tokens=1000).warnings)
+    assert any("distillation budget" in w for w in planned().warnings)
+    assert any("--lora" in w for w in planned("mixtral-8x22b", "40b").warnings)
+
+
+def test_the_walk_takes_a_fixed_share():
+    config = merge_flags(RunConfig(), {"train.tokens": 1_000_000, "walk.fraction": 0.1})
+    assert walk_tokens(config, 256) == 1_000_000 // 10 // 256 * 256
+    assert walk_tokens(merge_flags(config, {"train.tokens": 5000}), 256) == 4864  # never more than there is
+    assert walk_tokens(merge_flags(config, {"train.tokens": 10}), 256) == 256
+
+
+def test_block_length():
+    assert block_length(RunConfig(), 256) == 256
+    assert block_length(RunConfig(), 32768) == 2048
+    with pytest.raises(UserError, match="--block 512 is more than the teacher's 256"):
+        block_length(merge_flags(RunConfig(), {"data.block": 512}), 256)
+
+
+def test_plain_values():
+    plan = planned()
+    table = json.loads(json.dumps(plan.to_dict()))
+    assert table["student"]["width"] == 14336
+    assert table["shape"]["num_experts"] == 8
+    assert {f.name for f in dataclasses.fields(plan)} - {"target", "machine", "shape"} <= set(table)
+
+
+def test_default_out():
+    assert default_out("mixtral", "7b") == "./mixtral-7b"
+    assert default_out("tiny", "25%") == "./tiny-25pct"
+    assert default_out("tiny", "owner/Dense-Model") == "./tiny-dense-model"
+
+
+def test_calibration_measures_something(tiny):
+    machine = calibrate(tiny, seconds=0.2)
+    assert machine.flops > 1e8
+    assert machine.disk > 1e6
