@@ -1,0 +1,100 @@
+"""Losses between hidden states of chosen layers: relative squared error or cosine, with projectors and layer maps.
+
+FitNets (1412.6550) for hints with projectors, Patient-KD (1908.09355) and TinyBERT (1909.10351) for the layer maps.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from moe2dense.errors import UserError
+
+# n tokens, Hs and Ht hidden sizes, Ls and Lt numbers of layers
+
+KINDS = ("mse", "cosine")
+
+
+def token_mse(student: Tensor, teacher: Tensor) -> Tensor:
+    """[n]: squared error of each token over the mean square of the teacher's states, so that layers weigh alike."""
+    scale = teacher.square().sum(-1).mean().clamp(min=1e-12)
+    return (student - teacher).square().sum(-1) / scale
+
+
+def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
+    """[n]: 1 - cosine."""
+    return 1 - F.cosine_similarity(student, teacher, dim=-1)
+
+
+def make_projector(student: int, teacher: int) -> nn.Module:
+    """From the student's width to the teacher's: nothing when they agree, else a linear map that starts orthogonal."""
+    if student == teacher:
+        return nn.Identity()
+    linear = nn.Linear(student, teacher, bias=False)
+    nn.init.orthogonal_(linear.weight)
+    return linear
+
+
+def layer_pairs(spec: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
+    """Which student layer learns from which teacher layer (counted from 0; -1 is the last).
+
+    `uniform`: every student layer, spread evenly to the last of both; `last:k`: the last k of both; `0=1,3=7`: as written.
+    Raises UserError for anything else or layers that are not there.
+    """
+    if spec == "uniform":
+        return [(i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
+    name, _, count = spec.partition(":")
+    try:
+        if name == "last":
+            k = int(count or 1)
+            pairs = [(student_layers - 1 - i, teacher_layers - 1 - i) for i in reversed(range(k))]
+        else:
+            written = [part.split("=") for part in spec.split(",")]
+            pairs = [(int(s) % student_layers if int(s) < 0 else int(s), int(t)) for s, t in written]
+            pairs = [(s, t % teacher_layers if t < 0 else t) for s, t in pairs]
+    except ValueError:
+        raise UserError(f"layer map {spec!r} must be uniform, learned, last:K or pairs such as 0=1,3=7") from None
+    if not pairs or any(not (0 <= s < student_layers and 0 <= t < teacher_layers) for s, t in pairs):
+        raise UserError(
+            f"layer map {spec!r} names layers outside {student_layers} (student) and {teacher_layers} (teacher)"
+        )
+    return pairs
+
+
+class HiddenMatch(nn.Module):
+    """The mean loss between the student's states of some layers and the teacher's, each pair with its own projector.
+
+    With `spec` "learned" every student layer learns from a mixture of all teacher layers, whose weights train too
+    (softmax, uniform at the start).
+    """
+
+    def __init__(self, spec: str, kind: str, student: tuple[int, int], teacher: tuple[int, int]):
+        super().__init__()
+        if kind not in KINDS:
+            raise UserError(f"feature loss {kind!r} is unknown; use one of {', '.join(KINDS)}")
+        (student_layers, student_width), (teacher_layers, teacher_width) = student, teacher
+        self.kind, self.learned = kind, spec == "learned"
+        if self.learned:
+            self.pairs = [(i, -1) for i in range(student_layers)]
+            self.student_layers, self.teacher_layers = list(range(student_layers)), list(range(teacher_layers))
+            self.mixture = nn.Parameter(torch.zeros(student_layers, teacher_layers))
+        else:
+            self.pairs = layer_pairs(spec, student_layers, teacher_layers)
+            self.student_layers, self.teacher_layers = (sorted({p[i] for p in self.pairs}) for i in (0, 1))
+        self.projectors = nn.ModuleList(make_projector(student_width, teacher_width) for _ in self.pairs)
+
+    def forward(self, student: dict[int, Tensor], teacher: dict[int, Tensor], weights: Tensor) -> Tensor:
+        """student and teacher: states [n, H] by layer; weights [n]: of each token, 0 where masked, summing to its share."""
+        measure = token_mse if self.kind == "mse" else token_cosine
+        total = weights.new_zeros(())
+        kept = weights > 0
+        weights = weights[kept]
+        for i, (s, t) in enumerate(self.pairs):
+            if self.learned:
+                mix = self.mixture[i].softmax(-1)
+                goal = sum(mix[j] * teacher[layer][kept] for j, layer in enumerate(self.teacher_layers))
+            else:
+                goal = teacher[t][kept]
+            assert isinstance(goal, Tensor)
+            if len(weights):
+                total = total + (measure(self.projectors[i](student[s][kept]), goal) * weights).sum()
+        return total / len(self.pairs)
