@@ -120,7 +120,9 @@ def walk(job: Job) -> "Student":
             out=folder,
             config=settings.walk,
             seed=settings.seed,
-            progress=job.progress,
+            progress=lambda name, *counts, **numbers: job.progress(
+                name, *counts, **{k: v for k, v in numbers.items() if k == "error"}
+            ),
         )
         save_student(student, folder / "student")
         entry |= {"tokens": student.walk_tokens, "history": student.history}

@@ -76,15 +76,16 @@ def show_list(
         console.print_json(data=found)
         return
     for title, rows in found.items():
+        rows = [_flat(row) for row in rows]
         table = Table(title=title, title_justify="left", header_style="bold")
         for column in rows[0]:
             table.add_column(column)
         for row in rows:
-            table.add_row(*(_cell(v) for v in row.values()))
+            table.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in row.values()))
         console.print(table)
 
 
-def _cell(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{k}: {v}" for k, v in value.items())
-    return ", ".join(value) if isinstance(value, list) else str(value)
+def _flat(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for the terminal: what loads a student in a column each, reasons left to --json."""
+    loads = {stack: state.split(":")[0] for stack, state in row.get("loads", {}).items()}
+    return {k: v for k, v in row.items() if k != "loads"} | loads
