@@ -16,32 +16,46 @@ from torch import Tensor
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the kernel's mean diagonal; leave-one-out chooses among them
 SKETCH = 64  # random directions of the output on which the choice is made
-LEAST_GAP = 0.02  # of the outputs' variance: below this, a random FFN reads the expert as well as a copy does
+LEAST_GAP = 0.02  # of the outputs' squared size: below this, a random FFN reads the expert as well as a copy does
 
 
 def ridge_errors(
-    features_nM: Tensor, targets_nH: Tensor, train: Tensor, ridges: tuple[float, ...] = RIDGES, seed: int = 0
+    features_nM: Tensor,
+    targets_nH: Tensor,
+    train: Tensor,
+    weights: Tensor | None = None,
+    ridges: tuple[float, ...] = RIDGES,
 ) -> Tensor:
     """Squared error [m] of each held-out token after a ridge regression on the tokens `train` [n] bool.
 
-    Solved in the dual on tokens, so a wide FFN costs no more than the tokens squared. Features and targets are centred on
-    the training tokens; the ridge is a multiple of the kernel's mean diagonal, chosen for each set of features by its
-    leave-one-out error (Allen's PRESS), since one fixed ridge would favour some features over others.
+    weights [n] multiply each token's features, targets and error, as in weighted least squares. Solved in the dual on tokens,
+    so a wide FFN costs no more than the tokens squared; the intercept is a constant feature as large as all others
+    together. The ridge is a multiple of the kernel's mean diagonal, chosen for each set of features by its leave-one-out
+    error (Allen's PRESS), since one fixed ridge would favour some features over others.
     """
     x, y = features_nM.float(), targets_nH.float()
-    mean_x, mean_y = x[train].mean(0), y[train].mean(0)
-    a, b, t = x[train] - mean_x, x[~train] - mean_x, y[train] - mean_y
+    constant = x[train].square().sum(1).mean().sqrt().clamp_min(1e-12).expand(len(x), 1)
+    x = torch.cat([x, constant], 1)
+    if weights is not None:
+        x, y = x * weights[:, None].to(x), y * weights[:, None].to(y)
+    a, b, t = x[train], x[~train], y[train]
     kernel = a @ a.T
     size = kernel.diagonal().mean().clamp_min(1e-30)
     values, vectors = torch.linalg.eigh((kernel / size).double())
     values, vectors = values.clamp_min(0).float(), vectors.float()
     sketch = t
     if t.shape[1] > SKETCH:
-        directions = torch.randn(t.shape[1], SKETCH, generator=torch.Generator().manual_seed(seed))
+        directions = torch.randn(t.shape[1], SKETCH, generator=torch.Generator().manual_seed(0))
         sketch = t @ directions.to(t)
     ridge = min(ridges, key=lambda r: press(values + r, vectors, sketch))
-    weights = vectors @ ((vectors.T @ t) / (values + ridge)[:, None])
-    return ((b @ a.T / size) @ weights + mean_y - y[~train]).square().sum(1)
+    dual = vectors @ ((vectors.T @ t) / (values + ridge)[:, None])
+    return ((b @ a.T / size) @ dual - y[~train]).square().sum(1)
+
+
+def relative_weights(outputs_nH: Tensor) -> Tensor:
+    """[n] 1 / max(|f|, median |f|): each token counts by its relative error, and a few huge outputs do not decide alone."""
+    size = outputs_nH.float().norm(dim=1)
+    return 1 / size.clamp_min(float(size.median().clamp_min(1e-12)))
 
 
 def press(values: Tensor, vectors: Tensor, targets: Tensor) -> float:
@@ -65,13 +79,13 @@ def random_features(
     return glu(x @ gate.T, x @ up.T)
 
 
-def coverage(errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, variance: float) -> float | None:
+def coverage(errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, size: float) -> float | None:
     """(random - student) / (random - copy), from squared errors on the same held-out tokens.
 
     None where a copy reads the expert hardly better than a random FFN does: there is nothing to tell apart.
     """
     random, student, copy = (float(e.double().sum()) for e in (errors_random, errors_student, errors_copy))
-    if not math.isfinite(random - copy) or random - copy < LEAST_GAP * variance:
+    if not math.isfinite(random - copy) or random - copy < LEAST_GAP * size:
         return None
     return (random - student) / (random - copy)
 

@@ -20,8 +20,8 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "coverage", "Functional coverage", "high", "%",
         "How well a ridge regression predicts the expert's output f_e(x) from the trained student's FFN activations, on held-out "
-        "tokens routed to the expert. 0 % is what a random FFN of the same width reaches, 100 % what an FFN that holds the "
-        "whole expert reaches.",
+        "tokens routed to the expert, by relative error per token. 0 % is what a random FFN of the same width reaches, 100 % what "
+        "an FFN that holds the whole expert reaches; below 0 % the student's neurons say less than random ones.",
     ),
     Metric(
         "error_after", "Block error, after training", "low", "",
@@ -75,6 +75,8 @@ QUALITY: dict[str, str] = {
     "entropy_gap": "Entropy of the student's distribution minus the teacher's, in nats.",
     "rare_kl": "KL on the tenth of the tokens that are rarest in the training text.",
     "retention": "Share of the gap between control and teacher that is closed: 1 - KL(student) / KL(control).",
+    "reproduced": "1 - block error, mean over layers: on the teacher's own inputs, the share of the MoE blocks' squared output that "
+    "the student's FFN layers get right. 0 % is no output at all.",
     "transferred": "Functional coverage, cut to 0-100 %, weighted by each expert's share of its layer's output energy.",
 }
 

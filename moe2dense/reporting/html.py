@@ -119,9 +119,13 @@ def lede(report: Report) -> str:
             f"It closes {percent(share, 1)} of the gap between a student trained from a random start and the teacher."
         )
     model = (report.get("transfer") or {}).get("model") or {}
+    if model.get("reproduced") is not None:
+        parts.append(
+            f"Given the same inputs, its FFN layers reproduce {percent(model['reproduced'])} of the expert blocks' output."
+        )
     if model.get("transferred") is not None:
         parts.append(
-            f"{percent(model['transferred'])} of what the experts compute can be read from its FFN layers "
+            f"{percent(model['transferred'])} of what the single experts compute can be read from its neurons "
             f"({model['measured']} of {model['experts']} experts measured)."
         )
     return " ".join(parts)
@@ -159,21 +163,19 @@ def tiles(report: Report) -> list[dict[str, str]]:
     row, cost = report["rows"]["student"], report.get("cost") or {}
     model = (report.get("transfer") or {}).get("model") or {}
     found = []
-    if model.get("transferred") is not None:
-        found.append(
-            (
-                "of the experts' function survives",
-                percent(model["transferred"]),
-                "weighted by their output energy",
-                "transferred",
-            )
-        )
+    if model.get("reproduced") is not None:
+        before = model.get("reproduced_before")
+        note = f"before training {percent(before)}" if before is not None else "given the same inputs"
+        found.append(("of the expert blocks' output reproduced", percent(model["reproduced"]), note, "reproduced"))
     found.append(("KL to the teacher, nats/token", number(row["kl"]["value"]), _between(row["kl"]), "kl"))
     found.append(
         ("same first choice", percent(row["agreement"]["value"], 1), _between(row["agreement"], True), "agreement")
     )
     versus = f"teacher {number(row['teacher_perplexity']['value'])}"
     found.append(("perplexity", number(row["perplexity"]["value"]), versus, "perplexity"))
+    if model.get("transferred") is not None:
+        note = "coverage, weighted by output energy"
+        found.append(("of single experts' function survives", percent(model["transferred"]), note, "transferred"))
     if cost.get("parameters_ratio") is not None:
         found.append(("of the teacher's parameters", percent(cost["parameters_ratio"]), "to hold in memory", ""))
     if cost.get("active_ratio") is not None:

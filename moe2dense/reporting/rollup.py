@@ -60,10 +60,23 @@ def layer_rollup(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_rollup(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """{"transferred": mean of the layers' coverage, "experts", "measured"}."""
-    found = [r["rollup"]["coverage"] for r in rows if r["rollup"]["coverage"] is not None]
+    """Means over the sparse layers: "transferred" coverage, "reproduced" 1 - block error after training (and "_before").
+
+    "experts" and "measured" count them. None where nothing was measured.
+    """
+
+    def mean(values: list[float | None]) -> float | None:
+        found = [v for v in values if v is not None]
+        return sum(found) / len(found) if found else None
+
+    def reproduced(key: str) -> float | None:
+        errors = [r["rollup"].get(key) for r in rows]
+        return mean([None if e is None else max(0.0, 1 - e) for e in errors])
+
     return {
-        "transferred": sum(found) / len(found) if found else None,
+        "transferred": mean([r["rollup"]["coverage"] for r in rows]),
+        "reproduced": reproduced("error_after"),
+        "reproduced_before": reproduced("error_before"),
         "experts": sum(len(r["measured"]) for r in rows),
         "measured": sum(sum(r["measured"]) for r in rows),
     }

@@ -51,9 +51,11 @@ def _headline(report: Report) -> Text:
     share = ((report.get("retention") or {}).get("overall") or {}).get("value")
     if share is not None:
         parts.append(f"{percent(share, 1)} of the gap to the control closed")
-    moved = ((report.get("transfer") or {}).get("model") or {}).get("transferred")
-    if moved is not None:
-        parts.append(f"{percent(moved)} of the experts' function survives")
+    model = (report.get("transfer") or {}).get("model") or {}
+    if model.get("reproduced") is not None:
+        parts.append(f"{percent(model['reproduced'])} of the expert blocks' output reproduced")
+    if model.get("transferred") is not None:
+        parts.append(f"{percent(model['transferred'])} of single experts' function survives")
     return Text(parts[0], style="bold") + Text("".join(f"  ·  {p}" for p in parts[1:]))
 
 

@@ -345,15 +345,16 @@ def _coverage(
     _, activations = student(theirs)
     assert activations is not None
     train = cov.split(len(rows), setup.generator)
+    weights = cov.relative_weights(output)
     random, copied, width = [], [], activations.shape[1]
     for _ in range(max(1, min(8, 1024 // width))):  # narrow random FFNs differ much from one another
         features = _random(x, width, expert, setup)
         copy = torch.cat([hidden, features[:, : max(0, width - hidden.shape[1])]], 1)
-        random.append(cov.ridge_errors(features, output, train).cpu())
-        copied.append(cov.ridge_errors(copy, output, train).cpu())
-    own = cov.ridge_errors(activations.to(output), output, train).cpu()
-    variance = float((output[~train] - output[train].mean(0)).double().square().sum())
-    return cov.coverage(own, torch.stack(random).mean(0), torch.stack(copied).mean(0), variance=variance)
+        random.append(cov.ridge_errors(features, output, train, weights).cpu())
+        copied.append(cov.ridge_errors(copy, output, train, weights).cpu())
+    own = cov.ridge_errors(activations.to(output), output, train, weights).cpu()
+    size = (output * weights[:, None])[~train].double().square().sum()
+    return cov.coverage(own, torch.stack(random).mean(0), torch.stack(copied).mean(0), size=float(size))
 
 
 def _weights(layer: Any, rows: Tensor, e: int) -> Tensor:
