@@ -23,7 +23,7 @@ FLAGS = {
     " teacher-card temperature tokens valid",
     "eval": "baseline block data device json memory seed split teacher teacher-card tokens",
     "report": "json",
-    "export": "data dtype format max-kl out overwrite quantize shard-size tokenizer",
+    "export": "data dtype format max-kl out overwrite public push-to-hub quantize shard-size tokenizer yes",
     "doctor": "json",
 }
 

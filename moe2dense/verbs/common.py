@@ -53,14 +53,17 @@ def student_folder(path: str) -> Path:
 
 
 def open_student(path: str) -> "Student":
-    """The student of a run, or a dense checkpoint, in fp32. Raises UserError when the weights cannot be read."""
+    """The student of a run or of a step of its training, or a dense checkpoint, in fp32. Raises UserError when the weights cannot be read."""
     import torch
     from transformers import AutoModelForCausalLM
 
     from moe2dense.cards import StudentCard, student_cards
+    from moe2dense.exporting.intermediate import is_training_checkpoint, open_intermediate
     from moe2dense.student.store import load_student
     from moe2dense.student.types import Student
 
+    if is_training_checkpoint(Path(path)):
+        return open_intermediate(Path(path))
     folder = student_folder(path)
     if (folder / "student.json").is_file():
         return load_student(folder)

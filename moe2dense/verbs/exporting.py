@@ -1,5 +1,6 @@
 """`moe2dense export`: a run's student, or any dense checkpoint, for serving."""
 
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +18,15 @@ def export_checkpoint(
     data: str | None = None,
     max_kl: float = 0.1,
     overwrite: bool = False,
+    push_to_hub: str | None = None,
+    public: bool = False,
+    yes: bool = False,
 ) -> None:
     """Write a student for transformers and vLLM (hf) or llama.cpp (gguf), and check what was written.
 
     Parameters
     ----------
-    what: folder of a run or of a dense checkpoint
+    what: folder of a run, of a step of its training (RUN/checkpoints/step-...) or of a dense checkpoint
     out: new folder
     format: hf or gguf
     quantize: int8 or int4 (hf, needs --data), q8_0 (gguf)
@@ -32,6 +36,9 @@ def export_checkpoint(
     data: text that calibrates and judges the quantised weights
     max_kl: refuse a quantised model further than this from the unquantised, nats per token
     overwrite: replace --out
+    push_to_hub: repository (NAMESPACE/NAME) to upload the export to, private unless it exists or --public
+    public: create that repository public
+    yes: upload without asking
     """
     from rich.console import Console
 
@@ -40,6 +47,8 @@ def export_checkpoint(
     from moe2dense.units import show_bytes
     from moe2dense.verbs.common import is_run, open_student, student_folder
 
+    if push_to_hub and not yes and not sys.stdin.isatty():
+        raise UserError("--push-to-hub asks before it uploads, and there is no terminal to ask on; add --yes")
     student = open_student(what)
     source = tokenizer or student.teacher_path or str(student_folder(what))
     text = None
@@ -56,6 +65,16 @@ def export_checkpoint(
     console.print(f"{done.path}: {show_bytes(done.bytes)} in {len(done.files)} files")
     for name, value in (done.checked | done.quantized).items():
         console.print(f"  {name.replace('_', ' ')}: {value:.4g}")
+    if push_to_hub:
+        console.print(_push(done.path, push_to_hub, public, yes))
+
+
+def _push(folder: Path, repo_id: str, public: bool, yes: bool) -> str:
+    from rich.prompt import Confirm
+
+    from moe2dense.exporting.hub import push_to_hub
+
+    return push_to_hub(folder, repo_id, private=not public, confirm=None if yes else Confirm.ask)
 
 
 def _calibration_text(data: str, tokenizer: str, model):
