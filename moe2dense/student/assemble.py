@@ -16,6 +16,7 @@ from moe2dense.teacher.layers import assign
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from moe2dense.student.prune import Cut
     from moe2dense.teacher.load import Teacher
 
 
@@ -32,12 +33,19 @@ def empty_student(target: Target) -> "PreTrainedModel":
     return model
 
 
-def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher") -> None:
-    """Fill everything outside the FFNs from the teacher. Raises UserError for a tensor of either side that has no counterpart."""
+def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher", cut: "Cut | None" = None) -> None:
+    """Fill everything outside the FFNs from the teacher, in the channels and layers that `cut` keeps.
+
+    Raises UserError for a tensor of either side that has no counterpart.
+    """
     sources = tensor_map(target.card, model, set(teacher.shapes))
+    if cut:
+        sources = {name: cut.source(source) for name, source in sources.items()}
     for name, source in sources.items():
         value = teacher.tensor(source).to("cpu", torch.float32)
         want = model.get_parameter(name).shape
+        if cut:
+            value = cut.tensor(value, want)
         if value.shape != want:
             raise UserError(
                 f"the student's tensor {name!r} has shape {list(want)} and its source {source!r} {list(value.shape)}; "
@@ -45,11 +53,11 @@ def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher") -
             )
         assign(model, name, value.clone())
     model.tie_weights()
-    check_teacher_used(set(sources.values()), target, teacher)
+    check_teacher_used(set(sources.values()), target, teacher, cut)
 
 
-def check_teacher_used(used: set[str], target: Target, teacher: "Teacher") -> None:
-    """Raises UserError when the teacher has a tensor outside its FFNs that the host has no place for."""
+def check_teacher_used(used: set[str], target: Target, teacher: "Teacher", cut: "Cut | None") -> None:
+    """Raises UserError when the teacher has a tensor outside its FFNs (and dropped layers) that the host has no place for."""
     card = teacher.card
     assert card is not None
     tied = set(adapter.tied_names(teacher.model))
@@ -58,6 +66,8 @@ def check_teacher_used(used: set[str], target: Target, teacher: "Teacher") -> No
         for i in range(len(teacher.body.layers))
         for path in {card.moe_block, target.card.ffn, *([card.shared] if card.shared else [])}
     )
+    dropped = set(range(len(teacher.body.layers))) - set(cut.layers) if cut else set()
+    ffns += tuple(f"{teacher.layers_prefix}{i}." for i in dropped)
     for name in teacher.shapes:
         if name not in used and name not in tied and not name.startswith(ffns):
             raise UserError(

@@ -18,6 +18,7 @@ from moe2dense.student.ffn.local import Fit, fit, local, relative_error
 from moe2dense.student.ffn.refit import refit
 from moe2dense.student.methods import Block, make_ffn, parse_method, pool_limit
 from moe2dense.student.polish import polish
+from moe2dense.student.prune import Cut, cut_for, mean_gate, norm_factor, scale_norms
 from moe2dense.student.resume import LayerStore
 from moe2dense.student.target import Target, resolve_target
 from moe2dense.student.types import LayerFate, Student, dense
@@ -47,6 +48,7 @@ class Walk:
     real: Tensor  # [T] bool
     stats: RoutingStats
     hidden: Tensor  # [N, S, H] the student's
+    cut: Cut | None = None  # channels and layers that a pruned student keeps
     fate: list[LayerFate | None] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
@@ -76,26 +78,32 @@ def build_student(
     assert teacher.card is not None, "a teacher without experts has nothing to walk"
     target = to if isinstance(to, Target) else resolve_target(to, teacher.config, teacher.card)
     model = empty_student(target)
-    copy_tensors(model, target, teacher)
+    cut = cut_for(target.geometry, teacher, data, len(teacher.body.layers))
+    copy_tensors(model, target, teacher, cut)
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
     carrier = Carrier(model, target.card, data.input_ids, mask, positions)
     stats = RoutingStats(neurons=True)
     real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
     state = Walk(
         teacher, carrier, target, base, steps, config, seed,
-        held_out(len(data), config.hold_out, seed), real.reshape(-1).bool(), stats, carrier.embed(),
+        held_out(len(data), config.hold_out, seed), real.reshape(-1).bool(), stats, carrier.embed(), cut,
     )  # fmt: skip
     store = LayerStore(out, data, init, config, seed, target) if out else None
     stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
     for observer in observers:
         observer.begin(teacher, data.tokens)
-    total = len(carrier.body.layers)
+    total, last = len(carrier.body.layers), 1.0
     for made in stream:
-        record = _layer(state, made, store)
+        last = norm_factor(made.hidden_out, cut.keep, made.token_mask) if cut else 1.0
+        if cut and made.index not in cut.layers:
+            continue  # the next layer's target makes up for it
+        record = _layer(state, cut.layer(made) if cut else made, store)
         if progress:
-            progress("walk", made.index + 1, total, **{k: v for k, v in record.items() if k != "layer"})
+            progress("walk", len(state.fate), total, **{k: v for k, v in record.items() if k != "layer"})
     for observer in observers:
         observer.end()
+    if cut:
+        scale_norms(carrier.final_norms(), len(cut.keep), last)
     if "polish" in steps and config.polish_epochs > 0:
         assert stream.hidden_states is not None
         state.history.append(polish(model, teacher, carrier, stream.hidden_states, state, progress))
@@ -116,7 +124,7 @@ def held_out(blocks: int, share: float, seed: int) -> Tensor:
 
 def _layer(state: Walk, made: LayerPass, store: LayerStore | None) -> dict[str, Any]:
     """Make the student's layer, run the student's hidden states through it, and say how well it does."""
-    begun, index, carrier = time.monotonic(), made.index, state.carrier
+    begun, index, carrier = time.monotonic(), len(state.fate), state.carrier
     kept = store.read(index, carrier.body.layers[index]) if store else None
     if kept is None:
         fate, record = _build(state, made)
@@ -133,14 +141,10 @@ def _layer(state: Walk, made: LayerPass, store: LayerStore | None) -> dict[str, 
 
 def block_of(state: Walk, made: LayerPass, x: Tensor, target: Tensor) -> Block:
     """What the methods are told of a layer."""
-    shared = [made.dense] if not made.sparse else []
-    fixed = [dense(f) for f in shared]
+    fixed = [] if made.sparse else [dense(made.dense)]
     probability = None
     if made.sparse:
-        seen = made.x[made.token_mask]
-        for part in made.shared:
-            share = 1.0 if part.gate is None else float(torch.sigmoid(seen @ part.gate.to(seen)).mean())
-            fixed.append(dense(part.weights, share))
+        fixed = [dense(part.weights, mean_gate(part.gate, made)) for part in made.shared]
         assert made.router_logits is not None
         probability = made.router_logits[made.token_mask].float().softmax(-1).sum(0)
     gating = fixed[0].gating if fixed else made.experts[0].gating if made.experts else None
@@ -156,7 +160,9 @@ def block_of(state: Walk, made: LayerPass, x: Tensor, target: Tensor) -> Block:
 
 def _build(state: Walk, made: LayerPass) -> tuple[LayerFate | None, dict[str, Any]]:
     """Method, refit, local fit and layer fit of one layer, in this order; every step that fits keeps the better of before and after."""
-    carrier, index, config = state.carrier, made.index, state.config
+    carrier, index, config = state.carrier, len(state.fate), state.config
+    if state.cut:
+        scale_norms(carrier.body.layers[index], len(state.cut.keep), made.__dict__["norm_factor"])
     entered, rest = carrier.before_ffn(index, state.hidden)
     real, shape = state.real, made.hidden_in.shape
     x = entered.reshape(-1, shape[2])[real]

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe2dense.cards import StudentCard
 from moe2dense.teacher import adapter
@@ -118,6 +118,10 @@ class Carrier:
 
         rest = self.run(index, hidden, zeros)
         return torch.cat(seen), rest
+
+    def final_norms(self) -> nn.ModuleDict:
+        """What stands between the last layer and the head."""
+        return nn.ModuleDict({name: m for name, m in self.body.named_children() if "norm" in name})
 
     def multiplier(self) -> float:
         """What the FFN's output is multiplied with when it joins the residual."""

@@ -72,7 +72,7 @@ def dense_config(teacher: "PreTrainedConfig", card: StudentCard, width: int, **g
         and "head_dim" in AutoConfig.for_model(card.model_type).to_dict()
     ):
         fields["head_dim"] = head_dim(teacher)  # the host's default is a number of its own
-    if _HEAD_FIELDS & geometry.keys() and "head_dim" in fields:
+    if _HEAD_FIELDS & geometry.keys():
         fields["head_dim"] = head_dim(teacher)
     fields |= {card.width: width} | geometry
     per_layer = fields.get("layer_types")

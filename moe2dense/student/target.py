@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 WHOLE_EXPERT_TOLERANCE = 0.05  # a width of whole experts is preferred within this share of the budget
 WIDTH_MULTIPLE = 64
+CHANNEL_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -104,13 +105,36 @@ def resolve_target(to: str, config: "PreTrainedConfig", card: TeacherCard) -> Ta
     base, slope = width_line(config, host, {})
     width = width_for(budget, base, slope, shape)
     if width == 0:
-        raise UserError(
-            f"--to {to} ({show_count(budget)} parameters) is too small for this teacher: {show_count(base)} lie outside its FFNs; "
-            f"the smallest target is {show_count(base + slope * WIDTH_MULTIPLE)}"
-        )
+        return _pruned(to, budget, config, shape, host, base)
     if base + slope * width >= shape.parameters:
         raise UserError(f"--to {to} gives a student as large as the teacher; choose a smaller target")
     return _target(to, config, shape, host, width, {}, budget)
+
+
+def _pruned(to: str, budget: int, config: "PreTrainedConfig", shape: Geometry, host: StudentCard, base: int) -> Target:
+    """A student below what the teacher has outside its FFNs: fewer channels of the residual stream, or fewer layers too.
+
+    Of the shapes whose FFN keeps an expert's proportion to the residual stream, the one that keeps most of both.
+    """
+    layers, hidden = shape.num_hidden_layers, shape.hidden_size
+    found: tuple[float, dict[str, Any], int] | None = None
+    for depth in range(layers, layers // 2, -1):
+        for channels in range(hidden // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE, hidden // 4, -CHANNEL_MULTIPLE):
+            kept = depth * channels / (layers * hidden)
+            if found and kept <= found[0]:
+                break
+            geometry = {"hidden_size": channels, "num_hidden_layers": depth}
+            geometry = {k: v for k, v in geometry.items() if v != getattr(config, k)}
+            own, slope = width_line(config, host, geometry)
+            width = int((budget - own) // slope) // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE
+            if width >= shape.expert_width * channels / hidden:
+                found = kept, geometry, width
+    if found is None:
+        raise UserError(
+            f"--to {to} ({show_count(budget)} parameters) is too small for this teacher: {show_count(base)} lie outside its "
+            f"FFNs, and a quarter of its hidden size or half of its layers is the least that is kept; choose a larger target"
+        )
+    return _target(to, config, shape, host, found[2], found[1], budget)
 
 
 def _target(

@@ -1,0 +1,168 @@
+"""Students smaller than the teacher outside its FFNs: fewer channels of the residual stream, or fewer layers.
+
+The channels that stay are those with the largest mean activation behind the norms (Minitron: Muralidharan et al., arXiv 2407.14679); layers are
+ranked by how much they turn the residual stream, 1 - cos (layer influence: Men et al., ShortGPT, arXiv 2403.03853).
+"""
+
+import re
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cosine_similarity
+
+from moe2dense.student.types import Experts, GatedFFN
+from moe2dense.teacher.capture import Observer
+from moe2dense.teacher.experts import SharedFFN
+from moe2dense.teacher.stream import LayerPass
+
+if TYPE_CHECKING:
+    from moe2dense.data import Blocks
+    from moe2dense.teacher.load import Teacher
+
+# N blocks, S block length, T = N * S tokens, H hidden, C channels kept, L layers
+
+
+class Importance(Observer):
+    """Over the real tokens: `channels` [H], mean |input of the FFN| summed over layers; `influence` [L], 1 - cos(layer's input, output)."""
+
+    def __init__(self) -> None:
+        self.channels: Tensor | None = None
+        self.influence: list[float] = []
+
+    def layer(self, layer: LayerPass) -> None:
+        """Add one layer."""
+        mean = layer.x[layer.token_mask].abs().double().mean(0).cpu()
+        self.channels = mean if self.channels is None else self.channels + mean
+        before, after = (h.reshape(-1, h.shape[-1])[layer.token_mask] for h in (layer.hidden_in, layer.hidden_out))
+        self.influence.append(1 - float(cosine_similarity(before, after, dim=-1).double().mean()))
+
+
+def importance(teacher: "Teacher", data: "Blocks") -> Importance:
+    """Scores of channels and layers from one pass over `data`."""
+    found = Importance()
+    teacher.run(data.input_ids, data.attention_mask, data.document_ids, observers=[found], logits=False)
+    return found
+
+
+def best_layers(influence: list[float], count: int) -> list[int]:
+    """The `count` layers of most influence, in order; the first and the last always stay."""
+    inner = sorted(range(1, len(influence) - 1), key=lambda i: influence[i], reverse=True)
+    ends = [0, len(influence) - 1][: max(1, min(2, count))]
+    return sorted({*ends, *inner[: max(0, count - len(ends))]})
+
+
+def alternate_layers(layers: int, count: int) -> list[int]:
+    """`count` of `layers` at equal distances, the first and the last included (DistilBERT: Sanh et al., arXiv 1910.01108)."""
+    if count == 1:
+        return [0]
+    return [round(i * (layers - 1) / (count - 1)) for i in range(count)]
+
+
+@dataclass(frozen=True)
+class Cut:
+    """What of the teacher the student keeps: channels [C] of the residual stream and layers, both ascending."""
+
+    keep: Tensor
+    layers: tuple[int, ...]
+
+    def source(self, name: str) -> str:
+        """The name in the teacher of a student's tensor: its layer is counted among those that are kept."""
+        return re.sub(r"\blayers\.(\d+)\.", lambda m: f"layers.{self.layers[int(m[1])]}.", name)
+
+    def tensor(self, value: Tensor, shape: torch.Size) -> Tensor:
+        """A teacher's tensor cut to the student's `shape`: along every dimension whose size differs, the kept channels stay."""
+        for dim, (mine, theirs) in enumerate(zip(shape, value.shape, strict=True)):
+            if mine != theirs:
+                assert mine == len(self.keep), f"no rule takes {list(value.shape)} to {list(shape)}"
+                value = value.index_select(dim, self.keep)
+        return value
+
+    def layer(self, made: LayerPass) -> LayerPass:
+        """A layer's pass as the student sees it: residual stream, block and experts in the kept channels."""
+        cut: dict[str, Any] = {
+            name: getattr(made, name)[..., self.keep] for name in ("hidden_in", "hidden_out", "x", "y")
+        }
+        if made.experts is not None:
+            cut["experts"] = CutExperts(made.experts, self.keep)
+        view = replace(made, **cut)
+        view.__dict__["norm_factor"] = norm_factor(made.hidden_in, self.keep, made.token_mask)
+        if made.sparse:
+            folded = [CutFFN(p.weights, self.keep, mean_gate(p.gate, made)) for p in made.shared]
+            view.__dict__["shared"] = [SharedFFN(ffn, None) for ffn in folded]  # type: ignore[arg-type]
+        else:
+            view.__dict__["dense"] = CutFFN(made.dense, self.keep)
+        return view
+
+
+def norm_factor(hidden: Tensor, keep: Tensor, token_mask: Tensor) -> float:
+    """Mean over real tokens of rms(kept channels) / rms(all channels): what a norm's weight must be multiplied with, once its
+    mean square runs over the kept channels of hidden [N, S, H] only."""
+    flat = hidden.reshape(-1, hidden.shape[-1])[token_mask].double()
+    return float((flat[:, keep].pow(2).mean(1) / flat.pow(2).mean(1).clamp_min(1e-30)).sqrt().mean())
+
+
+def scale_norms(module: nn.Module, channels: int, factor: float) -> None:
+    """Multiply the weights of a module's norms over `channels` channels."""
+    with torch.no_grad():
+        for name, value in module.named_parameters():
+            if "norm" in name and value.shape == (channels,):
+                value.mul_(factor)
+
+
+def mean_gate(gate: Tensor | None, made: LayerPass) -> float:
+    """Mean over the real tokens of a shared expert's sigmoid gate; 1 where it has none."""
+    return 1.0 if gate is None else float(torch.sigmoid(made.x[made.token_mask] @ gate.to(made.x)).mean())
+
+
+def cut_for(geometry: dict[str, Any], teacher: "Teacher", data: "Blocks", layers: int) -> Cut | None:
+    """What to keep for a target's `geometry` (hidden_size, num_hidden_layers); None where it takes nothing away.
+
+    Costs one pass of the teacher over `data`.
+    """
+    width, depth = geometry.get("hidden_size", teacher.hidden_size), geometry.get("num_hidden_layers", layers)
+    if width >= teacher.hidden_size and depth >= layers:
+        return None
+    found = importance(teacher, data)
+    assert found.channels is not None
+    keep = found.channels.topk(width).indices.sort().values
+    return Cut(keep, tuple(best_layers(found.influence, depth)))
+
+
+class CutFFN:
+    """An FFN that reads and writes only the kept channels; `scale` multiplies its output."""
+
+    def __init__(self, ffn: GatedFFN, keep: Tensor, scale: float = 1.0):
+        self.ffn, self.keep, self.scale = ffn, keep, scale
+        self.gate_bias, self.up_bias = ffn.gate_bias, ffn.up_bias
+        self.down_bias = None if ffn.down_bias is None else ffn.down_bias[keep] * scale
+
+    @property
+    def gating(self) -> Any:
+        return getattr(self.ffn, "gating")  # noqa: B009
+
+    @property
+    def gate(self) -> Tensor:
+        return self.ffn.gate[:, self.keep]
+
+    @property
+    def up(self) -> Tensor:
+        return self.ffn.up[:, self.keep]
+
+    @property
+    def down(self) -> Tensor:
+        return self.ffn.down[self.keep] * self.scale
+
+
+class CutExperts:
+    """A layer's routed experts in the kept channels, read on demand."""
+
+    def __init__(self, experts: Experts, keep: Tensor):
+        self.experts, self.keep = experts, keep
+
+    def __len__(self) -> int:
+        return len(self.experts)
+
+    def __getitem__(self, expert: int, /) -> CutFFN:
+        return CutFFN(self.experts[expert], self.keep)
