@@ -265,6 +265,7 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
         data=_about_text(job),
         command=command_line(),
+        tokenizer=job.teacher.tokenizer(),
     )
     write(report, job.run.folder)
     return report

@@ -35,7 +35,7 @@ def assemble(
     allow_loss: Sequence[str] = (),
     samples: Sequence[Mapping[str, str]] = (),
     train_scores: Scores | None = None,
-    tokens: Mapping[str, str] | None = None,
+    tokenizer: Any = None,
 ) -> Report:
     """Everything a run has to say, as plain JSON values. Only `config`, `plan`, `student` and `rows` are needed.
 
@@ -47,7 +47,7 @@ def assemble(
     transfer: `Transfer.to_dict()` of reporting.transfer. timings: seconds by stage. hashes: file or stage -> hash.
     data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: {"prompt", "teacher", "student"}.
     allow_loss: domains the user allows to be lost; they are reported apart and left out of `retention.kept`.
-    train_scores: the student on text it was trained on (memorisation). tokens: id -> text for the worst tokens.
+    train_scores: the student on text it was trained on (memorisation). tokenizer: gives the worst tokens their text.
     Raises UserError where the student's row is missing.
     """
     if "student" not in rows:
@@ -56,7 +56,7 @@ def assemble(
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "teacher": _teacher(plan),
-        "student": dict(student),
+        "student": {"bytes": _exported_bytes(config, student), **student},
         "cost": _cost(plan, student),
         "rows": {name: scores.to_dict() for name, scores in rows.items()},
         "ood": {name: scores.to_dict() for name, scores in (ood or {}).items()},
@@ -66,7 +66,7 @@ def assemble(
         "transfer": dict(transfer) if transfer else None,
         "train_scores": train_scores.to_dict() if train_scores else None,
         "samples": [dict(s) for s in samples],
-        "tokens": dict(tokens or {}),
+        "tokens": _token_texts(rows, tokenizer),
         "run": {
             "command": command if isinstance(command, str) else shlex.join(command),
             "config": dataclasses.asdict(config),
@@ -82,6 +82,19 @@ def assemble(
     report = clean(report)
     report["diagnosis"] = diagnose(report)
     return report
+
+
+def _token_texts(rows: Mapping[str, Scores], tokenizer: Any) -> dict[str, str]:
+    """Text of every token that a table of worst tokens names."""
+    if tokenizer is None:
+        return {}
+    ids = {row["id"] for scores in rows.values() for row in scores.worst_tokens}
+    return {str(i): tokenizer.decode([i]) for i in sorted(ids)}
+
+
+def _exported_bytes(config: RunConfig, student: Mapping[str, Any]) -> int | None:
+    size = {"bfloat16": 2, "float16": 2, "float32": 4}.get(config.export.dtype)
+    return size * student["parameters"] if size and student.get("parameters") and not config.export.quantize else None
 
 
 def _teacher(plan: Mapping[str, Any]) -> dict[str, Any]:

@@ -150,6 +150,13 @@ def real_scores():
     return {"teacher": evaluate(ref, ref), "student": evaluate(model(1), ref), "control": evaluate(model(2), ref)}
 
 
+class Letters:
+    """Stands for a tokenizer."""
+
+    def decode(self, ids):
+        return "".join(chr(97 + i % 26) for i in ids)
+
+
 def test_assemble_turns_a_run_into_json_with_a_page():
     rows = real_scores()
     plan = {
@@ -161,7 +168,7 @@ def test_assemble_turns_a_run_into_json_with_a_page():
     report = assemble(
         config=RunConfig(model="t", to="2k"), plan=plan, student={"parameters": 2000, "width": 24, "method": "walk"}, rows=rows,
         ood={"student": rows["student"]}, command=["moe2dense", "convert", "a b"], allow_loss=["b"],
-        history=[{"step": 1, "tokens": 100, "loss": float("nan")}],
+        history=[{"step": 1, "tokens": 100, "loss": float("nan")}], tokenizer=Letters(),
     )  # fmt: skip
     assert json.loads(json.dumps(report, allow_nan=False)) == report
     assert (
@@ -170,6 +177,9 @@ def test_assemble_turns_a_run_into_json_with_a_page():
         and report["cost"]["scratch_ratio"] == 0.1
     )
     assert report["run"]["command"] == "moe2dense convert 'a b'" and report["history"][0]["loss"] is None
+    assert report["student"]["bytes"] == 4000
+    worst = report["rows"]["student"]["worst_tokens"]
+    assert worst and report["tokens"][str(worst[0]["id"])] == chr(97 + worst[0]["id"] % 26)
     a, c = rows["student"].by_domain["a"]["kl"], rows["control"].by_domain["a"]["kl"]
     assert report["retention"]["kept"]["value"] == pytest.approx(1 - a / c)
     assert report["retention"]["overall"]["value"] == pytest.approx(1 - rows["student"].kl / rows["control"].kl)
