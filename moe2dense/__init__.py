@@ -12,21 +12,20 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOME = {
-    "convert": "moe2dense.pipeline",
-    "plan": "moe2dense.pipeline",
-    "load_teacher": "moe2dense.teacher.load",
-    "build_student": "moe2dense.student.build",
-    "load_student": "moe2dense.student.store",
-    "save_student": "moe2dense.student.store",
-    "load_blocks": "moe2dense.data",
-    "Blocks": "moe2dense.data",
-    "distill": "moe2dense.training",
-    "evaluate": "moe2dense.evaluation",
-    "report": "moe2dense.reporting",
-    "export": "moe2dense.exporting",
-    "UserError": "moe2dense.errors",
+    "convert": "moe2dense.pipeline:convert",
+    "plan": "moe2dense.pipeline:plan",
+    "load_teacher": "moe2dense.teacher.load:load_teacher",
+    "build_student": "moe2dense.student.build:build_student",
+    "load_student": "moe2dense.student.store:load_student",
+    "save_student": "moe2dense.student.store:save_student",
+    "load_blocks": "moe2dense.data:load_blocks",
+    "Blocks": "moe2dense.data:Blocks",
+    "distill": "moe2dense.training:distill",
+    "evaluate": "moe2dense.evaluation:evaluate",
+    "report": "moe2dense.verbs.reporting:show_report",
+    "export": "moe2dense.exporting:export",
+    "UserError": "moe2dense.errors:UserError",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604  (names are resolved lazily below)
 
 if TYPE_CHECKING:
     from moe2dense.data import Blocks, load_blocks
@@ -34,14 +33,19 @@ if TYPE_CHECKING:
     from moe2dense.evaluation import evaluate
     from moe2dense.exporting import export
     from moe2dense.pipeline import convert, plan
-    from moe2dense.reporting import report
     from moe2dense.student.build import build_student
     from moe2dense.student.store import load_student, save_student
     from moe2dense.teacher.load import load_teacher
     from moe2dense.training import distill
+    from moe2dense.verbs.reporting import show_report as report
 
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'moe2dense' has no attribute {name!r}")
-    return getattr(import_module(_HOME[name]), name)
+    module, attribute = _HOME[name].split(":")
+    return getattr(import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*_HOME, "__version__"])

@@ -86,10 +86,10 @@ def calibrate(path: Path | None, seconds: float = 2.0) -> Machine:
     import torch
 
     a = torch.randn(1024, 1024)
-    a @ a
+    _ = a @ a
     start, done = time.perf_counter(), 0
     while time.perf_counter() - start < seconds / 2:
-        a @ a
+        _ = a @ a
         done += 1
     flops = 2 * 1024**3 * done / (time.perf_counter() - start)
     files = sorted(path.glob("*.safetensors"), key=lambda p: -p.stat().st_size) if path else []

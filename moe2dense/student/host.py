@@ -103,7 +103,7 @@ def ffn_prefix(card: StudentCard, layer: int) -> str:
     return f"model.layers.{layer}.{card.ffn}."
 
 
-def tensor_map(card: StudentCard, student: "nn.Module", teacher_names: set[str]) -> dict[str, str]:
+def tensor_map(card: StudentCard, student: "PreTrainedModel", teacher_names: set[str]) -> dict[str, str]:
     """{student parameter: teacher parameter} for every tensor outside the FFNs.
 
     A student name maps to the same name in the teacher, or through the card's `tensors` patterns (regular expressions
