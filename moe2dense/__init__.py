@@ -27,6 +27,22 @@ _HOME = {
     "UserError": "moe2dense.errors:UserError",
 }
 
+__all__ = [
+    "Blocks",
+    "UserError",
+    "build_student",
+    "convert",
+    "distill",
+    "evaluate",
+    "export",
+    "load_blocks",
+    "load_student",
+    "load_teacher",
+    "plan",
+    "report",
+    "save_student",
+]
+
 if TYPE_CHECKING:
     from moe2dense.data import Blocks, load_blocks
     from moe2dense.errors import UserError
