@@ -13,7 +13,8 @@ from torch.nn.functional import linear
 from moe2dense.teacher.weights import Layout, Weights
 
 Gating = Callable[[Tensor, Tensor], Tensor]
-_SLICE_BYTES = 16_000_000  # neurons are converted and multiplied in slices of this many bytes of gate_proj
+_SLICE_BYTES = 32_000_000  # matrices are converted to the compute dtype and multiplied in slices of this size
+_ACTIVATION_BYTES = 128_000_000  # of one expert's neurons, at once
 
 
 class ExpertWeights:
@@ -55,30 +56,35 @@ class ExpertWeights:
         """Number of neurons F."""
         return self.stored[0].shape[0]
 
-    def _slice(self, x: Tensor, a: int, b: int) -> Tensor:
-        gate, up = self.stored[0][a:b].to(self.dtype), self.stored[1][a:b].to(self.dtype)
-        gate_bias = None if self.gate_bias is None else self.gate_bias[a:b]
-        up_bias = None if self.up_bias is None else self.up_bias[a:b]
-        return self.gating(linear(x, gate, gate_bias), linear(x, up, up_bias))
+    def _times(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+        """x [.., in] @ matrix.T [in, out] + bias; a stored matrix is converted slice by slice into one buffer."""
+        if matrix.dtype == self.dtype or (torch.is_grad_enabled() and x.requires_grad):
+            return linear(x, matrix.to(self.dtype), bias)
+        flat = x.reshape(-1, x.shape[-1])
+        step = min(len(matrix), max(64, _SLICE_BYTES // (matrix.shape[1] * self.dtype.itemsize)))
+        buffer, out = flat.new_empty(step, matrix.shape[1]), flat.new_empty(len(flat), len(matrix))
+        for a in range(0, len(matrix), step):
+            part = buffer[: min(step, len(matrix) - a)].copy_(matrix[a : a + step])
+            torch.mm(flat, part.T, out=out[:, a : a + step])
+        if bias is not None:
+            out += bias
+        return out.view(*x.shape[:-1], -1)
 
     def hidden(self, x: Tensor) -> Tensor:
         """Neuron activations [n, F] of x [n, H]: silu(gate x) * (up x), or the family's own gating."""
-        return self._slice(x, 0, self.width)
+        gate, up = self.stored[:2]
+        return self.gating(self._times(x, gate, self.gate_bias), self._times(x, up, self.up_bias))
 
     def output(self, hidden: Tensor) -> Tensor:
         """[n, F] -> [n, H]: the down projection, its bias included."""
-        return linear(hidden, self.down, self.down_bias)
+        return self._times(hidden, self.stored[2], self.down_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """f(x) [n, H] of x [n, H], slice by slice so that neither a converted matrix nor all activations exist at once."""
-        step = max(64, _SLICE_BYTES // (x.shape[-1] * self.dtype.itemsize))
-        out = x.new_zeros(x.shape[0], self.stored[2].shape[0])
-        if self.down_bias is not None:
-            out += self.down_bias
-        for a in range(0, self.width, step):
-            down = self.stored[2][:, a : a + step].to(self.dtype)
-            out.addmm_(self._slice(x, a, a + step), down.T)
-        return out
+        """f(x) [n, H] of x [n, H]; matrices are converted slice by slice and activations exist for some rows at a time."""
+        step = max(256, _ACTIVATION_BYTES // (self.width * self.dtype.itemsize))
+        if len(x) <= step:
+            return self.output(self.hidden(x))
+        return torch.cat([self.output(self.hidden(rows)) for rows in x.split(step)])
 
     def to(self, device: torch.device | str) -> "ExpertWeights":
         """The same expert with its matrices on `device`."""
