@@ -53,11 +53,12 @@ class Job:
 
 def check_settings(settings: RunConfig) -> None:
     """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
-    from moe2dense.verbs.listing import LOSSES, METHODS
+    from moe2dense.losses.logits import divergence
+    from moe2dense.student.methods import parse_method
 
+    parse_method(settings.walk.init)
+    divergence(settings.train.loss)
     for flag, value, known in (
-        ("--init", settings.walk.init, list(METHODS)),
-        ("--loss", settings.train.loss, list(LOSSES)),
         ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
         ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),
         ("--quantize", settings.export.quantize, ["", "int8", "int4"]),

@@ -20,9 +20,9 @@ LOSSES = {
     "forward_kl": "KL(teacher || student); targets: sampled, topk, hidden, full",
     "reverse_kl": "KL(student || teacher); targets: hidden, full",
     "symmetric_kl": "mean of both; targets: hidden, full",
-    "jsd": "generalised Jensen-Shannon divergence; targets: hidden, full",
-    "skewed_forward_kl": "KL(teacher || mixture) (DistiLLM); targets: hidden, full",
-    "skewed_reverse_kl": "KL(student || mixture) (DistiLLM); targets: hidden, full",
+    "jsd": "generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649); jsd:0.3 sets beta; targets: hidden, full",
+    "skew_forward_kl": "KL(teacher || mixture) (DistiLLM, arXiv 2402.03898); skew_forward_kl:0.2 sets the share; targets: hidden, full",
+    "skew_reverse_kl": "KL(student || mixture) (DistiLLM); targets: hidden, full",
     "tvd": "total variation distance; targets: hidden, full",
 }
 
