@@ -74,7 +74,9 @@ class TrainConfig:
     gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
     shard: bool = False  # on several processes: spread weights and optimiser over them (FSDP2) instead of copies (DDP)
     alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
-    temperature_schedule: str = ""
+    temperature_schedule: str = ""  # a schedule, or auto: chosen by short trainings (needs validation text)
+    features: str = ""  # hidden states too: KIND:MAP, mse or cosine with uniform, learned, last:K or 0=1,3=7
+    feature_weight: str = "0.1"  # a number or a schedule SHAPE:FROM:TO
     lora: int = 0  # rank; 0 = full training
     dora: bool = False  # adapters of direction and magnitude (DoRA)
     report_to: str = "none"

@@ -50,6 +50,7 @@ class Trainer:
         seed: int,
         out: str | Path | None,
         accelerator: Any = None,
+        match: Any = None,
     ):
         self.lesson, self.held, self.config, self.seed = lesson, held, config, seed
         self.block = lesson.blocks.input_ids.shape[1]
@@ -66,13 +67,14 @@ class Trainer:
             if config.lora:
                 model.enable_input_require_grads()
         self.model = add_adapters(model, config) if config.lora else model
-        objective: Any = Objective(self.model)
+        objective: Any = Objective(self.model, match)
         if config.shard and self.accelerator.num_processes > 1:
             self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
-            self.optimizer = self.accelerator.prepare(make_optimizer(self.model, config))
+            self.optimizer = self.accelerator.prepare(make_optimizer(objective, config))
         else:
-            self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(self.model, config))
-        self.names = {p: n for n, p in self.model.named_parameters() if p.requires_grad}
+            self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(objective, config))
+        # the student's parameters under their own names; projectors of features are kept for resuming, never exported
+        self.names = {p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad}
         main = out is not None and self.accelerator.is_main_process
         self.checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoints")
         self.metrics = MetricsFile(Path(out) / "metrics.jsonl" if out is not None and main else None)
@@ -80,8 +82,11 @@ class Trainer:
         self.first_kl: float | None = None
         self.step = 0
 
-    def run(self, resume: bool, progress: Callable[..., None] | None) -> TrainResult:
-        """Train to the last step and leave the student with its final weights, adapters merged, where it was."""
+    def run(self, resume: bool, progress: Callable[..., None] | None, quiet: bool = False) -> TrainResult:
+        """Train to the last step and leave the student with its final weights, adapters merged, where it was.
+
+        quiet: do not warn when the student got worse.
+        """
         begin = time.perf_counter()
         self._start(resume)
         retried = False
@@ -108,7 +113,7 @@ class Trainer:
                 if interrupts.asked and self.step < self.steps:
                     self._save()
                     raise KeyboardInterrupt
-        return self._finish(time.perf_counter() - begin)
+        return self._finish(time.perf_counter() - begin, quiet)
 
     def _start(self, resume: bool) -> None:
         found = self.checkpoints.steps() if self.checkpoints is not None else []
@@ -212,7 +217,7 @@ class Trainer:
         options |= {"loss": self.config.loss, "temperature": plan.temperature, "alpha": plan.alpha}
         return bool(self.objective(inputs, teacher if plan.alpha < 1 else None, **options)[0].isfinite())
 
-    def _finish(self, seconds: float) -> TrainResult:
+    def _finish(self, seconds: float, quiet: bool) -> TrainResult:
         self.accelerator.end_training()
         model = merge_adapters(self.model) if self.config.lora else self.model
         model.train(self.was_training)
@@ -220,7 +225,7 @@ class Trainer:
             model.to(self.home)
         history = self.metrics.records
         final = next((r["valid_kl"] for r in reversed(history) if "valid_kl" in r), None)
-        if final is not None and self.first_kl is not None and not final <= self.first_kl:
+        if not quiet and final is not None and self.first_kl is not None and not final <= self.first_kl:
             warnings.warn(
                 f"DISTILLATION MADE THE STUDENT WORSE: validation KL went from {self.first_kl:.4g} to {final:.4g}; lower "
                 f"--lr (now {self.config.lr:g}), give more --tokens, or keep the student as it was built (--tokens 0)",

@@ -1,14 +1,19 @@
 """distill(): train a dense student on its teacher's distributions, on one CPU, one GPU or many processes."""
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
+from moe2dense.losses.features import HiddenMatch, parse_features
 from moe2dense.schedules import scheduled
 from moe2dense.targets.memory import as_targets, hidden_targets
+from moe2dense.temperature import choose_temperature
 from moe2dense.trainer import Trainer, TrainResult
 from moe2dense.trainstep import Lesson, rare_positions
 
@@ -59,14 +64,48 @@ def distill(
     data = data if tokens is None else data[: tokens // block]
     if not bool(data.loss_mask().any()):
         raise UserError("data: no token carries loss; the blocks are masked throughout")
+    match = None
+    if config.features:
+        match = _feature_match(config, model, known, teacher, seed)
     if known is None and teacher is not None:
-        known = hidden_targets(teacher, data, progress=progress)
+        known = hidden_targets(teacher, data, features=match.teacher_layers if match else (), progress=progress)
     held = None
     if valid is not None and (valid_targets is not None or teacher is not None):
         found = valid_targets if valid_targets is not None else hidden_targets(teacher, valid)
         held = Lesson(valid, as_targets(found, valid, "valid_targets"), rare_positions(valid, data))
-    trainer = Trainer(model, Lesson(data, known), held, config, seed, out, accelerator)
+    lesson = Lesson(data, known)
+    if config.temperature_schedule == "auto":
+        best, _ = choose_temperature(model, lesson, held, config, seed, accelerator=accelerator)
+        config = dataclasses.replace(config, temperature=best, temperature_schedule="")
+    trainer = Trainer(model, lesson, held, config, seed, out, accelerator, match)
     return trainer.run(resume, progress)
+
+
+def _feature_match(config: TrainConfig, model: Any, targets: Any, teacher: Any, seed: int) -> HiddenMatch:
+    """The loss on hidden states that config.features asks for. Raises UserError when the targets do not hold them."""
+    kind, spec = parse_features(config.features)
+    if targets is None and teacher is None:
+        raise UserError("features need a teacher, or targets that hold its hidden states")
+    if targets is not None:
+        layers = getattr(targets, "layers", 0)
+        one = targets.batch([0]).features if getattr(targets, "features", None) else None
+        if not one:
+            raise UserError(
+                "features need targets that hold hidden states of the layers; write them with features=[...]"
+            )
+        width = next(iter(one.values())).shape[-1]
+    else:
+        about = teacher.config.get_text_config()
+        layers, width, one = about.num_hidden_layers, about.hidden_size, None
+    own = model.config.get_text_config()
+    torch.manual_seed(seed)
+    match = HiddenMatch(spec, kind, (own.num_hidden_layers, own.hidden_size), (layers, width))
+    missing = set(match.teacher_layers) - set(one) if one else set()
+    if missing:
+        raise UserError(
+            f"features {config.features!r} need teacher layers {sorted(missing)}, which the targets do not hold"
+        )
+    return match.to(next(model.parameters()).dtype)
 
 
 def _needs_teacher(config: TrainConfig) -> bool:

@@ -76,6 +76,7 @@ class Plan:
     lr: float
     alpha: float
     temperature: float
+    feature_weight: float = 0.0
 
 
 def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps: int, seed: int) -> Plan:
@@ -85,6 +86,7 @@ def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps:
         lr=learning_rate(step, steps, config.lr, config.warmup),
         alpha=scheduled(config.alpha_schedule or config.alpha, step, steps),
         temperature=scheduled(config.temperature_schedule or config.temperature, step, steps),
+        feature_weight=scheduled(config.feature_weight, step, steps) if config.features else 0.0,
     )
 
 
@@ -100,7 +102,7 @@ def train_step(
         group["lr"] = plan.lr
     counts = lesson.denominators(plan.indices)
     parts = micro_batches(plan.indices, accelerator.process_index, world, config.micro_batch)
-    sums = torch.zeros(3, device=device, dtype=torch.float64)
+    sums = torch.zeros(4, device=device, dtype=torch.float64)
     objective.train()
     for i, part in enumerate(parts):
         inputs, teacher, options = lesson.part(part, device, plan.alpha > 0, plan.indices[0])
@@ -108,21 +110,24 @@ def train_step(
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
             found = objective(
                 inputs, teacher if plan.alpha < 1 else None,
-                loss=config.loss, temperature=plan.temperature, alpha=plan.alpha, **counts, **options,
+                loss=config.loss, temperature=plan.temperature, alpha=plan.alpha,
+                feature_weight=plan.feature_weight, **counts, **options,
             )  # fmt: skip
             # processes average their gradients, and each holds its share of one mean
             accelerator.backward(found[0] * world if world > 1 else found[0])
-        sums += torch.stack([x.detach() for x in found[:3]])
+        total, kd, ce, _, features = found
+        sums += torch.stack([x.detach() for x in (total, kd, ce, features)])
     norm = float(whole(accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)))
     if world > 1:
         sums = accelerator.reduce(sums, "sum")
-    loss, kd, ce = sums.tolist()
+    loss, kd, ce, features = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"the loss is {loss:g} and the gradient's norm {norm:g}")
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     named = ({"kd": kd} if plan.alpha < 1 else {}) | ({"ce": ce} if plan.alpha > 0 else {})
+    named |= {"features": features} if plan.feature_weight else {}
     return {"loss": loss, "parts": named, "lr": plan.lr, "grad_norm": norm}
 
 
@@ -136,7 +141,7 @@ def validate(accelerator: Any, objective: Any, lesson: Lesson, micro: int) -> di
     for part in micro_batches(everything, accelerator.process_index, accelerator.num_processes, micro):
         inputs, teacher, options = lesson.part(part, device, True)
         temperature = getattr(teacher, "temperature", 1.0)
-        _, kl, nll, watched = objective(inputs, teacher, temperature=temperature, **counts, **options)
+        _, kl, nll, watched, _ = objective(inputs, teacher, temperature=temperature, **counts, **options)
         sums += torch.stack([kl / temperature**2, nll, watched / temperature**2])
     if accelerator.num_processes > 1:
         sums = accelerator.reduce(sums, "sum")

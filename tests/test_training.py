@@ -418,3 +418,110 @@ def test_bad_arguments(teacher):
     with pytest.raises(UserError, match="shard=True needs out="):
         distill(student, teacher, blocks, config=settings(shard=True))
     assert distill(student, teacher, blocks, tokens=100, config=settings()).unique == 96
+
+
+class TestFeatures:
+    """Losses on hidden states, beside the logits."""
+
+    def test_equals_a_hand_written_loop(self):
+        teacher, student, blocks = make_teacher(torch.float64), make_student(torch.float64), make_blocks()
+        config = settings(features="mse:0=0,1=1", feature_weight="linear:0.5:0.1", micro_batch=3)
+        result = distill(student, teacher, blocks, config=config)
+        other = make_student(torch.float64)
+        optimizer = torch.optim.AdamW(other.parameters(), betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        for step in range(6):
+            ids = blocks.input_ids[step_blocks(24, 4, step, 0)]
+            with torch.no_grad():
+                goal_first = teacher(ids, output_hidden_states=True).hidden_states[1]
+                goal_last = self.before_norm(teacher, ids)
+            first, last = other(ids, output_hidden_states=True).hidden_states[1], self.before_norm(other, ids)
+            pairs = ((first, goal_first), (last, goal_last))
+            mse = sum(((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in pairs) / 2
+            with torch.no_grad():
+                p = teacher(ids).logits.softmax(-1)
+            kd = (p * (p.log() - other(ids).logits.log_softmax(-1))).sum(-1).mean()
+            (kd + (0.5 - 0.08 * step) * mse).backward()
+            torch.nn.utils.clip_grad_norm_(other.parameters(), 1.0)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, 6, 3e-3, 0.03)
+            optimizer.step()
+            optimizer.zero_grad()
+            assert result.history[step]["parts"] == pytest.approx({"kd": kd.item(), "features": mse.item()}, rel=1e-8)
+        for a, b in zip(student.parameters(), other.parameters(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)  # Adam magnifies rounding where gradients vanish
+
+    @staticmethod
+    def before_norm(model, ids):
+        """The last layer's output, which transformers shows only after the final norm."""
+        found = []
+        handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        model(ids)
+        handle.remove()
+        return found[0]
+
+    @pytest.mark.parametrize("features", ["cosine:uniform", "mse:learned"])
+    def test_projectors_train_resume_and_stay_out_of_the_student(self, teacher, tmp_path, features):
+        small = dict(hidden_size=16, head_dim=4, num_hidden_layers=3)
+        config = settings(features=features, epochs=2.0)
+
+        def stop(stage, done, total, **numbers):
+            if done == 7 and stage == "distill":
+                raise Stop
+
+        whole, resumed = make_student(**small), make_student(**small)
+        result = distill(whole, teacher, make_blocks(), config=config, out=tmp_path / "whole")
+        parts = [r["parts"]["features"] for r in result.history]
+        assert parts[-1] < parts[0]
+        with pytest.raises(Stop):
+            distill(make_student(**small), teacher, make_blocks(), config=config, out=tmp_path / "part", progress=stop)
+        distill(resumed, teacher, make_blocks(), config=config, out=tmp_path / "part", resume=True)
+        assert same(weights(whole), weights(resumed)) and not any("match" in k for k in whole.state_dict())
+
+    def test_features_come_from_memory_a_resident_model_or_a_store(self, teacher, tmp_path):
+        from moe2dense.targets import open_targets, write_targets
+
+        blocks, found = make_blocks(), []
+        write_targets(teacher, blocks, tmp_path, features=[0, 1])
+        sources = (
+            hidden_targets(teacher, blocks, features=[0, 1]),
+            ResidentTargets(teacher, blocks, features=[0, 1]),
+            open_targets(tmp_path, blocks),
+        )
+        for targets in sources:
+            history = distill(make_student(), data=blocks, targets=targets, config=settings(features="mse")).history
+            found.append([r["parts"]["features"] for r in history])
+        assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=2e-2)
+        with pytest.raises(UserError, match="which the targets do not hold"):
+            held = hidden_targets(teacher, blocks, features=[0])
+            distill(make_student(), data=blocks, targets=held, config=settings(features="mse:uniform"))
+        with pytest.raises(UserError, match="hold hidden states of the layers"):
+            distill(
+                make_student(), data=blocks, targets=hidden_targets(teacher, blocks), config=settings(features="mse")
+            )
+        with pytest.raises(UserError, match="must be KIND:MAP"):
+            distill(make_student(), teacher, blocks, config=settings(features="l2"))
+
+
+def test_temperature_is_chosen_by_held_out_kl(teacher):
+    from moe2dense.temperature import choose_temperature
+    from moe2dense.trainstep import Lesson
+
+    blocks, valid = make_blocks(), make_blocks(5, seed=9)
+    lesson = Lesson(blocks, hidden_targets(teacher, blocks))
+    held = Lesson(valid, hidden_targets(teacher, valid))
+    student, before = make_student(), weights(make_student())
+    config = settings(epochs=10.0, lr=1e-2)
+    best, table = choose_temperature(student, lesson, held, config, candidates=(1.0, 50.0))
+    assert best == min(table, key=lambda t: table[t]) or table[best] >= 0.99 * table[1.0]
+    assert same(weights(student), before)
+    short = make_student()
+    alone = distill(
+        short, data=blocks, targets=lesson.targets, valid=valid, valid_targets=held.targets, config=settings(lr=1e-2)
+    )
+    assert table[1.0] == pytest.approx(alone.history[-1]["valid_kl"], rel=1e-4)  # a tenth of 60 steps
+    still, _ = choose_temperature(make_student(), lesson, held, settings(lr=0.0), candidates=(2.0, 1.0))
+    assert still == 1.0  # nothing is learnt, so it does not matter
+    auto = distill(make_student(), teacher, blocks, valid=valid, config=settings(temperature_schedule="auto"))
+    assert auto.steps == 6
+    with pytest.raises(UserError, match="temperature auto needs validation"):
+        distill(make_student(), teacher, blocks, config=settings(temperature_schedule="auto"))

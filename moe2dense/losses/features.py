@@ -15,9 +15,8 @@ KINDS = ("mse", "cosine")
 
 
 def token_mse(student: Tensor, teacher: Tensor) -> Tensor:
-    """[n]: squared error of each token over the mean square of the teacher's states, so that layers weigh alike."""
-    scale = teacher.square().sum(-1).mean().clamp(min=1e-12)
-    return (student - teacher).square().sum(-1) / scale
+    """[n]: squared error of each token relative to its teacher's state, so that layers and outlying tokens weigh alike."""
+    return (student - teacher).square().sum(-1) / teacher.square().sum(-1).clamp(min=1e-12)
 
 
 def token_cosine(student: Tensor, teacher: Tensor) -> Tensor:
@@ -32,6 +31,14 @@ def make_projector(student: int, teacher: int) -> nn.Module:
     linear = nn.Linear(student, teacher, bias=False)
     nn.init.orthogonal_(linear.weight)
     return linear
+
+
+def parse_features(text: str) -> tuple[str, str]:
+    """`mse:uniform` -> ("mse", "uniform"). Raises UserError for a kind that is not known."""
+    kind, _, spec = text.partition(":")
+    if kind not in KINDS:
+        raise UserError(f"features {text!r} must be KIND:MAP with a kind of {', '.join(KINDS)}, such as mse:uniform")
+    return kind, spec or "uniform"
 
 
 def layer_pairs(spec: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
@@ -97,4 +104,6 @@ class HiddenMatch(nn.Module):
             assert isinstance(goal, Tensor)
             if len(weights):
                 total = total + (measure(self.projectors[i](student[s][kept]), goal) * weights).sum()
-        return total / len(self.pairs)
+        # a wholly masked pass still touches every parameter, as wrappers for many processes expect
+        touch = sum((p.sum() * 0.0 for p in self.parameters()), weights.new_zeros(()))
+        return total / len(self.pairs) + touch

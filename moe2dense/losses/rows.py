@@ -55,6 +55,7 @@ class HiddenRows:
 
     hidden: Tensor
     head: Any
+    features: dict[int, Tensor] | None = None  # the residual stream [n, H] after some layers
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -63,7 +64,8 @@ class HiddenRows:
         return HiddenRows(self.hidden[index], self.head)
 
     def to(self, device: torch.device) -> "HiddenRows":
-        return HiddenRows(self.hidden.to(device), head_on(self.head, device))
+        moved = None if self.features is None else {k: v.to(device) for k, v in self.features.items()}
+        return HiddenRows(self.hidden.to(device), head_on(self.head, device), moved)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
         head = self.head

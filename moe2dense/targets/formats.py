@@ -6,7 +6,7 @@ topk     the k likeliest tokens; the rest is one bucket; serves forward KL and h
 sampled  tokens drawn with replacement from the distribution; unbiased for forward KL (2503.16870)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +31,7 @@ class Options:
     draws: int = 50  # of sampled, at most 255
     dtype: str = "bfloat16"  # of hidden
     seed: int = 0
+    features: tuple[int, ...] = ()  # layers whose residual stream rides along
 
 
 def _pieces(hidden: Tensor, head: Any) -> Iterator[tuple[slice, Tensor]]:
@@ -85,6 +86,25 @@ def write_sampled(hidden: Tensor, head: Any, options: Options, generator: torch.
         "offsets": offsets,
         "entropy": torch.cat(entropy).half().view(shape),
     }
+
+
+def write_features(features: dict[int, Tensor]) -> dict[str, Tensor]:
+    """The residual stream after some layers, in 8 bits a number with one scale per token."""
+    found = {}
+    for layer, states in features.items():
+        scale = states.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        found[f"feature-{layer}"] = (states.float() / scale).round().to(torch.int8)
+        found[f"scale-{layer}"] = scale[..., 0]
+    return found
+
+
+def read_features(shard: Any, row: int, layers: Sequence[int]) -> dict[int, Tensor]:
+    """What `write_features` wrote of one block: states [S, H] by layer."""
+
+    def read(name: str) -> Tensor:
+        return shard.get_slice(name)[row]
+
+    return {i: read(f"feature-{i}").float() * read(f"scale-{i}")[:, None] for i in layers}
 
 
 WRITERS: dict[str, Callable[..., dict[str, Tensor]]] = {

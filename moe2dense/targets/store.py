@@ -22,9 +22,17 @@ from torch import Tensor
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
 from moe2dense.losses.head import Head, model_head
-from moe2dense.losses.rows import TeacherRows
+from moe2dense.losses.rows import HiddenRows, TeacherRows
 from moe2dense.run import atomic_write
-from moe2dense.targets.formats import FORMATS, WRITERS, Options, read_block, to_rows
+from moe2dense.targets.formats import (
+    FORMATS,
+    WRITERS,
+    Options,
+    read_block,
+    read_features,
+    to_rows,
+    write_features,
+)
 from moe2dense.targets.memory import HiddenTargets, Progress, hidden_targets
 
 # N blocks, S block length, H hidden, V vocabulary
@@ -56,32 +64,37 @@ def write_targets(
     k: int = 32,
     draws: int = 50,
     seed: int = 0,
+    features: Sequence[int] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Store the teacher's distributions at every position of `blocks`; an unfinished store is continued at its next shard.
 
     teacher: a Teacher, streamed in as few passes as its memory budget allows, or a resident transformers model. format:
-    hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full. Raises UserError for an unknown format, a
+    hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full; features: layers whose residual stream
+    rides along with hidden targets, in 8 bits. Raises UserError for an unknown format, a
     folder that holds other targets, or a full disk.
     """
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}; found {format!r}")
     if not 1 <= draws <= 255:
         raise UserError(f"draws must lie between 1 and 255; found {draws}")
+    if features and format != "hidden":
+        raise UserError(f"features ride along with hidden targets only; found format {format!r}")
     folder, keys = Path(folder), blocks.keys()
-    options = Options(format, temperature, min(k, len(_head(teacher).weight)), draws, seed=seed)
+    options = Options(
+        format, temperature, min(k, len(_head(teacher).weight)), draws, seed=seed, features=tuple(features)
+    )
     about = _begin(folder, teacher, keys, blocks, options)
     done = about["shards"][-1]["to"] if about["shards"] else 0
     block = blocks.input_ids.shape[1]
     step = max(1, teacher.plan.macro_batch // block) if hasattr(teacher, "plan") else _RESIDENT_BLOCKS
     while done < len(blocks):
         part = blocks[done : done + step]
-        answers = hidden_targets(teacher, part)
+        answers = hidden_targets(teacher, part, features=features)
         for piece in _shards(answers, options):
             generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
-            data = save(
-                {n: t.contiguous() for n, t in WRITERS[format](piece.hidden, piece.head, options, generator).items()}
-            )
+            tensors = WRITERS[format](piece.hidden, piece.head, options, generator) | write_features(piece.features)
+            data = save({n: t.contiguous() for n, t in tensors.items()})
             name = f"shard-{len(about['shards']):05d}.safetensors"
             atomic_write(folder / name, data)
             row = {"file": name, "from": done, "to": done + len(piece), "xxh3": xxhash.xxh3_64_hexdigest(data)}
@@ -98,12 +111,13 @@ def _begin(folder: Path, teacher: Any, keys: list[str], blocks: Blocks, options:
     head = _head(teacher)
     identity = {
         "version": VERSION,
-        "options": asdict(options),
+        "options": json.loads(json.dumps(asdict(options))),
         "teacher": fingerprint(teacher),
         "blocks": len(keys),
         "block": blocks.input_ids.shape[1],
         "vocabulary": len(head.weight),
         "keys": xxhash.xxh3_128_hexdigest("".join(keys).encode()),
+        "layers": teacher.config.get_text_config().num_hidden_layers,
         "head": {"scale": head.scale, "softcap": head.softcap},
     }
     if (folder / "store.json").exists():
@@ -140,7 +154,7 @@ def _shards(answers: HiddenTargets, options: Options):
     }
     size = max(1, SHARD_BYTES // (per_token[options.format] * block))
     for start in range(0, len(answers), size):
-        yield HiddenTargets(answers.hidden[start : start + size], answers.head)
+        yield answers[start : start + size]
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
@@ -209,7 +223,10 @@ class StoredTargets:
     rows: list[int]
 
     def __post_init__(self) -> None:
-        self.options = Options(**self.about["options"])
+        options = self.about["options"]
+        self.options = Options(**{**options, "features": tuple(options["features"])})
+        self.features = self.options.features
+        self.layers: int = self.about["layers"]
         self._shard_of = [i for i, s in enumerate(self.about["shards"]) for _ in range(s["from"], s["to"])]
         self._open: dict[int, Any] = {}
 
@@ -244,4 +261,13 @@ class StoredTargets:
 
     def batch(self, indices: Sequence[int]) -> TeacherRows:
         """What the loss reads, at every position of some blocks."""
-        return to_rows([self._block(i) for i in indices], self.options, self.head)
+        found = to_rows([self._block(i) for i in indices], self.options, self.head)
+        if self.features and isinstance(found, HiddenRows):
+            parts = [self._features(i) for i in indices]
+            found.features = {k: torch.cat([p[k] for p in parts]) for k in self.features}
+        return found
+
+    def _features(self, index: int) -> dict[int, Tensor]:
+        number = self._shard_of[self.rows[index]]
+        row = self.rows[index] - self.about["shards"][number]["from"]
+        return read_features(self._open[number], row, self.features)

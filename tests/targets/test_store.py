@@ -114,7 +114,7 @@ def test_writing_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, forma
     before = (tmp_path / "part/shard-00001.safetensors").stat().st_mtime_ns
     calls = []
     monkeypatch.setattr(
-        "moe2dense.targets.store.hidden_targets", lambda t, b: calls.append(len(b)) or hidden_targets(t, b)
+        "moe2dense.targets.store.hidden_targets", lambda t, b, **k: calls.append(len(b)) or hidden_targets(t, b)
     )
     part = open_targets(write_targets(teacher, blocks, tmp_path / "part", format), blocks)
     assert calls == [3] and (tmp_path / "part/shard-00001.safetensors").stat().st_mtime_ns == before
