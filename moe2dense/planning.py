@@ -277,7 +277,7 @@ def print_plan(plan: Plan, console: Any) -> None:
             f"{s.num_hidden_layers} x {s.hidden_size}",
             f"{t.config.num_hidden_layers} x {t.config.hidden_size}",
         ),
-        ("FFN", moe, f"width {t.width} ({t.whole_experts:.3g} experts)"),
+        ("FFN", moe, f"width {t.width} ({t.whole_experts:.3g} expert{'' if t.whole_experts == 1 else 's'})"),
         ("parameters", show_count(s.parameters), f"{show_count(t.parameters)} ({t.parameters / s.parameters:.0%})"),
         ("per token", show_count(s.active_parameters), show_count(t.parameters)),
         (
@@ -314,7 +314,7 @@ def print_plan(plan: Plan, console: Any) -> None:
         f"{show_count(plan.macro_batch)} tokens ({show_bytes(plan.memory_budget)} of memory); reading costs less than computing from {show_count(plan.break_even_batch)} tokens on"
     )
     console.print(
-        f"compute: {spent:.2g} FLOPs, {spent / from_scratch:.1%} of training this student from scratch ({from_scratch:.2g})"
+        f"compute: {spent:.2g} FLOPs, {100 * spent / from_scratch:.2g}% of training this student from scratch ({from_scratch:.2g})"
     )
     for warning in plan.warnings:
         console.print(f"[yellow]warning:[/] {warning}")

@@ -32,8 +32,8 @@ def parse_bytes(text: str | int | float, what: str = "the size") -> int:
 
 
 def show_count(n: int | float) -> str:
-    """7241732096 -> '7.24b'."""
-    for scale, suffix in ((10**12, "t"), (10**9, "b"), (10**6, "m"), (10**3, "k")):
+    """7241732096 -> '7.24B'."""
+    for scale, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if n >= scale:
             return f"{n / scale:.3g}{suffix}"
     return f"{n:.0f}" if float(n).is_integer() else f"{n:.3g}"

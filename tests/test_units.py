@@ -26,7 +26,7 @@ def test_refused_with_the_argument_named(text):
 
 
 def test_shown():
-    assert show_count(7_241_732_096) == "7.24b"
+    assert show_count(7_241_732_096) == "7.24B"
     assert show_count(12) == "12"
     assert show_bytes(93_400_000_000) == "93.4 GB"
     assert show_seconds(93784) == "1 d 2 h"
