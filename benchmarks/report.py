@@ -134,6 +134,8 @@ def _transfer(layers: int, experts: int, rng: random.Random) -> dict[str, Any]:
         rows.append({
             "index": index, "metrics": metrics, "measured": seen, "tokens": [int(x * 24480) for x in load],
             "blocks": [min(96, int(x * 24480)) for x in load],
+            "coverage_low": [None if v is None else v - 0.04 for v in metrics["coverage"]],
+            "coverage_high": [None if v is None else v + 0.04 for v in metrics["coverage"]],
             "kl_low": [None if v is None else v * 0.9 for v in metrics["kl_after"]],
             "kl_high": [None if v is None else v * 1.1 for v in metrics["kl_after"]],
             "error_zero": [1.0] * experts, "error_mean": [0.9] * experts, "error_random": [0.6] * experts,

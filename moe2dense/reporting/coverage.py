@@ -5,12 +5,13 @@ width reaches that holds the whole expert (its neurons, the rest of the width ra
 another's activations follows linear probing (Alain and Bengio, 1610.01644).
 """
 
-import math
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from moe2dense.bootstrap import Bootstrap, Estimate
 
 # n tokens, H hidden, M student width, F expert width
 
@@ -79,15 +80,18 @@ def random_features(
     return glu(x @ gate.T, x @ up.T)
 
 
-def coverage(errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, size: float) -> float | None:
-    """(random - student) / (random - copy), from squared errors on the same held-out tokens.
+def coverage(
+    errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, size: float, bootstrap: Bootstrap
+) -> Estimate | None:
+    """(random - student) / (random - copy), from squared errors on the same held-out tokens, with an interval over them.
 
     None where a copy reads the expert hardly better than a random FFN does: there is nothing to tell apart.
     """
-    random, student, copy = (float(e.double().sum()) for e in (errors_random, errors_student, errors_copy))
-    if not math.isfinite(random - copy) or random - copy < LEAST_GAP * size:
+    sums = torch.stack([errors_random, errors_student, errors_copy], 1).double().numpy()
+    random, _, copy = sums.sum(0)
+    if not np.isfinite(sums).all() or random - copy < LEAST_GAP * size:
         return None
-    return (random - student) / (random - copy)
+    return bootstrap.estimate(sums, lambda t: (t[..., 0] - t[..., 1]) / (t[..., 0] - t[..., 2]))
 
 
 def split(n: int, generator: torch.Generator, held_out: float = 1 / 3) -> Tensor:

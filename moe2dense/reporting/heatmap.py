@@ -78,8 +78,10 @@ def _layer(row: dict[str, Any], keys: list[str], contexts: int) -> dict[str, Any
         "fate": [fates.index(f) for f in row.get("fate") or []],
         "domainsOf": _rounded(row.get("domains") or []),
         "chance": _rounded(row.get("lift_chance") or []),
-        "low": _rounded(row.get("kl_low") or []),
-        "high": _rounded(row.get("kl_high") or []),
+        "between": {
+            k: [_rounded(row.get(f"{name}_{end}") or []) for end in ("low", "high")]
+            for k, name in (("kl_after", "kl"), ("coverage", "coverage"))
+        },
         "base": {k: _rounded(row.get(f"error_{k}") or []) for k in ("zero", "mean", "random")},
         "examples": [[_cut(c) for c in cells[:contexts]] for cells in row.get("contexts") or []] if contexts else [],
     }

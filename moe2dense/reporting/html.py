@@ -177,9 +177,12 @@ def tiles(report: Report) -> list[dict[str, str]]:
         note = "coverage, weighted by output energy"
         found.append(("of single experts' function survives", percent(model["transferred"]), note, "transferred"))
     if cost.get("parameters_ratio") is not None:
-        found.append(("of the teacher's parameters", percent(cost["parameters_ratio"]), "to hold in memory", ""))
-    if cost.get("active_ratio") is not None:
-        found.append(("compute per token", f"{number(cost['active_ratio'])} ×", "the teacher's active parameters", ""))
+        note = (
+            f"compute per token {number(cost['active_ratio'])} × the teacher's"
+            if cost.get("active_ratio") is not None
+            else ""
+        )
+        found.append(("of the teacher's parameters", percent(cost["parameters_ratio"]), note, ""))
     return [{"label": a, "value": b, "note": c, "help": QUALITY.get(d, "")} for a, b, c, d in found]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from moe2dense.bootstrap import Bootstrap
+from moe2dense.bootstrap import Bootstrap, Estimate
 from moe2dense.errors import UserError
 from moe2dense.evaluation import Scores
 from moe2dense.reporting import coverage as cov
@@ -302,7 +302,7 @@ def _from_experts(layer: Any, watch: LayerWatch, setup: _Setup, chosen: Tensor, 
     if student.width is None and probes is None:
         return {}
     given, norm = ffn_input(layer, student.layer)
-    covered: list[float | None] = []
+    covered: list[Estimate | None] = []
     cosine = torch.full((len(layer.experts), len(layer.experts)), -1.0)  # [owner of the tokens, other expert]
     for e in range(len(layer.experts)):
         measured = row["measured"][e]
@@ -317,6 +317,8 @@ def _from_experts(layer: Any, watch: LayerWatch, setup: _Setup, chosen: Tensor, 
         if probes is not None:
             cosine[:, e] = probes.cosines(expert, layer.x)
     found: dict[str, Any] = {"coverage": covered} if student.width is not None else {}
+    row["coverage_low"] = [None if c is None else c.low for c in covered]
+    row["coverage_high"] = [None if c is None else c.high for c in covered]
     if probes is not None and len(layer.experts) > 1:
         best, who = cosine.fill_diagonal_(-1.0).max(1)
         found["replaceability"], row["replaced_by"] = best.tolist(), who.tolist()
@@ -354,7 +356,13 @@ def _coverage(
         copied.append(cov.ridge_errors(copy, output, train, weights).cpu())
     own = cov.ridge_errors(activations.to(output), output, train, weights).cpu()
     size = (output * weights[:, None])[~train].double().square().sum()
-    return cov.coverage(own, torch.stack(random).mean(0), torch.stack(copied).mean(0), size=float(size))
+    return cov.coverage(
+        own,
+        torch.stack(random).mean(0),
+        torch.stack(copied).mean(0),
+        size=float(size),
+        bootstrap=Bootstrap(len(own), 200, setup.seed),
+    )
 
 
 def _weights(layer: Any, rows: Tensor, e: int) -> Tensor:

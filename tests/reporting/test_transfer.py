@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
+from moe2dense.bootstrap import Bootstrap
 from moe2dense.cards import student_host
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
@@ -84,6 +85,7 @@ def test_copied_experts_survive_and_dropped_ones_do_not(tmp_path):
         cover = row["metrics"]["coverage"]
         assert min(cover[0], cover[2]) > 0.95, cover
         assert max(cover[1], cover[3]) < 0.2, cover
+        assert all(a <= c <= b for a, c, b in zip(row["coverage_low"], cover, row["coverage_high"], strict=True))
         assert row["fate"] == ["kept", "dropped", "kept", "dropped"] and row["neurons_from"] == [F, 0, F, 0]
         assert row["metrics"]["kept_neurons"] == row["metrics"]["kept_energy"] == [1.0, 0.0, 1.0, 0.0]
         share = row["metrics"]["energy_share"]
@@ -287,8 +289,8 @@ def test_the_ridge_is_chosen_by_leaving_one_out():
 
 def test_coverage_says_nothing_where_there_is_nothing_to_tell_apart():
     one = torch.ones(10)
-    assert coverage.coverage(one, one, one * 0.999, size=10.0) is None
-    assert coverage.coverage(one * 0.2, one, one * 0.1, size=10.0) == pytest.approx(8 / 9)
+    assert coverage.coverage(one, one, one * 0.999, size=10.0, bootstrap=Bootstrap(10, 50)) is None
+    assert coverage.coverage(one * 0.2, one, one * 0.1, size=10.0, bootstrap=Bootstrap(10, 50)) == pytest.approx(8 / 9)
 
 
 def test_shapes_that_cannot_be_compared_are_refused(tmp_path):

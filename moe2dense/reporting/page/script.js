@@ -96,7 +96,8 @@ function open(l, e, keep) {
   const numbers = make("table"), body = make("tbody"); numbers.append(body);
   for (const m of D.metrics) {
     const v = get(l, e, m.key), row = make("tr"), head = make("th", m.label), td = make("td", show(m, v)); head.scope = "row"; head.title = m.text;
-    if (m.key === "kl_after" && L.low && L.low[e] !== null && L.low[e] !== undefined) td.append(make("small", `${number(L.low[e])} to ${number(L.high[e])}`));
+    const [lows, highs] = L.between[m.key] || [[], []];
+    if (lows[e] !== null && lows[e] !== undefined) td.append(make("small", `${show(m, lows[e])} to ${show(m, highs[e])}`));
     row.append(head, td, make("td", show(m, median(m.key)), "muted")); body.append(row);
   }
   const top = make("thead"), line = make("tr"); line.append(make("th", ""), make("th", "this expert"), make("th", "median")); top.append(line); numbers.prepend(top);
