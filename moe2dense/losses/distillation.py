@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe2dense.errors import UserError
-from moe2dense.losses.chunked import TILE_BYTES, TileLoss, tiled_loss
+from moe2dense.losses.chunked import TILE_BYTES, TileLoss, compute_dtype, tiled_loss
 from moe2dense.losses.logits import cross_entropy
-from moe2dense.losses.rows import TeacherRows
+from moe2dense.losses.rows import RowLoss, TeacherRows
 
 # n tokens, H hidden, V vocabulary
 
@@ -26,6 +26,59 @@ class Loss:
     kd: Tensor
     ce: Tensor
     watched: Tensor
+
+
+@dataclass
+class _Settings:
+    """The objective's numbers, and what of them a tile of tokens needs."""
+
+    teacher: TeacherRows | None
+    labels: Tensor | None
+    weights: Tensor | None
+    watch: Tensor | None
+    loss: str
+    temperature: float
+    alpha: float
+    scale: float
+    label_scale: float
+
+    def opened(self, rows: slice, dtype: torch.dtype) -> TileLoss:
+        """The loss of the tokens `rows`."""
+        divergence = None
+        if self.teacher is not None and self.alpha < 1:
+            divergence = self.teacher.tile(rows, self.loss, self.temperature, dtype)
+        labels, watch, weights = (None if x is None else x[rows] for x in (self.labels, self.watch, self.weights))
+
+        def tile(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+            kd = ce = torch.zeros(len(logits), dtype=dtype, device=logits.device)
+            grad = None
+            if labels is not None:
+                ce, grad = cross_entropy(labels[part], F.log_softmax(logits, -1))
+                grad = grad.mul_(self.alpha * self.label_scale) if self.alpha > 0 else None
+                ce = ce * self.label_scale
+            if divergence is not None:
+                kd, soft = self._soft(logits, divergence, part, None if weights is None else weights[part].to(dtype))
+                grad = soft if grad is None else grad.add_(soft)
+            assert grad is not None
+            seen = kd if watch is None else kd * watch[part]
+            return torch.stack([(1 - self.alpha) * kd + self.alpha * ce, kd, ce, seen]), grad
+
+        return tile
+
+    def _soft(self, logits: Tensor, divergence: RowLoss, part: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The teacher's part: values [r] and gradient [r, V]. Ids that only one of the two knows (padding) do not count."""
+        assert self.teacher is not None
+        width = min(logits.shape[1], self.teacher.vocabulary or logits.shape[1])
+        known = logits if width == logits.shape[1] else logits[:, :width]
+        log_q = F.log_softmax(known if self.temperature == 1.0 else known / self.temperature, -1)
+        kd, grad = divergence(log_q, part)
+        factor: Any = (1 - self.alpha) * self.scale / self.temperature
+        if weights is not None:
+            kd, factor = kd * weights, factor * weights[:, None]
+        grad = grad.mul_(factor)
+        if width < logits.shape[1]:
+            grad = F.pad(grad, (0, logits.shape[1] - width))
+        return kd * self.scale, grad
 
 
 def distillation_loss(
@@ -66,38 +119,9 @@ def distillation_loss(
     scale = temperature**2 / max(denominator, 1e-12)
     label_scale = 1 / max(label_denominator, 1e-12)
 
-    def opened(rows: slice) -> TileLoss:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        divergence = teacher.tile(rows, loss, temperature, dtype) if teacher is not None and alpha < 1 else None
-        here = None if labels is None else labels[rows]
-        watched = None if watch is None else watch[rows]
-        token_weights = None if weights is None else weights[rows].to(dtype)
-
-        def tile(logits: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            kd = ce = torch.zeros(len(logits), dtype=dtype, device=logits.device)
-            grad = None
-            if here is not None:
-                ce, grad = cross_entropy(here[part], F.log_softmax(logits, -1))
-                grad = grad.mul_(alpha * label_scale) if alpha > 0 else None
-                ce = ce * label_scale
-            if divergence is not None:
-                log_q = F.log_softmax(logits if temperature == 1.0 else logits / temperature, -1)
-                kd, soft = divergence(log_q, part)
-                kd = kd * scale
-                factor = (1 - alpha) * scale / temperature
-                if token_weights is None:
-                    soft = soft.mul_(factor)
-                else:
-                    kd = kd * token_weights[part]
-                    soft = soft.mul_(token_weights[part, None] * factor)
-                grad = soft if grad is None else grad.add_(soft)
-            assert grad is not None
-            seen = kd if watched is None else kd * watched[part]
-            return torch.stack([(1 - alpha) * kd + alpha * ce, kd, ce, seen]), grad
-
-        return tile
-
-    parts = tiled_loss(hidden, head, opened, tile_bytes)
+    settings = _Settings(teacher, labels, weights, watch, loss, temperature, alpha, scale, label_scale)
+    dtype = compute_dtype(hidden.dtype)
+    parts = tiled_loss(hidden, head, lambda rows: settings.opened(rows, dtype), tile_bytes)
     if len(hidden) == 0:
         parts = parts.expand(4)
     return Loss(parts[0], *(p.detach() for p in parts[1:]))

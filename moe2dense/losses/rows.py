@@ -25,6 +25,11 @@ RowLoss = Callable[
 class TeacherRows(Protocol):
     """The teacher at n tokens."""
 
+    @property
+    def vocabulary(self) -> int | None:
+        """How many ids the teacher gives a probability; None where only some are stored."""
+        ...
+
     def __len__(self) -> int: ...
     def select(self, index: Tensor) -> "TeacherRows":
         """The rows of some tokens, index [m]."""
@@ -43,7 +48,8 @@ def _dense(logits: Tensor, loss: str, temperature: float) -> RowLoss:
     compute: Divergence = divergence(loss)
 
     def value_and_gradient(log_q: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
-        part = logits[rows] if temperature == 1.0 else logits[rows] / temperature
+        part = logits[rows, : log_q.shape[1]]
+        part = part if temperature == 1.0 else part / temperature
         return compute(F.log_softmax(part, -1), log_q)
 
     return value_and_gradient
@@ -56,6 +62,10 @@ class HiddenRows:
     hidden: Tensor
     head: Any
     features: dict[int, Tensor] | None = None  # the residual stream [n, H] after some layers
+
+    @property
+    def vocabulary(self) -> int | None:
+        return len(self.head.weight)
 
     def __len__(self) -> int:
         return len(self.hidden)
@@ -84,6 +94,10 @@ class LogitRows:
     """Logits, or log-probabilities, [n, V]."""
 
     logits: Tensor
+
+    @property
+    def vocabulary(self) -> int | None:
+        return self.logits.shape[1]
 
     def __len__(self) -> int:
         return len(self.logits)
@@ -121,6 +135,10 @@ class TopKRows:
     log_p: Tensor
     tail: bool = True
     temperature: float = 1.0
+
+    @property
+    def vocabulary(self) -> int | None:
+        return None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -167,6 +185,10 @@ class SampledRows:
     weights: Tensor
     entropy: Tensor
     temperature: float = 1.0
+
+    @property
+    def vocabulary(self) -> int | None:
+        return None
 
     def __len__(self) -> int:
         return len(self.ids)

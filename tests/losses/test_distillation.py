@@ -67,6 +67,20 @@ def test_tiles_in_float32_equal_one_piece(loss):
             assert (a - b).norm() <= 1e-5 * b.norm()
 
 
+@pytest.mark.parametrize(("ours", "theirs"), [(101, 90), (90, 101)])
+def test_padded_vocabularies_meet_on_the_ids_both_know(ours, theirs):
+    hidden, head, rows, _ = make()
+    student = Head(head.weight.detach()[:ours].clone().requires_grad_(), None)
+    teacher = HiddenRows(rows.hidden, Head(rows.head.weight[:theirs]))
+    p = teacher.head.logits(rows.hidden)[:, :90].softmax(-1)
+    expected = (p * (p.log() - student.logits(hidden)[:, :90].log_softmax(-1))).sum(-1).mean()
+    found = distillation_loss(hidden, student, teacher).total
+    torch.testing.assert_close(found, expected)
+    grads = [torch.autograd.grad(x, (hidden, student.weight)) for x in (found, expected)]
+    for a, b in zip(*grads, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_logits_on_both_sides_equal_hidden_states():
     hidden, head, rows, _ = make()
     direct = distillation_loss(hidden, head, rows, temperature=2.0)
