@@ -93,8 +93,8 @@ def load_blocks(
     """Blocks of exactly `block` tokens of one split, about `tokens` of them (None = all there is), in a seeded order.
 
     path: a folder of {train,valid,test,ood}.{jsonl,jsonl.gz,json,txt,parquet,arrow}, one such file (split by a hash of
-    each passage), a hub id (`owner/name` or `owner/name:configuration`), or a mixture {path: weight} whose parts
-    contribute tokens in proportion. Records have `text`, or `messages` (chat: the assistant's tokens carry the loss),
+    each passage), a hub id (`owner/name` or `owner/name:configuration`), or a mixture {path: weight}, also written
+    "PATH=0.7,PATH=0.3", whose parts contribute tokens in proportion. Records have `text`, or `messages` (chat: the assistant's tokens carry the loss),
     and perhaps `domain`. document_masks: on = tokens do not see the document before theirs; auto = on for chat only.
     Raises UserError when the source is missing, unreadable, without text, or holds less than one block.
     """
@@ -102,6 +102,8 @@ def load_blocks(
         raise UserError(f"document_masks must be auto, on or off; found {document_masks!r}")
     if block < 2:
         raise UserError(f"block must be at least 2 tokens; found {block}")
+    if isinstance(path, str) and "=" in path and not Path(path).exists():
+        path = parse_mixture(path)
     if isinstance(path, dict):
         return _mixture(path, tokenizer, block, split, tokens, seed, document_masks)
     if tokenizer.eos_token_id is None:
@@ -202,6 +204,23 @@ def join_blocks(parts: list[Blocks]) -> Blocks:
         together("document_ids", 0, torch.int32),
         together("labels_mask", True, torch.bool),
     )
+
+
+def parse_mixture(text: str) -> dict[str, float]:
+    """`a.jsonl=0.7,owner/name=0.3` -> {path: weight}. Raises UserError when a part has no weight or is named twice."""
+    found: dict[str, float] = {}
+    for part in text.split(","):
+        path, _, weight = part.strip().rpartition("=")
+        try:
+            value = float(weight)
+        except ValueError:
+            value = 0.0
+        if not path or value <= 0 or path in found:
+            raise UserError(
+                f"data mixture {text!r} must be PATH=WEIGHT,PATH=WEIGHT with positive weights; found {part!r}"
+            )
+        found[path] = value
+    return found
 
 
 def _mixture(

@@ -166,6 +166,11 @@ def test_mixture_follows_weights(tmp_path, tokenizer):
     blocks = load_blocks(mixture, tokenizer, 16, tokens=1600)
     assert blocks.domains.count("a") == 70 and blocks.domains.count("b") == 30
     assert blocks.domains[:70] != ["a"] * 70
+    text = ",".join(f"{path}={weight}" for path, weight in mixture.items())
+    assert torch.equal(load_blocks(text, tokenizer, 16, tokens=1600).input_ids, blocks.input_ids)
+    for wrong in ("a=0.5,b", "a=0,b=1", "a=0.5,a=0.5"):
+        with pytest.raises(UserError, match="data mixture"):
+            load_blocks(wrong, tokenizer, 16, tokens=1600)
     with pytest.raises(UserError, match="share of the mixture"):
         load_blocks(mixture, tokenizer, 16, tokens=10**6)
 
