@@ -333,7 +333,7 @@ def _coverage(
     given: tuple[Tensor, Any],
     setup: _Setup,
     chosen: Tensor,
-) -> float | None:
+) -> Estimate | None:
     rows = chosen[:, e].nonzero()[:, 0]
     if len(rows) > setup.sample:
         rows = rows[torch.randperm(len(rows), generator=setup.generator)[: setup.sample]]
