@@ -20,6 +20,7 @@ from moe2dense.student.methods import Block, make_ffn, parse_method, pool_limit
 from moe2dense.student.polish import polish
 from moe2dense.student.prune import Cut, cut_for, mean_gate, norm_factor, scale_norms
 from moe2dense.student.resume import LayerStore
+from moe2dense.student.sibling import pretrained_sibling
 from moe2dense.student.target import Target, resolve_target
 from moe2dense.student.types import LayerFate, Student, dense
 from moe2dense.teacher.capture import Observer, RoutingStats
@@ -68,6 +69,7 @@ def build_student(
 
     init: `walk`, or a method with steps, such as `concat`, `obs+refit` or `obs+refit+local` (moe2dense.student.methods).
     out: folder in which finished layers are kept, so that a walk that was interrupted continues at the last one.
+    A target that is a pretrained dense checkpoint is returned as it is, without a walk.
     Every layer is fitted to what the teacher's layer returns, given the student's own hidden states so far (error-compensated targets).
     Raises UserError for an unknown method, a student that the teacher's tensors cannot fill, or no data.
     """
@@ -77,6 +79,8 @@ def build_student(
         raise UserError("data has no blocks; the walk needs some text")
     assert teacher.card is not None, "a teacher without experts has nothing to walk"
     target = to if isinstance(to, Target) else resolve_target(to, teacher.config, teacher.card)
+    if target.checkpoint:
+        return pretrained_sibling(target, teacher)
     model = empty_student(target)
     cut = cut_for(target.geometry, teacher, data, len(teacher.body.layers))
     copy_tensors(model, target, teacher, cut)

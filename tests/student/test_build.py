@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from moe2dense.cards import student_host
 from moe2dense.config import WalkConfig
@@ -226,3 +226,23 @@ def test_elimination_works_on_the_neurons_of_most_energy_when_memory_is_short(tm
     assert chosen(20) <= chosen(0, "select", 20) and chosen(20) != chosen(0, "select")
     assert chosen(12) == chosen(0, "select")
     assert pool_limit(5 * 4 * 1000**2, 10) == 1000 and pool_limit(0, 77) == 77
+
+
+def test_a_pretrained_sibling_keeps_its_weights_and_needs_the_same_tokenizer(tiny, tmp_path, tokenizer):
+    teacher = load_teacher(tiny)
+    config = AutoConfig.for_model("mistral", vocab_size=4096, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                                  num_attention_heads=4, num_key_value_heads=2)  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    model.save_pretrained(tmp_path)
+    data = Blocks(torch.full((1, 8), 5))
+    student = build_student(teacher, str(tmp_path), data)
+    assert student.walk_tokens == 0 and student.method == "checkpoint" and student.fate == [None, None]
+    for (name, a), b in zip(model.named_parameters(), student.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    tokenizer.save_pretrained(tmp_path)
+    build_student(teacher, str(tmp_path), data)
+    other = AutoTokenizer.from_pretrained(tmp_path)
+    other.add_tokens(["<new>"])
+    other.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="another tokenizer"):
+        build_student(teacher, str(tmp_path), data)

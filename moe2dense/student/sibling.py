@@ -1,0 +1,37 @@
+"""A student that starts from a pretrained dense model with the teacher's tokenizer: its weights are kept as they are."""
+
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe2dense.errors import UserError
+from moe2dense.student.target import Target
+from moe2dense.student.types import Student
+
+if TYPE_CHECKING:
+    from moe2dense.teacher.load import Teacher
+
+
+def pretrained_sibling(target: Target, teacher: "Teacher") -> Student:
+    """The dense checkpoint that `target` names, as a student to distil into.
+
+    Raises UserError when its tokenizer differs from the teacher's: logits of different vocabularies cannot be compared, and then training
+    on text that the teacher wrote is the way.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    try:
+        own = AutoTokenizer.from_pretrained(target.checkpoint)
+    except Exception:  # tokenizers fail in many ways; without one, equal vocabulary sizes are all that can be checked
+        own = None
+    if own is not None and own.get_vocab() != teacher.tokenizer().get_vocab():
+        raise UserError(
+            f"--to {target.checkpoint} has another tokenizer than the teacher, so their logits cannot be compared; choose a dense model "
+            f"of the teacher's family, or fine-tune it on text that the teacher generated"
+        )
+    try:
+        model = AutoModelForCausalLM.from_pretrained(target.checkpoint, dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--to {target.checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
+    model.eval().requires_grad_(True)
+    return Student(model, target.card, [None] * model.config.get_text_config().num_hidden_layers, str(teacher.path), "checkpoint", 0)
