@@ -1,4 +1,9 @@
-"""The exact meaning of every number about an expert: one table for the page, its tooltips, the terminal and the docs."""
+"""The exact meaning of every number about an expert: one table for the page, its tooltips, the terminal and the docs.
+
+What they are worth, measured on the example teacher (benchmarks/ablation.py, one student built by `obs`, 32 experts): the rise
+of KL when the neurons of one expert are silenced has rank correlation +0.75 with coverage x energy share, +0.78 with the energy
+kept, +0.60 with coverage alone, -0.63 with block error, and about none with load or token KL.
+"""
 
 from dataclasses import dataclass
 
