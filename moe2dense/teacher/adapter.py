@@ -245,6 +245,15 @@ def expert_gating(experts: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
     return apply
 
 
+def has_plain_gating(experts: nn.Module) -> bool:
+    """Whether an experts module computes silu(gate) * up, without biases."""
+    own = getattr(type(experts), "_apply_gate", None)
+    if own is None or own.__name__ != "_default_apply_gate" or getattr(experts, "has_bias", False):
+        return False
+    probe = torch.linspace(-3, 3, 7)
+    return bool(torch.allclose(_activation(experts)(probe), silu(probe)))
+
+
 def expert_layout(experts: nn.Module, stacked_dispatch: bool) -> tuple[bool, bool]:
     """(transposed: weights are [in, out]; interleaved: gate and up rows alternate) of an experts module's parameters."""
     transposed = bool(getattr(experts, "is_transposed", stacked_dispatch))

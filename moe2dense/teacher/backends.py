@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from moe2dense.errors import UserError
+from moe2dense.teacher import adapter, megablocks
 from moe2dense.teacher.experts import OnExpert, route, run_streamed
 from moe2dense.units import show_bytes
 
@@ -29,6 +30,12 @@ def megablocks_available() -> str:
     return "" if find_spec("megablocks") and find_spec("grouped_gemm") else MEGABLOCKS_HELP
 
 
+def _plain_gating(teacher: "Teacher") -> bool:
+    """Whether every expert is silu(gate) * up without biases, the only kind megablocks is given."""
+    routed = [layer.routed for layer in map(teacher.layer, range(len(teacher.body.layers))) if layer.sparse]
+    return all(adapter.has_plain_gating(module) for module in routed)
+
+
 def _refusal(experts: str, teacher: "Teacher") -> str:
     """Why a resident backend cannot run this teacher, or ''."""
     card, plan = teacher.card, teacher.plan
@@ -42,7 +49,11 @@ def _refusal(experts: str, teacher: "Teacher") -> str:
             f"{show_bytes(teacher.budget)} may hold weights; raise memory"
         )
     if experts == "megablocks":
-        return megablocks_available() or ("it needs CUDA" if teacher.device.type != "cuda" else "")
+        if teacher.device.type != "cuda":
+            return megablocks_available() or "it needs a CUDA device"
+        return megablocks_available() or (
+            "" if _plain_gating(teacher) else f"{card.title}'s experts are not silu(gate) * up"
+        )
     sizes = teacher.hidden_size, int(getattr(teacher.model.config, card.expert_width))
     if teacher.device.type == "cpu" and any(n * teacher.dtype.itemsize % 16 for n in sizes):
         return f"on CPU rows must be multiples of 16 bytes, and the teacher's sizes are {sizes[0]} and {sizes[1]}"
@@ -75,9 +86,15 @@ def run_experts(teacher: "Teacher", layer: "Layer", made: "LayerPass", on_expert
 
 
 def _run_grouped(layer: "Layer", made: "LayerPass", index: Tensor, weights: Tensor) -> None:
-    layer.load_experts()
+    if layer.dropless is None:
+        layer.load_experts()
+        if layer.teacher.backend == "megablocks":
+            assert layer.experts is not None
+            layer.dropless = megablocks.build(layer.experts, index.shape[1], layer.teacher.device)
+            layer.unload_experts()
     real = made.token_mask.nonzero()[:, 0]
     for rows in real.split(_GROUP_TOKENS):
         x = made.x[rows].to(layer.teacher.device)
         args = index[rows].to(x.device), weights[rows].to(x.device, x.dtype)
-        made.y[rows] += layer.grouped(x, *args).to(made.y.device)
+        y = layer.grouped(x, *args) if layer.dropless is None else megablocks.run(layer.dropless, x, *args)
+        made.y[rows] += y.to(made.y.device)

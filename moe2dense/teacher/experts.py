@@ -269,7 +269,7 @@ def run_streamed(
     x [T, H], weights [T, K]. With `input_scaled` the weight multiplies the expert's input and its output is added as it is.
     """
     hit = routing.hit()
-    if experts.keep is not None:
+    if experts.keep is not None or experts.stacked is not None:
         source: Iterable[tuple[int, ExpertWeights]] = ((e, experts[e]) for e in hit)
     else:
         source = prefetch(experts, hit, budget)

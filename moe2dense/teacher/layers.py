@@ -50,6 +50,7 @@ class Layer:
         self.shared_module: Any = None
         self.shared_inside = True
         self.experts: LayerExperts | None = None
+        self.dropless: Any = None  # megablocks' module with this layer's experts
         if self.sparse:
             self._set_up_sparse()
         skip = f"{card.moe_block}.{card.experts}." if card and self.sparse else None
@@ -76,7 +77,7 @@ class Layer:
         self.experts.device = self.teacher.device
         down = self.teacher.shapes[self.experts.prefix + "down_proj"]
         self.experts.width = down.numel() // (len(self.experts) * self.teacher.hidden_size)
-        if self.teacher.resident:
+        if self.teacher.resident and self.teacher.backend == "streamed":
             self.experts.keep = {}
 
     def _dense_child(self) -> Any:
@@ -110,6 +111,15 @@ class Layer:
             for name in (n for n in adapter.saved_tensors(self.module) if n.startswith(prefix)):
                 assign(self.module, name, self.teacher.converted(self.prefix + name))
             self.experts.stacked = self.routed
+
+    def unload_experts(self) -> None:
+        """Give the stacked experts back; they can be read again."""
+        assert self.experts is not None
+        prefix = self.experts.prefix.removeprefix(self.prefix)
+        for name, value in adapter.saved_tensors(self.module).items():
+            if name.startswith(prefix):
+                assign(self.module, name, torch.empty_like(value, device="meta"))
+        self.experts.stacked = None
 
     def grouped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """sum_e w_te f_e(x_t) of x [T, H] by grouped matrix products; index and weights [T, K]."""

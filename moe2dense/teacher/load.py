@@ -57,7 +57,7 @@ class Teacher:
         self.layers_prefix = f"{name}.layers." if name else "layers."
         self.embedding_name = f"{name}.embed_tokens.weight" if name else "embed_tokens.weight"
         self.hidden_size = int(text.hidden_size)
-        self.resident = False
+        self.resident, self.backend = False, "streamed"
         self._layers: dict[int, Layer] = {}
         check_coverage(self)
         self.budget = memory_budget(memory, self.device)
