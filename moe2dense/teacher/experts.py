@@ -275,7 +275,7 @@ def run_streamed(
         source = prefetch(experts, hit, budget)
     for e, expert in source:
         rows, slots = routing.of(e)
-        x_n, w_n = x[rows].to(experts.dtype), weights[rows, slots].to(experts.dtype)
+        x_n, w_n = (t.to(experts.device, experts.dtype) for t in (x[rows], weights[rows, slots]))
         if input_scaled:
             x_n, w_n = x_n * w_n[:, None], torch.ones_like(w_n)
         if on_expert is None:
@@ -284,4 +284,4 @@ def run_streamed(
             hidden = expert.hidden(x_n)
             y_n = expert.output(hidden)
             on_expert(e, rows, w_n, hidden, y_n)
-        out.index_add_(0, rows, (y_n * w_n[:, None]).to(out.dtype))
+        out.index_add_(0, rows.to(out.device), (y_n * w_n[:, None]).to(out.device, out.dtype))

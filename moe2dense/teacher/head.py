@@ -43,7 +43,7 @@ class LMHead:
         out = flat.new_empty(flat.shape[0], self.stored.shape[0])
         step = max(256, _SLICE_BYTES // (self.stored.shape[1] * self.dtype.itemsize))
         for a in range(0, self.stored.shape[0], step):
-            part = self.stored[a : a + step].to(self.dtype)
+            part = self.stored[a : a + step].to(self.dtype)  # [v, H]
             bias = None if self.bias is None else self.bias[a : a + step]
             out[:, a : a + step] = torch.nn.functional.linear(flat, part, bias)
         if self.scale != 1.0:

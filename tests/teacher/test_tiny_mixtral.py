@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from moe2dense.data import load_blocks
 from moe2dense.teacher.capture import RoutingStats
 from moe2dense.teacher.load import load_teacher
 
@@ -77,3 +78,17 @@ def test_routing_stats_equal_brute_force(reference):
             assert torch.allclose(s.mean_output[e], f.mean(0), atol=1e-5)
             energy = (expert.hidden(x).double() * w[hit, e, None]).square().sum(0)
             assert torch.allclose(s.neuron_energy[e], energy, rtol=1e-4, atol=1e-8)
+
+
+def test_nll_on_validation_text(reference, text, tokenizer):
+    """Real text through the real tokenizer: the negative log-likelihood equals transformers' to 1e-4."""
+    data = load_blocks(text, tokenizer, 256, "valid", tokens=3000)
+    teacher = load_teacher(TINY, memory="17MB")
+    logits = teacher.run(data.input_ids, data.attention_mask, data.document_ids).logits
+    want = torch.cat([reference(ids).logits for ids in data.input_ids.split(4)])
+
+    def nll(scores):
+        return torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), data.input_ids[:, 1:].flatten()).item()
+
+    assert nll(logits) == pytest.approx(nll(want), abs=1e-4) and 2.5 < nll(logits) < 4.5
+    assert teacher.tokenizer().vocab_size == tokenizer.vocab_size
