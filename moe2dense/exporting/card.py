@@ -116,8 +116,9 @@ def score_table(rows: list[dict[str, Any]]) -> str:
 
 
 def _provenance(info: dict[str, Any]) -> str:
-    teacher = info.get("teacher", "a Mixture-of-Experts teacher")
+    teacher = info.get("teacher")
     shown = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id(teacher) else f"`{teacher}`"
+    shown = shown if teacher else "a Mixture-of-Experts teacher"
     parts = [f"A dense student of {shown}, made with moe2dense"]
     if info.get("target"):
         parts.append(f"(target `{info['target']}`)")
@@ -142,7 +143,9 @@ def _quality(info: dict[str, Any], quantized: dict[str, float] | None) -> list[s
     if quantized:
         lines += [
             f"Quantisation moved the student by {quantized['kl']:.4f} nats per token (KL from the unquantised student, "
-            f"{quantized['tokens']:,} tokens); the table is of the unquantised student unless a row says otherwise.",
+            f"{quantized['tokens']:,} tokens)."
+            + " Rows that do not say otherwise are unquantised."
+            * bool(info.get("rows")),
             "",
         ]
     return lines
@@ -182,9 +185,9 @@ def _loading(name: str, loads: dict[str, str], quantize: str, format: str) -> li
         ]
     if loads:
         lines += [
-            "| stack | status |",
+            "| stack | loads there? |",
             "|---|---|",
-            *(f"| {stack} | {status} |" for stack, status in loads.items()),
+            *(f"| {stack} | {_STATUS.get(status, status)} |" for stack, status in loads.items()),
             "",
         ]
     return lines

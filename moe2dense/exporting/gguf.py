@@ -57,12 +57,9 @@ def write(
     writer = gguf.GGUFWriter(path, host.arch)
     _write_config(writer, gguf, model, host, kind, name)
     _write_vocabulary(writer, gguf, words)
-    plan = [(name, tensor, _type(gguf, kind, name, tensor)) for name, tensor in named_tensors(model, host)]
+    plan = [(key, tensor, _type(gguf, kind, key, tensor)) for key, tensor in named_tensors(model, host)]
     for key, tensor, stored in plan:
-        data = np.empty(0, np.float32)
-        shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), stored) if stored > 1 else tuple(tensor.shape)
-        data = np.dtype({0: np.float32, 1: np.float16}.get(int(stored), np.uint8))
-        writer.add_tensor_info(key, shape, data, int(np.prod(shape)) * data.itemsize, stored)
+        _announce(writer, gguf, key, tensor, stored)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
@@ -121,6 +118,15 @@ def _type(gguf: Any, kind: str, name: str, tensor: Tensor) -> Any:
     if kind == "q8_0":
         return kinds.Q8_0 if tensor.shape[-1] % 32 == 0 else kinds.F16
     return {"f16": kinds.F16, "bf16": kinds.BF16}[kind]
+
+
+def _announce(writer: Any, gguf: Any, name: str, tensor: Tensor, stored: Any) -> None:
+    """Tell the writer a tensor's type and bytes, so that the data can follow one tensor at a time."""
+    shape = tuple(tensor.shape)
+    element = np.dtype({"F32": np.float32, "F16": np.float16}.get(stored.name, np.uint8))
+    if element == np.uint8:  # blocks: the last axis is counted in bytes
+        shape = gguf.quant_shape_to_byte_shape(shape, stored)
+    writer.add_tensor_info(name, shape, element, int(np.prod(shape)) * element.itemsize, stored)
 
 
 def _stored(gguf: Any, tensor: Tensor, stored: Any) -> np.ndarray:
@@ -227,6 +233,8 @@ def check(path: Path, plan: list[tuple[str, Tensor, Any]]) -> dict[str, float]:
         else:
             exact = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}[stored.name]
             good = np.array_equal(values, tensor.detach().cpu().to(exact).float().numpy())
+        if not np.isfinite(values).all():
+            raise UserError(f"export: tensor {name} has values that are not finite in {stored.name}")
         if not good:
             raise VerificationError(f"export: tensor {name} differs from the student's after reading {path.name} back")
     if found:

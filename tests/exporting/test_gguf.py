@@ -114,6 +114,9 @@ def test_what_gguf_cannot_describe_is_refused(tmp_path):
             export(model, tmp_path / "g", format="gguf", **{"tokenizer": EXAMPLE, **options})
 
     refused("does not know the host youtu", tiny("youtu", vocab_size=4096))
+    huge = tiny("llama", **BIG)
+    huge.model.layers[0].mlp.up_proj.weight.data[0, 0] = 1e6
+    refused(r"tensor blk\.0\.ffn_up\.weight has values that are not finite in F16", huge, dtype="float16")
     refused("pass --tokenizer", tiny("llama", **BIG), tokenizer=None)
     refused("quantize: 'int4' is not known for --format gguf", tiny("llama", **BIG), quantize="int4")
     refused("does not know rope", tiny("llama", **BIG, rope_parameters={

@@ -15,7 +15,6 @@ from moe2dense.verbs.common import open_student
 
 from .conftest import EXAMPLE, tiny
 
-
 FILES = {
     "README.md", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
 }  # fmt: skip
