@@ -106,8 +106,8 @@ def score_tokens(
     device = head_s.weight.device
     parts: list[dict[str, Tensor]] = []
     for i in range(0, len(labels), step):
-        log_t = head_t.logits(hidden_t[i : i + step].to(head_t.weight.device))[:, :width].float().to(device)
-        log_s = head_s.logits(hidden_s[i : i + step].to(device))[:, :width].float()
+        log_t = head_t.logits(hidden_t[i : i + step].to(head_t.weight))[:, :width].float().to(device)
+        log_s = head_s.logits(hidden_s[i : i + step].to(head_s.weight))[:, :width].float()
         parts.append(_score(log_t.log_softmax(-1), log_s.log_softmax(-1), labels[i : i + step].to(device)))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
 

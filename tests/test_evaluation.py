@@ -227,3 +227,21 @@ def test_bad_input_is_one_sentence():
         evaluate(llama(0), data=blocks())
     with pytest.raises(UserError, match="no position"):
         evaluate(llama(0), llama(1), Blocks(torch.zeros(2, 1, dtype=torch.long)))
+
+
+@pytest.mark.parametrize("stored", [False, True])
+def test_stored_hidden_targets_stand_for_the_teacher(stored, tmp_path):
+    from moe2dense.targets import hidden_targets, open_targets, write_targets
+
+    teacher, student, data = llama(0), llama(1), blocks(5, 9)
+    if stored:
+        write_targets(teacher, data, tmp_path / "t", format="hidden")
+        targets = open_targets(tmp_path / "t", data)
+    else:
+        targets = hidden_targets(teacher, data)
+    a, b = evaluate(student, data=data, targets=targets, bootstrap=0), evaluate(student, teacher, data, bootstrap=0)
+    assert a.kl == pytest.approx(float(b.kl), rel=2e-2) and a.tokens == b.tokens  # stored in bfloat16
+    if stored:
+        write_targets(teacher, data, tmp_path / "u", format="topk")
+        with pytest.raises(UserError, match="hidden"):
+            evaluate(student, data=data, targets=open_targets(tmp_path / "u", data))
