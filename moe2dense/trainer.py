@@ -163,9 +163,10 @@ class Trainer:
 
     def _identity(self) -> dict[str, Any]:
         """What must not change between a run and its continuation."""
-        keys = self.lesson.blocks.keys()
+        blocks = self.lesson.blocks
+        first, last = blocks[:1].keys()[0], blocks[[len(blocks) - 1]].keys()[0]
         config = {k: v for k, v in asdict(self.config).items() if k not in _FREE}
-        return config | {"seed": self.seed, "blocks": len(keys), "first block": keys[0], "last block": keys[-1]}
+        return config | {"seed": self.seed, "blocks": len(blocks), "first block": first, "last block": last}
 
     def _save(self) -> None:
         """Write a checkpoint of this step and drop all but it and the best."""

@@ -15,6 +15,7 @@ from moe2dense.schedules import scheduled
 from moe2dense.targets.memory import as_targets, hidden_targets
 from moe2dense.temperature import choose_temperature
 from moe2dense.trainer import Trainer, TrainResult
+from moe2dense.trainsetup import default_learning_rate
 from moe2dense.trainstep import Lesson, rare_positions
 
 __all__ = ["TrainResult", "distill"]
@@ -51,6 +52,9 @@ def distill(
     model = student.model if hasattr(student, "fate") else student
     if data is None or not len(data):
         raise UserError("data: distillation needs at least one block of text")
+    if config.lr <= 0:
+        rate = default_learning_rate(model.config.get_text_config().hidden_size, config.lora > 0)
+        config = dataclasses.replace(config, lr=rate)
     block = data.input_ids.shape[1]
     if tokens is not None and tokens < block:
         raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")

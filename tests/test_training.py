@@ -19,6 +19,7 @@ from moe2dense.order import step_blocks
 from moe2dense.schedules import learning_rate
 from moe2dense.targets import HiddenTargets, ResidentTargets, hidden_targets
 from moe2dense.training import distill
+from moe2dense.trainsetup import default_learning_rate
 
 SIZES = dict(
     vocab_size=61, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -143,7 +144,7 @@ def test_rare_tokens_are_measured_apart(teacher):
     ids = torch.zeros(6, 12, dtype=torch.int64)
     ids[:, [3, 8]] = 7  # the only other token: rare
     train, student = Blocks(ids), make_student()
-    found = distill(student, teacher, train, valid=train[:2], config=settings(lr=0.0, batch=72)).history[0]
+    found = distill(student, teacher, train, valid=train[:2], config=settings(lr=1e-30, batch=72)).history[0]
     with torch.no_grad():
         p, q = (m(ids[:2]).logits.log_softmax(-1) for m in (teacher, student))
     assert found["valid_rare_kl"] == pytest.approx((p.exp() * (p - q)).sum(-1)[:, [2, 7]].mean().item(), rel=1e-4)
@@ -327,7 +328,7 @@ def test_documents_in_a_block_do_not_see_each_other():
     teacher, student = make_teacher(torch.float64), make_student(torch.float64)
     ids = make_blocks(4).input_ids
     packed = Blocks(ids, document_ids=(torch.arange(12) >= 5).int().expand(4, 12))
-    kl = distill(student, teacher, packed, valid=packed, config=settings(lr=0.0)).history[0]["valid_kl"]
+    kl = distill(student, teacher, packed, valid=packed, config=settings(lr=1e-30)).history[0]["valid_kl"]
     total = 0.0
     for part in (ids[:, :5], ids[:, 5:]):
         with torch.no_grad():
@@ -403,6 +404,14 @@ def test_unknown_logit_rules_are_noticed(teacher):
     student.forward = odd
     with pytest.raises(UserError, match="changes its logits"):
         distill(student, teacher, make_blocks())
+
+
+def test_learning_rate_follows_the_width_unless_given(teacher):
+    peak = max(
+        r["lr"] for r in distill(make_student(), teacher, make_blocks(), config=settings(lr=0.0, warmup=0.0)).history
+    )
+    assert peak == pytest.approx(1e-3 * 8**0.75, rel=0.1)  # hidden size 24, first of 6 steps of the cosine
+    assert default_learning_rate(192) == 1e-3 and default_learning_rate(4096) == pytest.approx(1e-4, rel=0.02)
 
 
 def test_bad_arguments(teacher):
@@ -519,7 +528,7 @@ def test_temperature_is_chosen_by_held_out_kl(teacher):
         short, data=blocks, targets=lesson.targets, valid=valid, valid_targets=held.targets, config=settings(lr=1e-2)
     )
     assert table[1.0] == pytest.approx(alone.history[-1]["valid_kl"], rel=1e-4)  # a tenth of 60 steps
-    still, _ = choose_temperature(make_student(), lesson, held, settings(lr=0.0), candidates=(2.0, 1.0))
+    still, _ = choose_temperature(make_student(), lesson, held, settings(lr=1e-30), candidates=(2.0, 1.0))
     assert still == 1.0  # nothing is learnt, so it does not matter
     auto = distill(make_student(), teacher, blocks, valid=valid, config=settings(temperature_schedule="auto"))
     assert auto.steps == 6
