@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM ?= false
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -c "import torch" 2>/dev/null || $(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet --editable ".[dev,gguf]"
+	$(BIN)/pip install --quiet --editable ".[dev,gguf,quantize]"
 	touch $@
 
 demo: $(VENV)/.installed
@@ -23,6 +23,7 @@ test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m "not slow and not gpu" -n 2
 
 test-slow: $(VENV)/.installed
+	$(BIN)/pip install --quiet --editable ".[slow]"
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: $(VENV)/.installed
