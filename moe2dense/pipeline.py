@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 from moe2dense import stages
-
 from moe2dense.config import RunConfig
 from moe2dense.planning import Plan, make_plan, print_plan
 from moe2dense.resolve import fetch, resolve_teacher

@@ -59,6 +59,7 @@ def open_student(path: str) -> "Student":
 
     from moe2dense.cards import StudentCard, student_cards
     from moe2dense.exporting.intermediate import is_training_checkpoint, open_intermediate
+    from moe2dense.exporting.verify import quiet
     from moe2dense.student.store import load_student
     from moe2dense.student.types import Student
 
@@ -68,7 +69,8 @@ def open_student(path: str) -> "Student":
     if (folder / "student.json").is_file():
         return load_student(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        with quiet():
+            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError) as error:
         raise UserError(f"{path!r} cannot be loaded: {str(error).splitlines()[0]}") from error
     kind = model.config.model_type
