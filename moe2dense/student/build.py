@@ -97,10 +97,11 @@ def build_student(
     for observer in observers:
         observer.begin(teacher, data.tokens)
     total, last = len(carrier.body.layers), 1.0
-    for made in stream:
-        last = norm_factor(made.hidden_out, cut.keep, made.token_mask) if cut else 1.0
-        if cut and made.index not in cut.layers:
-            continue  # the next layer's target makes up for it
+    for made in map(on_cpu, stream):
+        if cut:
+            last = norm_factor(made.hidden_out, cut.keep, made.token_mask)
+            if made.index not in cut.layers:
+                continue  # the next layer's target makes up for it
         record = _layer(state, cut.layer(made) if cut else made, store)
         if progress:
             progress("walk", len(state.fate), total, **{k: v for k, v in record.items() if k != "layer"})
@@ -110,7 +111,9 @@ def build_student(
         scale_norms(carrier.final_norms(), len(cut.keep), last)
     if "polish" in steps and config.polish_epochs > 0:
         assert stream.hidden_states is not None
-        state.history.append(polish(model, teacher, carrier, stream.hidden_states, state, progress))
+        state.history.append(
+            polish(model, teacher, carrier, stream.hidden_states.to("cpu", torch.float32), state, progress)
+        )
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     assert not missing, f"the student's tensor {missing[0]} was neither copied nor built"
     model.requires_grad_(True)
@@ -124,6 +127,15 @@ def held_out(blocks: int, share: float, seed: int) -> Tensor:
     if count > 0:
         held[torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:count]] = True
     return held
+
+
+def on_cpu(made: LayerPass) -> LayerPass:
+    """A layer's pass with its hidden states and routing on the CPU in float32, where students are built."""
+    if made.hidden_in.device.type == "cpu" and made.hidden_in.dtype == torch.float32:
+        return made
+    names = ("hidden_in", "hidden_out", "x", "y", "router_logits")
+    moved = {name: value.to("cpu", torch.float32) for name in names if (value := getattr(made, name)) is not None}
+    return replace(made, token_mask=made.token_mask.cpu(), **moved)
 
 
 def _layer(state: Walk, made: LayerPass, store: LayerStore | None) -> dict[str, Any]:

@@ -61,20 +61,23 @@ def polish(
     model.tie_weights()
     head, batch = model_head(model), max(1, config.polish_batch // carrier.ids.shape[1])
     steps = max(1, round(config.polish_epochs * len(rows) / batch))
-    done = 0
+    done, read = 0, teacher.head
+    wanted = Head(
+        read.weight.to("cpu", torch.float32), None if read.bias is None else read.bias.cpu(), read.scale, read.softcap
+    )
 
     def loss(pick: Tensor) -> Tensor:
         nonlocal done
         done += 1
         if progress and (done % 10 == 0 or done == steps):
             progress("polish", done, steps)
-        return kl_of(model, carrier, head, teacher.head, targets, rows[pick], real)
+        return kl_of(model, carrier, head, wanted, targets, rows[pick], real)
 
     def check() -> float:
         total = 0.0
         with torch.no_grad():
             for part in kept_back.split(8):
-                total += float(kl_of(model, carrier, head, teacher.head, targets, part, real)) * float(real[part].sum())
+                total += float(kl_of(model, carrier, head, wanted, targets, part, real)) * float(real[part].sum())
         return total / float(real[kept_back].sum().clamp_min(1))
 
     result = fit(

@@ -34,4 +34,11 @@ def pretrained_sibling(target: Target, teacher: "Teacher") -> Student:
     except (OSError, ValueError) as error:
         raise UserError(f"--to {target.checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
     model.eval().requires_grad_(True)
-    return Student(model, target.card, [None] * model.config.get_text_config().num_hidden_layers, str(teacher.path), "checkpoint", 0)
+    return Student(
+        model,
+        target.card,
+        [None] * model.config.get_text_config().num_hidden_layers,
+        str(teacher.path),
+        "checkpoint",
+        0,
+    )

@@ -85,16 +85,22 @@ def gating_of(ffn: GatedFFN) -> Gating:
     return getattr(ffn, "gating", silu_glu)
 
 
+def _plain(value: Tensor) -> Tensor:
+    """A copy on the CPU, half precision as float32: students are built there."""
+    half = value.dtype in (torch.bfloat16, torch.float16)
+    return value.detach().to("cpu", torch.float32 if half else value.dtype, copy=True)
+
+
 def dense(ffn: GatedFFN, scale: float = 1.0, rows: Tensor | None = None) -> DenseFFN:
-    """A dense copy of a gated FFN (or of the neurons `rows`), its output multiplied by `scale`."""
+    """A dense copy of a gated FFN (or of the neurons `rows`) on the CPU, its output multiplied by `scale`."""
     pick = slice(None) if rows is None else rows
     return DenseFFN(
-        gate=ffn.gate[pick].clone(),
-        up=ffn.up[pick].clone(),
-        down=ffn.down[:, pick] * scale,
-        gate_bias=None if ffn.gate_bias is None else ffn.gate_bias[pick].clone(),
-        up_bias=None if ffn.up_bias is None else ffn.up_bias[pick].clone(),
-        down_bias=None if ffn.down_bias is None else ffn.down_bias * scale,
+        gate=_plain(ffn.gate[pick]),
+        up=_plain(ffn.up[pick]),
+        down=_plain(ffn.down[:, pick]) * scale,
+        gate_bias=None if ffn.gate_bias is None else _plain(ffn.gate_bias[pick]),
+        up_bias=None if ffn.up_bias is None else _plain(ffn.up_bias[pick]),
+        down_bias=None if ffn.down_bias is None else _plain(ffn.down_bias) * scale,
         gating=gating_of(ffn),
     )
 

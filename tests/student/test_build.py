@@ -13,13 +13,13 @@ from moe2dense.config import WalkConfig
 from moe2dense.data import Blocks, load_blocks
 from moe2dense.errors import UserError
 from moe2dense.geometry import teacher_geometry
-from moe2dense.student.build import build_student, held_out
+from moe2dense.student.build import build_student, held_out, on_cpu
 from moe2dense.student.carry import Carrier
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.host import dense_config
 from moe2dense.student.methods import Block, make_ffn, pool_limit
 from moe2dense.student.target import Target
-from moe2dense.student.types import MIXED, NEW, SHARED
+from moe2dense.student.types import MIXED, NEW, SHARED, dense
 from moe2dense.teacher.capture import LayerStats
 from moe2dense.teacher.load import load_teacher, masks
 
@@ -246,3 +246,22 @@ def test_a_pretrained_sibling_keeps_its_weights_and_needs_the_same_tokenizer(tin
     other.save_pretrained(tmp_path)
     with pytest.raises(UserError, match="another tokenizer"):
         build_student(teacher, str(tmp_path), data)
+
+
+def test_half_precision_passes_are_built_from_in_float32(tmp_path):
+    """What a GPU streams is bf16; the student is built in float32 on the CPU."""
+    make("qwen2_moe", tmp_path)
+    teacher = load_teacher(tmp_path, experts="streamed")
+    names = ("hidden_in", "hidden_out", "x", "y", "router_logits")
+    for made in teacher.stream(torch.full((2, 8), 5)):
+        assert on_cpu(made) is made
+        half = {n: v.bfloat16() for n in names if (v := getattr(made, n)) is not None}
+        back = on_cpu(dataclasses.replace(made, **half))
+        for name in half:
+            assert getattr(back, name).dtype == torch.float32
+            torch.testing.assert_close(getattr(back, name), getattr(made, name), rtol=0.01, atol=0.01)
+        if made.experts is not None:
+            stored = made.experts[0]
+            stored.dtype = torch.bfloat16
+            copied = dense(stored, 0.5)
+            assert copied.gate.dtype == copied.down.dtype == torch.float32

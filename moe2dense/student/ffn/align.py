@@ -17,7 +17,9 @@ def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:
 
     def features(ffn: GatedFFN) -> Tensor:
         kinds = [ffn.gate, ffn.up, ffn.down.T]
-        return torch.cat([k.double() / k.double().pow(2).mean().sqrt().clamp_min(1e-30) for k in kinds], dim=1)
+        return torch.cat(
+            [k.cpu().double() / k.cpu().double().pow(2).mean().sqrt().clamp_min(1e-30) for k in kinds], dim=1
+        )
 
     likeness = features(reference) @ features(expert).T
     _, columns = linear_sum_assignment(likeness.numpy(force=True), maximize=True)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, Experts, gating_of
+from moe2dense.student.types import DenseFFN, Experts, dense, gating_of
 
 
 def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:
@@ -20,7 +20,7 @@ def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN
     """
     total = alpha.sum()
     shares = alpha / total if weighted else torch.full_like(alpha, 1 / len(alpha))
-    parts = [experts[e] for e in range(len(alpha))]
+    parts = [dense(experts[e]) for e in range(len(alpha))]
     gate, up, down = (_mean([getattr(p, n) for p in parts], shares) for n in ("gate", "up", "down"))
     assert gate is not None and up is not None and down is not None
     gate_bias, up_bias, down_bias = (

@@ -41,7 +41,8 @@ def gather(experts: Experts, expert: Tensor, neuron: Tensor, scale: Tensor) -> D
     for e in range(len(scale)) if has_bias else sorted(chosen):
         ffn = experts[e]
         if ffn.down_bias is not None:
-            bias = ffn.down_bias * scale[e].to(ffn.down_bias) + (0 if bias is None else bias)
+            own = dense(ffn, float(scale[e]), rows=neuron[:0]).down_bias
+            bias = own if bias is None or own is None else bias + own
         if e in chosen:
             parts.append(dense(ffn, float(scale[e]), rows=neuron[expert == e]))
     joined = concatenate(parts)

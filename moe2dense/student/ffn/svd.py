@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, Experts, gating_of
+from moe2dense.student.types import DenseFFN, Experts, dense, gating_of
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
@@ -19,7 +19,7 @@ def svd_gather(experts: Experts, alpha: Tensor, rank: int | None = None) -> Dens
     rank. Down projections carry the experts' mean routing weights `alpha` [E], so that magnitudes stay those of the block; biases are averaged.
     """
     count = len(alpha)
-    parts = [experts[e] for e in range(count)]
+    parts = [dense(experts[e]) for e in range(count)]
     rank = rank or max(1, min(parts[0].gate.shape) // count)
     biases = {}
     for name in ("gate_bias", "up_bias", "down_bias"):
