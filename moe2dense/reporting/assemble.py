@@ -12,6 +12,7 @@ from typing import Any
 from moe2dense.config import RunConfig
 from moe2dense.errors import UserError
 from moe2dense.evaluation import Scores, retention
+from moe2dense.reporting.definitions import ROW_TITLES
 
 SCHEMA = 1
 Report = dict[str, Any]
@@ -58,8 +59,8 @@ def assemble(
         "teacher": _teacher(plan),
         "student": {"bytes": _exported_bytes(config, student), **student},
         "cost": _cost(plan, student),
-        "rows": {name: scores.to_dict() for name, scores in rows.items()},
-        "ood": {name: scores.to_dict() for name, scores in (ood or {}).items()},
+        "rows": _in_order(rows),
+        "ood": _in_order(ood or {}),
         "retention": _retention(rows, allow_loss),
         "history": [dict(r) for r in history],
         "control_history": [dict(r) for r in control_history],
@@ -82,6 +83,12 @@ def assemble(
     report = clean(report)
     report["diagnosis"] = diagnose(report)
     return report
+
+
+def _in_order(rows: Mapping[str, Scores]) -> dict[str, Any]:
+    """Teacher, student, before, control, then baselines as given."""
+    known = [n for n in ROW_TITLES if n in rows]
+    return {n: rows[n].to_dict() for n in [*known, *(n for n in rows if n not in known)]}
 
 
 def _token_texts(rows: Mapping[str, Scores], tokenizer: Any) -> dict[str, str]:

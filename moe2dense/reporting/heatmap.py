@@ -1,5 +1,6 @@
 """The layer x expert heatmap: its drawing for the default metric, and the data the page's script switches between."""
 
+import re
 from typing import Any
 
 from markupsafe import Markup
@@ -89,7 +90,8 @@ def _layer(row: dict[str, Any], keys: list[str], contexts: int) -> dict[str, Any
 
 def _cut(cell: list[Any]) -> list[Any]:
     before, token, after, *rest = cell
-    return [str(before)[-44:], str(token)[:24], str(after)[:32], *rest]
+    before, token, after = (re.sub(r"\s+", " ", str(x)) for x in (before, token, after))
+    return [before[-44:], token[:24], after[:32], *rest]
 
 
 def _rounded(values: Any) -> Any:

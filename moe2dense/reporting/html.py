@@ -352,7 +352,7 @@ def position_chart(report: Report) -> charts.Lines | None:
     if chart and cells:
         last = max(len(cells) - 1, 1)
         labels = [str(d["start"]) if d["end"] - d["start"] == 1 else f"{d['start']}–{d['end'] - 1}" for d in cells]
-        keep = max(1, len(labels) // 5)
+        keep = max(1, -(-len(labels) // 5))
         chart.x_ticks = [(100 * i / last, text) for i, text in enumerate(labels) if i % keep == 0]
         for i, row in enumerate(chart.table["rows"]):
             row[0] = labels[i] if i < len(labels) else row[0]

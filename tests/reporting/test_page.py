@@ -147,7 +147,7 @@ def real_scores():
 
     blocks = Blocks(torch.randint(0, 40, (6, 12)), ["a", "b", "a", "b", "a", "b"])
     ref = reference(model(0), blocks)
-    return {"teacher": evaluate(ref, ref), "student": evaluate(model(1), ref), "control": evaluate(model(2), ref)}
+    return {"control": evaluate(model(2), ref), "teacher": evaluate(ref, ref), "student": evaluate(model(1), ref)}
 
 
 class Letters:
@@ -177,7 +177,7 @@ def test_assemble_turns_a_run_into_json_with_a_page():
         and report["cost"]["scratch_ratio"] == 0.1
     )
     assert report["run"]["command"] == "moe2dense convert 'a b'" and report["history"][0]["loss"] is None
-    assert report["student"]["bytes"] == 4000
+    assert report["student"]["bytes"] == 4000 and list(report["rows"]) == ["teacher", "student", "control"]
     worst = report["rows"]["student"]["worst_tokens"]
     assert worst and report["tokens"][str(worst[0]["id"])] == chr(97 + worst[0]["id"] % 26)
     a, c = rows["student"].by_domain["a"]["kl"], rows["control"].by_domain["a"]["kl"]

@@ -104,7 +104,7 @@ function open(l, e, keep) {
   left.append(make("h4", "The numbers"), numbers);
 
   const errors = [["student, before training", get(l, e, "error_before"), "s-before"], ["student, after training", get(l, e, "error_after"), "s-student"],
-    ["no output", L.base.zero[e], "s-baseline"], ["mean output", L.base.mean[e], "s-baseline"], ["random FFN", L.base.random[e], "s-baseline"]].filter(r => r[1] !== null && r[1] !== undefined);
+    ["no output", L.base.zero[e], "s-baseline"], ["mean output", L.base.mean[e], "s-baseline"], ["random FFN, fitted", L.base.random[e], "s-baseline"]].filter(r => r[1] !== null && r[1] !== undefined);
   if (errors.length) right.append(make("h4", "Block error on its tokens"), bars(errors.map(([n, v, c]) => [n, v, number(v), c])));
   if (D.domains.length > 1 && L.domainsOf[e]) {
     const rows = D.domains.map((d, i) => [d || "(no label)", L.domainsOf[e][i], D.domainShare[i] ? L.domainsOf[e][i] / D.domainShare[i] : null]).sort((a, b) => b[1] - a[1]).slice(0, 8);
