@@ -68,7 +68,8 @@ def close(a, b):
 
 def test_two_processes_equal_one(tmp_path):
     """20 steps in float64; 5 blocks a step, so that one process has an empty pass."""
-    options = {"config": settings(epochs=5.0, batch=60, micro_batch=2, alpha=0.2), "blocks": 20}
+    config = settings(epochs=5.0, batch=60, micro_batch=2, alpha=0.2, features="mse:learned")
+    options = {"config": config, "blocks": 20}
     close(train(2, tmp_path / "two", **options), train(1, tmp_path / "one", **options))
 
 
