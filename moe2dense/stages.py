@@ -262,6 +262,7 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         history=stages.get("train-student", {}).get("history", []),
         control_history=stages.get("train-control", {}).get("history", []),
         transfer=transfer(job, student, rows),
+        train_scores=score_training_text(job, student),
         versions=versions(),
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
         data=_about_text(job),
@@ -270,6 +271,23 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
     )
     write(report, job.run.folder)
     return report
+
+
+def score_training_text(job: Job, student: "Student", most: int = 24) -> "Scores | None":
+    """The student on a little of the text it was trained on, against the stored targets; None where these hold no hidden states."""
+    from moe2dense.evaluation import Reference, evaluate
+
+    if not job.plan.tokens:
+        return None
+    store = training_targets(job)
+    if store.head is None:
+        return None
+    rows = list(range(min(most, len(store))))
+    blocks = job.text.train[rows]
+    hidden = store.batch(rows).hidden.view(*blocks.input_ids.shape, -1)
+    return evaluate(
+        student, Reference(blocks, hidden, store.head), token_counts=token_counts(job), seed=job.settings.seed
+    )
 
 
 def transfer(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any]:
