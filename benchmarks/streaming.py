@@ -300,8 +300,17 @@ def table(args: argparse.Namespace, work: Path) -> None:
     for _ in range(args.repeats):
         for label, job in rows.items():
             found[label].append(child(*job))
+            print(f"  {label}: {found[label][-1]}", file=sys.stderr, flush=True)
     for label, job in rows.items():
         show(label, found[label], job[2], layers, size)
+    sums = {
+        label: r["check"]
+        for label, runs in found.items()
+        for r in runs
+        if isinstance(r, dict) and rows[label][2] == tokens
+    }
+    spread = max(sums.values()) - min(sums.values())
+    print(f"sum of log-normalisers over all positions: systems differ by {spread / abs(min(sums.values())):.1e} of it")
 
 
 def curve(args: argparse.Namespace, work: Path) -> None:
