@@ -35,7 +35,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     if transfer:
         console.print(_layers(transfer, max(8, min(64, console.width - 44))))
         if transfer.get("worst"):
-            console.print(_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5]))
+            console.print(_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5], console.width >= 96))
     for finding in report.get("diagnosis") or []:
         color = "red" if finding["severity"] == "error" else "yellow"
         console.print(Text(f"{finding['title']}: ", style=color) + Text(f"{finding['finding']} {finding['remedy']}"))
@@ -126,16 +126,13 @@ def bars(shares: Sequence[float | None], most: int = 64) -> str:
     return "".join("·" if v is None else BLOCKS[1 + min(7, max(0, int(v * 8)))] for v in shares)
 
 
-def _ranked(title: str, rows: list[dict[str, Any]]) -> Table:
-    table = _table(title, "layer / expert", "coverage", "fate", "block error", "token KL", "load", "mostly")
+def _ranked(title: str, rows: list[dict[str, Any]], wide: bool) -> Table:
+    columns = [("layer/expert", lambda r: f"{r['layer']}/{r['expert']}"), ("coverage", lambda r: r["coverage"])]
+    columns += [("fate", lambda r: r["fate"]), ("block error", lambda r: r["error"])]
+    if wide:
+        columns += [("token KL", lambda r: r["kl"]), ("load", lambda r: r["load"])]
+    columns += [("mostly", lambda r: r["domain"])]
+    table = _table(title, *(name for name, _ in columns))
     for r in rows:
-        table.add_row(
-            f"{r['layer']} / {r['expert']}",
-            r["coverage"],
-            r["fate"],
-            r["error"],
-            r["kl"],
-            r["load"],
-            r["domain"],
-        )
+        table.add_row(*(show(r) for _, show in columns))
     return table
