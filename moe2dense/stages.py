@@ -95,7 +95,9 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: Any) -> Text:
         if data.ood
         else None
     )
-    return Text(train, valid, ood, train[: max(1, plan.walk_tokens // block)])
+    count = max(1, min(len(train), plan.walk_tokens // block))
+    spread = [i * len(train) // count for i in range(count)]  # over many passages: worth more than any setting
+    return Text(train, valid, ood, train[spread])
 
 
 def _split_of(path: str, split: str) -> str:
@@ -290,11 +292,14 @@ def score_training_text(job: Job, student: "Student", most: int = 24) -> "Scores
     )
 
 
-def transfer(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any]:
-    """What each expert knew and what of it the student holds, on the held-out text."""
+def transfer(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any] | None:
+    """What each expert knew and what of it the student holds, on the held-out text; None where layers or hidden width were pruned."""
     from moe2dense.reporting.transfer import measure_transfer
     from moe2dense.student.store import load_student
 
+    config, shape = student.model.config, job.plan.shape
+    if (config.num_hidden_layers, config.hidden_size) != (shape.num_hidden_layers, shape.hidden_size):
+        return None
     with job.timed("transfer"):
         found = measure_transfer(
             job.teacher,

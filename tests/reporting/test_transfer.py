@@ -1,6 +1,7 @@
 """Planted structure: what was copied, dropped, duplicated, unused or of one domain is reported as just that."""
 
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
@@ -303,3 +304,17 @@ def test_shapes_that_cannot_be_compared_are_refused(tmp_path):
     del shallow.model.model.layers[1]
     with pytest.raises(UserError, match="1 layers"):
         measure_transfer(teacher, text(4, 8), shallow)
+
+
+def test_a_student_whose_neurons_cannot_be_watched_still_has_its_block_error(tmp_path):
+    model, blocks = make_teacher(), text(8, 16)
+    student = make_student(model, F)
+    wrapped = dataclasses.replace(student, card=dataclasses.replace(student.card, down="no_such_module"))
+    teacher = saved(model, tmp_path)
+    a, b = (measure_transfer(teacher, blocks, s, least_tokens=8) for s in (student, wrapped))
+    for x, y in zip(a.layers, b.layers, strict=True):
+        assert "coverage" not in y["metrics"] and y["rollup"]["coverage"] is None
+        assert y["metrics"]["error_after"] == x["metrics"]["error_after"]
+        assert y["metrics"]["replaceability"] == pytest.approx(x["metrics"]["replaceability"])
+    assert b.model["transferred"] is None and b.model["reproduced"] == a.model["reproduced"] and b.worst == []
+    assert b.to_dict()["layers"][0]["error_random"] == [None] * E
