@@ -185,6 +185,7 @@ def test_held_out_blocks():
     )
 
 
+@pytest.mark.slow
 def test_the_order_of_merit_on_the_trained_teacher(tiny, text, tokenizer):
     """random >> concat >> obs+refit > + local > + polish, on held-out text, after 6k tokens and short fits."""
     teacher = load_teacher(tiny)
