@@ -332,14 +332,22 @@ def command_line() -> str:
 
 
 def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
-    """The deployable checkpoint, written whole and checked; a quantised one is judged on the held-out text too."""
+    """The deployable checkpoint, written whole and checked. A quantised one is judged too, and joins the report as a row."""
     from moe2dense.evaluation import evaluate
     from moe2dense.exporting import export
     from moe2dense.exporting.info import card_info
+    from moe2dense.reporting import write
+    from moe2dense.reporting.assemble import clean
 
     options, folder = job.settings.export, job.run.folder / "model"
     if job.run.finished("export"):
         return folder
+
+    def score_quantized(model: Any) -> dict[str, Any]:
+        found = evaluate(model, reference_for(job, "valid"), token_counts=token_counts(job), seed=job.settings.seed)
+        report["rows"][f"student, {options.quantize}"] = found.to_dict()
+        return found.to_dict()
+
     with job.timed("export") as entry:
         done = export(
             student,
@@ -351,9 +359,11 @@ def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
             quantize=options.quantize or None,
             shard_size=options.shard_size,
             text=job.text.train.input_ids[:64] if options.quantize else None,
-            score=lambda model: evaluate(model, reference_for(job, "valid"), seed=job.settings.seed).to_dict(),
+            score=score_quantized if options.quantize else None,
             overwrite=True,
         )
+        report["student"] |= {"bytes": done.bytes} | ({"quantized": done.quantized} if done.quantized else {})
+        write(clean(report), job.run.folder)
         entry |= {"files": done.files, "checked": done.checked, "quantized": done.quantized}
     return folder
 

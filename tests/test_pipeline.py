@@ -117,6 +117,19 @@ def test_export_again(done, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "again").dtype == torch.bfloat16
 
 
+def test_a_quantised_export_is_a_row_of_the_report(tiny, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    config = quick(tmp_path).rename(tmp_path / "int8.toml")
+    config.write_text(config.read_text().replace('dtype = "float32"', 'quantize = "int8"'))
+    result = m2d.convert(
+        str(tiny), to="3.2m", out=tmp_path / "out", config=config, tokens=0, init="select", control=False
+    )
+    rows = json.loads((result.out / "report.json").read_text())["rows"]
+    assert rows["student, int8"]["kl"]["value"] == pytest.approx(rows["student"]["kl"]["value"], rel=0.05)
+    assert "int8" in (result.out / "report.html").read_text()
+    assert "student, int8" in (result.model / "README.md").read_text()
+
+
 def test_targets_then_distill_without_the_teacher(done, tiny, text, tmp_path, capsys):
     store = tmp_path / "targets"
     assert (

@@ -34,8 +34,8 @@ def card_info(report: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _transferred(report: Mapping[str, Any]) -> float | None:
-    overall = (report.get("transfer") or {}).get("overall") or {}
-    return overall.get("transferred")
+    model = (report.get("transfer") or {}).get("model") or {}
+    return model.get("transferred")
 
 
 def lost(report: Mapping[str, Any], most: int = 3) -> list[str]:
