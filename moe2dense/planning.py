@@ -146,6 +146,18 @@ def walk_tokens(config: RunConfig, block: int) -> int:
     return max(1, wanted // block) * block
 
 
+def fit_flops(config: RunConfig, target: "Target", walk: int) -> float:
+    """FLOPs of the walk's gradient fits: each layer's FFN, each whole layer, then the student end to end. 0 for other inits."""
+    if config.walk.init != "walk":
+        return 0.0
+    c, sizes = config.walk, target.config
+    layers, hidden = sizes.num_hidden_layers, sizes.hidden_size
+    ffn = 3 * hidden * target.width
+    layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
+    fits = layers * (c.local_steps * c.local_batch * ffn + c.layer_steps * c.layer_batch * max(layer, ffn))
+    return 6.0 * (fits + c.polish_epochs * walk * target.parameters)
+
+
 def _warnings(shape: Geometry, target: "Target", tokens: int, walk: int, memory: dict[str, int]) -> list[str]:
     found = []
     ratio = target.parameters / shape.active_parameters
@@ -219,7 +231,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     }
     flops = {
         "teacher": 2.0 * shape.active_parameters * max(tokens, walk),
-        "walk": 2.0 * shape.parameters * walk,
+        "walk": 2.0 * shape.parameters * walk + fit_flops(config, target, walk),
         "student": 6.0 * n * tokens * config.train.epochs,
         "from_scratch": 6.0 * n * TOKENS_PER_PARAMETER * n,
     }

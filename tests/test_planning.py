@@ -75,6 +75,13 @@ def test_plain_values():
     assert {f.name for f in dataclasses.fields(plan)} - {"target", "machine", "shape"} <= set(table)
 
 
+def test_the_walk_costs_its_fits():
+    walk, plain = planned(), planned(walk__init="concat")
+    assert plain.flops["walk"] == 2 * plain.shape.parameters * plain.walk_tokens
+    assert walk.flops["walk"] > 2 * plain.flops["walk"]
+    assert planned(walk__polish_epochs=0.0).flops["walk"] < walk.flops["walk"]
+
+
 def test_default_out():
     assert default_out("mixtral", "7b") == "./mixtral-7b"
     assert default_out("tiny", "25%") == "./tiny-25pct"
