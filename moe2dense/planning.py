@@ -218,7 +218,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     states = 4 * HIDDEN_COPIES * shape.hidden_size
     trained = n if not config.train.lora else max(n // 50, 1)
     memory = {
-        "walk": layer + min(batch, walk) * states * 2,
+        "walk": layer + min(batch, walk) * states * 2 + 4 * n,
         "targets": layer + min(batch, max(tokens, block)) * states,
         "distill": 4 * n + (TRAIN_BYTES_PER_PARAMETER - 4) * trained,
         "evaluate": 4 * n,
