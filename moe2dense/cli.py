@@ -9,6 +9,7 @@ app = App(
     help="Turn a sparse Mixture-of-Experts language model into a dense one that behaves like it.",
     version=__version__,
     help_format="plaintext",
+    suppress_keyboard_interrupt=False,  # a stopped conversion says how to resume
 )
 
 # (command, module:function, one line for --help); a command's module is loaded when that command is asked for

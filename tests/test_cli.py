@@ -128,3 +128,13 @@ def test_list_and_doctor(capsys):
 def test_module_entry_point(root):
     done = subprocess.run([sys.executable, "-m", "moe2dense", "--version"], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "0.1.0"
+
+
+def test_ctrl_c_says_how_to_resume(monkeypatch, capsys, tiny, tmp_path):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe2dense.pipeline.run_conversion", stopped)
+    arguments = ["convert", str(tiny), "--to", "3.2m", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert f"continue with: moe2dense {' '.join(arguments)} --resume" in capsys.readouterr().err
