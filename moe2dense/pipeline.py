@@ -181,6 +181,9 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
             source, memory=about.memory, experts=about.experts, device=about.device, card=resolved.card
         )
         text = stages.load_text(settings, planned, teacher.tokenizer())
+        short = stages.shortfall(text, planned)
+        if short:
+            console.print(f"[yellow]warning:[/] {short}")
         result = _stages(stages.Job(run, settings, planned, teacher, text, progress))
     stages.show_result(run.folder, console)
     return result

@@ -13,6 +13,7 @@ from moe2dense.config import RunConfig
 from moe2dense.errors import UserError
 from moe2dense.planning import DEFAULT_CORPUS, Plan
 from moe2dense.run import Run
+from moe2dense.units import show_count
 
 if TYPE_CHECKING:
     from moe2dense.data import Blocks
@@ -98,6 +99,14 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: Any) -> Text:
     count = max(1, min(len(train), plan.walk_tokens // block))
     spread = [i * len(train) // count for i in range(count)]  # over many passages: worth more than any setting
     return Text(train, valid, ood, train[spread])
+
+
+def shortfall(text: Text, plan: Plan) -> str:
+    """A sentence when the data holds noticeably fewer tokens than asked for, else ''."""
+    wanted, found = max(plan.tokens, plan.walk_tokens), text.train.tokens
+    if found >= 0.9 * wanted:
+        return ""
+    return f"the data has {show_count(found)} tokens for training, {show_count(wanted)} were asked for; all of them are used"
 
 
 def _split_of(path: str, split: str) -> str:

@@ -82,6 +82,18 @@ def test_the_walk_costs_its_fits():
     assert planned(walk__polish_epochs=0.0).flops["walk"] < walk.flops["walk"]
 
 
+def test_data_that_is_too_short_is_said():
+    import torch
+
+    from moe2dense.data import Blocks
+    from moe2dense.stages import Text, shortfall
+
+    plan = planned(train__tokens=100_000)
+    few, enough = (Blocks(torch.zeros(n, 100, dtype=torch.int64)) for n in (500, 1000))
+    assert "50k tokens for training, 100k were asked for" in shortfall(Text(few, few, None, few), plan)
+    assert shortfall(Text(enough, few, None, few), plan) == ""
+
+
 def test_default_out():
     assert default_out("mixtral", "7b") == "./mixtral-7b"
     assert default_out("tiny", "25%") == "./tiny-25pct"
