@@ -22,7 +22,9 @@ def main(file: str) -> int:
     failed = 0
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "checkout"
-        shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"), symlinks=True)
+        shutil.copytree(
+            ROOT, folder, ignore=shutil.ignore_patterns(".git", ".venv", "out", "__pycache__"), symlinks=True
+        )
         for number, (language, code) in enumerate(blocks, 1):
             command = ["bash", "-euo", "pipefail", "-c", code] if language == "bash" else [sys.executable, "-c", code]
             start = time.perf_counter()
