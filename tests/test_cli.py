@@ -125,6 +125,12 @@ def test_list_and_doctor(capsys):
     assert set(found["experts"]) == {"streamed", "grouped_mm", "megablocks"}
 
 
+def test_doctor_shows_remedies_whole(capsys):
+    assert main(["doctor"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert "moe2dense[" in shown or "notinstalled" not in shown
+
+
 def test_module_entry_point(root):
     done = subprocess.run([sys.executable, "-m", "moe2dense", "--version"], capture_output=True, text=True, cwd=root)
     assert done.stdout.strip() == "0.1.0"
@@ -138,3 +144,24 @@ def test_ctrl_c_says_how_to_resume(monkeypatch, capsys, tiny, tmp_path):
     arguments = ["convert", str(tiny), "--to", "3.2m", "--out", str(tmp_path / "out")]
     assert main(arguments) == 130
     assert f"continue with: moe2dense {' '.join(arguments)} --resume" in capsys.readouterr().err
+
+
+def test_inspect_shows_shape_and_routing(tiny, text, capsys):
+    assert main(["inspect", str(tiny), "--data", str(text), "--tokens", "1k"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 of width 256, top-2" in shown
+    assert "in effective use" in " ".join(shown.split())
+    assert main(["inspect", str(tiny), "--data", str(text), "--tokens", "1k", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["routing"]["layers"]) == found["shape"]["num_hidden_layers"] == 4
+
+
+def test_inspect_marks_dense_layers(capsys):
+    from rich.console import Console
+
+    from moe2dense.verbs.inspecting import _print_routing
+
+    sparse = {"layer": 1, "sparse": True, "effective_experts": 2.0, "gini": 0.0, "dead": [], "load": [1.0, 1.0]}
+    routing = {"tokens": 9, "layers": [{"layer": 0, "sparse": False}, sparse], "prediction": "even"}
+    _print_routing(routing, Console(width=100))
+    assert "dense" in capsys.readouterr().out

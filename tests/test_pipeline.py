@@ -110,6 +110,10 @@ def test_inspect_eval_and_report_read_the_run(done, tiny, text, capsys):
     assert main(["eval", str(done.model), "--teacher", str(tiny), "--data", str(text), "--tokens", "1k", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found[str(done.model)]["kl"]["value"] > 0
+    assert main(["eval", str(done.model), "--teacher", str(tiny), "--data", str(text), "--tokens", "1k"]) == 0
+    shown = capsys.readouterr().out
+    assert "KL by domain" in shown
+    assert "±" in shown
 
 
 def test_export_again(done, tmp_path, capsys):

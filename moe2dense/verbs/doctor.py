@@ -10,7 +10,6 @@ CORE = ("moe2dense", "torch", "transformers", "accelerate", "peft", "datasets", 
 OPTIONAL = (
     ("megablocks", "dropless MoE kernels for a resident teacher (--experts megablocks)", "pip install 'moe2dense[megablocks]' (needs a GPU and the torch it pins)"),
     ("gguf", "--format gguf", "pip install 'moe2dense[gguf]'"),
-    ("lm_eval", "--tasks in `moe2dense eval`", "pip install 'moe2dense[eval]'"),
     ("tensorboard", "--report-to tensorboard", "pip install 'moe2dense[trackers]'"),
     ("trackio", "--report-to trackio", "pip install 'moe2dense[trackers]'"),
 )  # fmt: skip
@@ -63,6 +62,7 @@ def doctor(*, json: bool = False) -> None:
     json: print JSON instead of a table
     """
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from moe2dense.units import show_bytes
@@ -81,8 +81,8 @@ def doctor(*, json: bool = False) -> None:
     table.add_row("memory", f"{show_bytes(memory['available'])} free of {show_bytes(memory['total'])}")
     table.add_row("disk", f"{show_bytes(found['disk_free_bytes'])} free here")
     for name, state in found["experts"].items():
-        table.add_row(f"experts {name}", state)
+        table.add_row(f"experts {name}", escape(state))
     for name, state in found["optional"].items():
         if name not in found["experts"]:
-            table.add_row(name, state)
+            table.add_row(name, escape(state))
     console.print(table, highlight=False)

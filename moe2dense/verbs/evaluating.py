@@ -55,18 +55,16 @@ def evaluate_checkpoint(
     console.print(score_table(rows, f"{blocks.tokens} tokens of {data} ({split})"))
     domains = sorted(rows[student].by_domain)
     if domains != [""]:
-        console.print(
-            "KL by domain: " + "  ".join(f"{d} {rows[student].by_domain[d]['kl'].value:.3f}" for d in domains)
-        )
+        console.print("KL by domain: " + "  ".join(f"{d} {rows[student].by_domain[d]['kl']:.3f}" for d in domains))
 
 
 def score_table(rows: dict[str, Any], title: str) -> Any:
     """Scores by row name as a rich table: value and 95% interval."""
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", header_style="bold")
-    for column in ("", "KL to teacher", "NLL", "perplexity", "same first choice", "KL, rare tokens"):
-        table.add_column(column)
+    table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
+    for column in ("", "KL", "NLL", "perplexity", "same choice", "rare KL"):
+        table.add_column(column, no_wrap=True)
     for name, scores in rows.items():
         cells = [_cell(getattr(scores, k)) for k in ("kl", "nll", "perplexity", "agreement", "rare_kl")]
         table.add_row(name, *cells)
@@ -74,6 +72,6 @@ def score_table(rows: dict[str, Any], title: str) -> Any:
 
 
 def _cell(estimate: Any) -> str:
-    value, low, high = float(estimate), estimate.low, estimate.high
-    digits = 1 if value >= 10 else 3
-    return f"{value:.{digits}f} [{low:.{digits}f}, {high:.{digits}f}]"
+    """Value and half the width of its 95% interval."""
+    value, half = float(estimate), (estimate.high - estimate.low) / 2
+    return f"{value:.1f} ±{half:.1f}" if value >= 10 else f"{value:.3f} ±{half:.3f}"

@@ -90,9 +90,12 @@ def _print_routing(routing: dict, console) -> None:
     from rich.table import Table
 
     table = Table(title=f"routing over {routing['tokens']} tokens", title_justify="left", header_style="bold")
-    for column in ("layer", "effective experts", "Gini", "dead", "busiest", "load"):
+    for column in ("layer", "effective experts", "Gini", "dead", "busiest", "share of the tokens"):
         table.add_column(column)
     for row in routing["layers"]:
+        if not row["sparse"]:
+            table.add_row(str(row["layer"]), "dense", *[""] * 4)
+            continue
         load = row["load"]
         shown = " ".join(f"{x:.0%}" for x in load) if len(load) <= 16 else f"{min(load):.1%} to {max(load):.1%}"
         busiest = max(range(len(load)), key=load.__getitem__)
@@ -105,4 +108,4 @@ def _print_routing(routing: dict, console) -> None:
             shown,
         )
     console.print(table)
-    console.print(routing["summary"])
+    console.print(routing["prediction"], highlight=False)
