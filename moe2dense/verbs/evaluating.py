@@ -63,11 +63,12 @@ def score_table(rows: dict[str, Any], title: str) -> Any:
     from rich.table import Table
 
     table = Table(title=title, title_justify="left", header_style="bold", box=None, pad_edge=False)
-    for column in ("", "KL", "NLL", "perplexity", "same choice", "rare KL"):
-        table.add_column(column, no_wrap=True)
+    table.add_column("", no_wrap=True, max_width=22)
+    for column in ("KL", "NLL", "same choice", "rare KL"):
+        table.add_column(column, no_wrap=True, min_width=12)
     for name, scores in rows.items():
-        cells = [_cell(getattr(scores, k)) for k in ("kl", "nll", "perplexity", "agreement", "rare_kl")]
-        table.add_row(name, *cells)
+        cells = [_cell(getattr(scores, k)) for k in ("kl", "nll", "agreement", "rare_kl")]
+        table.add_row(name if len(name) <= 22 else f"…{name[-21:]}", *cells)
     return table
 
 
