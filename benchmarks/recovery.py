@@ -1,6 +1,6 @@
 """What each way of making a student is worth: KL and NLL before training, and at equal total teacher tokens after it.
 
-    python benchmarks/recovery.py                                  # random, concat and the walk, one seed: under ten minutes on two cores
+    python benchmarks/recovery.py                                  # random, concat and the walk before training, one seed; with --budgets 491520 ten minutes on two cores
     python benchmarks/recovery.py --methods all --widths 256,512,1024 --seeds 3 --budgets 49152,491520 --data FOLDER
     python benchmarks/recovery.py --sibling 4915200 --data FOLDER  # a dense model of the student's shape, trained from scratch
 
