@@ -83,6 +83,20 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
+class EvaluateConfig:
+    """What the report compares with, and what it lets the models write (moe2dense/reportstage.py)."""
+
+    allow_loss: tuple[str, ...] = ()  # domains the student may lose: reported apart
+    baseline: tuple[str, ...] = ()  # dense checkpoints with the teacher's tokenizer, a row each
+    judge: str = ""  # a third checkpoint that scores what student and teacher wrote; never the teacher
+    samples: int = 4  # held-out prompts that student and teacher continue; 0 = none
+    prompt_tokens: int = 32
+    sample_tokens: int = 32  # of each continuation
+    sample_temperature: float = 0.0  # 0 = the likeliest token each time
+    teacher_read: str = "20GB"  # most a teacher that does not fit memory may read from disk to write its continuations
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """What the deployable checkpoint looks like."""
 
@@ -105,4 +119,5 @@ class RunConfig:
     data: DataConfig = field(default_factory=DataConfig)
     walk: WalkConfig = field(default_factory=WalkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -76,6 +76,7 @@ class Table:
     block: np.ndarray
     position: np.ndarray
     label: np.ndarray
+    decile: np.ndarray  # of token frequency, 0 = rarest
     domains: list[str]  # per block
     bootstrap: Bootstrap
 
@@ -177,11 +178,39 @@ def summarise(
     """Scores from the per-token numbers of the positions `keep` [N, S-1]."""
     block, position = (x.numpy() for x in keep.nonzero(as_tuple=True))
     label = blocks.input_ids[:, 1:][keep].numpy()
-    table = Table({k: v.numpy() for k, v in values.items()}, block, position, label, list(blocks.domains), bootstrap)
+    numbers = {k: v.numpy() for k, v in values.items()}
+    decile = frequency_groups(label, token_counts)
     kl_NS = torch.full(blocks.input_ids.shape, float("nan"))
     kl_NS[:, :-1][keep] = values["kl"]
-    decile = frequency_groups(label, token_counts)
-    by_decile = _by_group(table, decile, 10)
+    return _scores(Table(numbers, block, position, label, decile, list(blocks.domains), bootstrap), kl_NS)
+
+
+def split_domains(scores: Scores, domains: Sequence[str]) -> tuple[Scores, Scores] | None:
+    """(scores of every other domain, scores of `domains`), as those may be lost; None where either has no judged token.
+
+    The same resamples and the same deciles of token frequency as in `scores`, so the three can be compared.
+    """
+    table = scores._table
+    inside = np.isin(np.array(table.domains, dtype=object), list(domains))  # per block
+    if inside[table.block].all() or not inside[table.block].any():
+        return None
+    return _part(scores, ~inside), _part(scores, inside)
+
+
+def _part(scores: Scores, blocks: np.ndarray) -> Scores:
+    """The scores over the blocks where `blocks` [N] is true."""
+    table = scores._table
+    keep = blocks[table.block]
+    part = Table(
+        {k: v[keep] for k, v in table.values.items()},
+        table.block[keep], table.position[keep], table.label[keep], table.decile[keep], table.domains, table.bootstrap,
+    )  # fmt: skip
+    return _scores(part, scores.kl_NS.masked_fill(~torch.from_numpy(blocks)[:, None], float("nan")))
+
+
+def _scores(table: Table, kl_NS: Tensor) -> Scores:
+    by_decile = _by_group(table, table.decile, 10)
+    ones = np.ones(len(table.block))
     nll, teacher_nll = table.mean("nll"), table.mean("teacher_nll")
     return Scores(
         kl=table.mean("kl"),
@@ -196,15 +225,15 @@ def summarise(
         teacher_ece=_ece(table, "teacher_confidence", "teacher_correct"),
         entropy=table.mean("entropy"),
         entropy_gap=table.bootstrap.mean(
-            (table.sums("entropy") - table.sums("teacher_entropy"))[:, 0], table.sums(np.ones(len(block)))[:, 0]
+            (table.sums("entropy") - table.sums("teacher_entropy"))[:, 0], table.sums(ones)[:, 0]
         ),
         rare_kl=by_decile[0]["kl"],
         by_domain=_by_domain(table),
         by_decile=[{"decile": i + 1, **row} for i, row in enumerate(by_decile)],
         by_position=_by_position(table),
         worst_tokens=_worst_tokens(table),
-        tokens=len(block),
-        blocks=len(blocks),
+        tokens=len(table.block),
+        blocks=len(np.unique(table.block)),
         kl_NS=kl_NS,
         _table=table,
     )

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from moe2dense import stages
+from moe2dense import reportstage, stages
 from moe2dense.config import RunConfig
 from moe2dense.planning import Plan, make_plan, print_plan
 from moe2dense.resolve import fetch, resolve_teacher
@@ -185,7 +185,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
         if short:
             console.print(f"[yellow]warning:[/] {short}")
         result = _stages(stages.Job(run, settings, planned, teacher, text, progress))
-    stages.show_result(run.folder, console)
+    reportstage.show_result(run.folder, console)
     return result
 
 
@@ -200,6 +200,6 @@ def _stages(job: stages.Job) -> Result:
         rows["student"] = rows["before"]
     if job.settings.control:
         rows["control"] = stages.score(job, stages.control(job))
-    report = stages.write_report(job, student, rows)
-    model = stages.export_model(job, student, report)
+    report = reportstage.write_report(job, student, rows)
+    model = reportstage.export_model(job, student, report)
     return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"])

@@ -45,6 +45,10 @@ def read_config(path: str | Path) -> RunConfig:
 def _check(value: Any, kind: Any, key: str, origin: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind == tuple[str, ...]:
+        if isinstance(value, (list, tuple)) and all(isinstance(v, str) for v in value):
+            return tuple(value)
+        raise UserError(f"{origin}: {key} must be a list of names; found {value!r}")
     if kind is str and isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, kind) or (kind in (int, float) and isinstance(value, bool)):
