@@ -193,10 +193,12 @@ def run_body(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
     layer: Callable[[int, Tensor, dict[str, Any]], Tensor],
+    cache: Any = None,
 ) -> Tensor:
     """transformers' own forward of the decoder with `layer(index, hidden, arguments)` in place of each decoder layer.
 
     Masks, positions and whatever else a family hands its layers come out of its own code. Returns the final, normed hidden state.
+    `cache`: what earlier tokens left behind (`new_cache`), handed to the layers, which extend it.
     """
 
     def stand_in(index: int) -> Callable[..., Tensor]:
@@ -207,8 +209,18 @@ def run_body(
         return call
 
     with forwards({module: stand_in(i) for i, module in enumerate(body.layers)}):
-        out = body(inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids, use_cache=False)
+        out = body(
+            inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
+            past_key_values=cache, use_cache=cache is not None,
+        )  # fmt: skip
     return out.last_hidden_state
+
+
+def new_cache(config: Any) -> Any:
+    """An empty cache of keys and values (or states), as the family's own forward makes it."""
+    from transformers import DynamicCache
+
+    return DynamicCache(config=config)
 
 
 def embed(body: Any, rows: Tensor, ids: Tensor) -> Tensor:

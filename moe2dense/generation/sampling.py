@@ -1,0 +1,59 @@
+"""How the next token is chosen: greedy, by temperature and top-p, from random numbers that belong to a sequence."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+
+# B sequences, V vocabulary
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """temperature 0 is greedy; top_p keeps the likeliest tokens that hold that mass; beams > 1 is beam search."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    beams: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.temperature < 0:
+            raise UserError(f"temperature must not be negative; found {self.temperature:g}")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"top_p must lie in (0, 1]; found {self.top_p:g}")
+        if not 1 <= self.beams <= 16:
+            raise UserError(f"beams must lie between 1 and 16; found {self.beams}")
+        if self.beams > 1 and self.temperature > 0:
+            raise UserError(
+                f"beam search chooses by likelihood and draws nothing; give temperature 0 with beams={self.beams}"
+            )
+
+
+def uniforms(seed: int, number: int, count: int) -> np.ndarray:
+    """`count` numbers in [0, 1) that depend on the seed and the sequence's number alone, so never on how sequences are grouped."""
+    return np.random.Generator(np.random.Philox(key=[seed % 2**63, number])).random(count)
+
+
+def nucleus(p: Tensor, top_p: float) -> Tensor:
+    """p [B, V] with everything but the likeliest tokens that together reach `top_p` set to 0, not renormalised (1904.09751)."""
+    if top_p >= 1:
+        return p
+    values, order = p.sort(-1, descending=True)
+    before = values.cumsum(-1) - values
+    return torch.zeros_like(p).scatter_(1, order, values.masked_fill(before >= top_p, 0.0))
+
+
+def choose(logits: Tensor, sampling: Sampling, u: Tensor) -> Tensor:
+    """Next tokens [B] from logits [B, V] and uniform numbers u [B]: the inverse of the cumulative distribution."""
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    p = (logits.double() / sampling.temperature).softmax(-1)
+    kept = nucleus(p, sampling.top_p)
+    cumulative = kept.cumsum(-1)
+    at = torch.searchsorted(cumulative, (u.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
+    last = p.shape[1] - 1 - kept.flip(1).gt(0).int().argmax(1)  # rounding must not go past the last possible token
+    return torch.minimum(at, last)
