@@ -80,6 +80,27 @@ class TrainConfig:
     lora: int = 0  # rank; 0 = full training
     dora: bool = False  # adapters of direction and magnitude (DoRA)
     report_to: str = "none"
+    regime: str = ""  # "" = fixed text; on-policy, online, mutual, ema, multiview or mtp, whose options are in [regime]
+
+
+@dataclass(frozen=True)
+class RegimeConfig:
+    """Options of train.regime (moe2dense/regimes/); each regime reads its own."""
+
+    share: str = "0.5"  # on-policy: of the steps on the student's own text; mutual, ema, multiview: of the target that is theirs, the rest is the teacher's. A number or SHAPE:FROM:TO
+    rollout_steps: int = 8  # on-policy: steps whose text is written, and scored by the teacher, in one go
+    prompt: float = 0.25  # on-policy: share of a block that is given
+    sample_temperature: float = 1.0  # on-policy
+    top_p: float = 1.0  # on-policy
+    generated_only: bool = True  # on-policy: loss on the student's own words alone, not on the prompt
+    peer: str = "obs+refit"  # mutual: how the second student is built, or the folder of a dense checkpoint
+    companion_lr: float = 0.0  # online, mutual: peak rate of the model that trains along; 0 = the student's
+    decay: float = 0.99  # ema: of the averaged weights, per step
+    views: int = 2  # multiview: whose mean prediction is the target
+    dropout: float = 0.1  # multiview: of the embeddings, different in every view
+    heads: int = 2  # mtp: for the tokens after the next one
+    head_weight: str = "0.3"  # mtp: of their loss, a number or SHAPE:FROM:TO
+    keep_heads: bool = False  # mtp: beside the exported model as mtp_heads.safetensors
 
 
 @dataclass(frozen=True)
@@ -115,9 +136,11 @@ class RunConfig:
     out: str = ""
     seed: int = 0
     control: bool = False
+    stages: str = ""  # sizes on the way, 47%,40%: each stage's student is the next one's teacher; "" = straight to `to`
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     walk: WalkConfig = field(default_factory=WalkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    regime: RegimeConfig = field(default_factory=RegimeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -14,12 +14,14 @@ from moe2dense.config import TrainConfig
 from moe2dense.errors import UserError
 from moe2dense.losses.student import Objective
 from moe2dense.order import total_steps
+from moe2dense.regimes.base import Regime
 from moe2dense.sharding import like, shard, whole
 from moe2dense.trainlog import Interrupts, MetricsFile, memory_bytes
 from moe2dense.trainsetup import add_adapters, check_head, make_accelerator, make_optimizer, merge_adapters
 from moe2dense.trainstep import Lesson, Plan, plan_step, train_step, validate
 
 _FREE = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
+_REGIME = "regime/"  # of a regime's tensors in a checkpoint
 
 
 @dataclass
@@ -51,7 +53,9 @@ class Trainer:
         out: str | Path | None,
         accelerator: Any = None,
         match: Any = None,
+        regime: Regime | None = None,
     ):
+        self.regime = regime or Regime()
         self.lesson, self.held, self.config, self.seed = lesson, held, config, seed
         self.block = lesson.blocks.input_ids.shape[1]
         self.per_step = max(1, config.batch // self.block)
@@ -67,7 +71,7 @@ class Trainer:
             if config.lora:
                 model.enable_input_require_grads()
         self.model = add_adapters(model, config) if config.lora else model
-        objective: Any = Objective(self.model, match)
+        objective: Any = Objective(self.model, match, self.regime.extra(self.model))
         if config.shard and self.accelerator.num_processes > 1:
             self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
             self.optimizer = self.accelerator.prepare(make_optimizer(objective, config))
@@ -81,6 +85,7 @@ class Trainer:
         self.best: tuple[float, int] | None = None
         self.first_kl: float | None = None
         self.step = 0
+        self.regime.begin(self)
 
     def run(self, resume: bool, progress: Callable[..., None] | None, quiet: bool = False) -> TrainResult:
         """Train to the last step and leave the student with its final weights, adapters merged, where it was.
@@ -96,17 +101,17 @@ class Trainer:
             while self.step < self.steps:
                 clock = time.perf_counter()
                 plan = plan_step(self.config, len(self.lesson.blocks), self.per_step, self.step, self.steps, self.seed)
+                lesson, plan = self.regime.lesson(self.step, self.lesson, plan)
                 try:
-                    record = train_step(
-                        self.accelerator, self.objective, self.optimizer, self.lesson, plan, self.config
-                    )
+                    record = train_step(self.accelerator, self.objective, self.optimizer, lesson, plan, self.config)
                 except FloatingPointError as error:
                     if retried or self.checkpoints is None:
-                        raise UserError(self._blame(str(error), plan, retried)) from None
+                        raise UserError(self._blame(str(error), lesson, plan, retried)) from None
                     retried = True
                     self._load(self.checkpoints.steps()[-1])
                     self.metrics.truncate(self.step)
                     continue
+                record |= self.regime.after_step(self.step, lesson, plan)
                 self.step += 1
                 seconds = time.perf_counter() - clock
                 self._after_step(record, seconds, time.perf_counter() - begin, progress)
@@ -166,18 +171,22 @@ class Trainer:
         blocks = self.lesson.blocks
         first, last = blocks[:1].keys()[0], blocks[[len(blocks) - 1]].keys()[0]
         config = {k: v for k, v in asdict(self.config).items() if k not in _FREE}
-        return config | {"seed": self.seed, "blocks": len(blocks), "first block": first, "last block": last}
+        found = config | {"seed": self.seed, "blocks": len(blocks), "first block": first, "last block": last}
+        return found | {f"regime {k}": v for k, v in self.regime.about().items()}
 
     def _save(self) -> None:
         """Write a checkpoint of this step and drop all but it and the best."""
         if self.checkpoints is not None:
             weights = {n: whole(p.detach()).cpu() for p, n in self.names.items()}
             state = optimizer_tensors(self.optimizer.optimizer, self.names) | {"rng/state": torch.get_rng_state()}
+            state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
             about = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
             if self.accelerator.is_main_process:
                 self.checkpoints.save(self.step, weights, state, about)
                 self.checkpoints.keep(self.step, self.best[1] if self.best else None)
         self.accelerator.wait_for_everyone()
+        if self.checkpoints is not None:
+            self.regime.saved(self.step)
 
     def _load(self, step: int) -> None:
         assert self.checkpoints is not None
@@ -193,32 +202,33 @@ class Trainer:
             for parameter, name in self.names.items():
                 parameter.copy_(like(weights[name], parameter))
         torch.set_rng_state(state.pop("rng/state"))
+        own = [k for k in state if k.startswith(_REGIME)]
+        self.regime.load_state({k.removeprefix(_REGIME): state.pop(k) for k in own})
         restore_optimizer(self.optimizer.optimizer, self.names, state)
         self.step, self.first_kl = about["step"], about["first_kl"]
         self.best = (about["best"][0], about["best"][1]) if about["best"] else None
 
     # ---- ends
 
-    def _blame(self, found: str, plan: Plan, retried: bool) -> str:
+    def _blame(self, found: str, lesson: Lesson, plan: Plan, retried: bool) -> str:
         """The sentence that stops a run whose numbers are not finite, naming the block where one can be named."""
-        where = next((self._name(i) for i in plan.indices if not self._finite(i, plan)), f"blocks {plan.indices}")
+        where = next(
+            (_named(lesson, i) for i in plan.indices if not self._finite(lesson, i, plan)), f"blocks {plan.indices}"
+        )
         again = ", also after going back to the last checkpoint" if retried else ""
         return (
             f"training stopped at step {self.step + 1} of {self.steps}: {found} at {where}{again}; lower --lr (now "
             f"{self.config.lr:g}), or look at that text and its targets"
         )
 
-    def _name(self, index: int) -> str:
-        block = self.lesson.blocks[[index]]
-        return f"block {index} (domain {block.domains[0]!r}, key {block.keys()[0]})"
-
     @torch.no_grad()
-    def _finite(self, index: int, plan: Plan) -> bool:
-        inputs, teacher, options = self.lesson.part([index], self.accelerator.device, plan.alpha > 0)
+    def _finite(self, lesson: Lesson, index: int, plan: Plan) -> bool:
+        inputs, teacher, options = lesson.part([index], self.accelerator.device, plan.alpha > 0)
         options |= {"loss": self.config.loss, "temperature": plan.temperature, "alpha": plan.alpha}
         return bool(self.objective(inputs, teacher if plan.alpha < 1 else None, **options)[0].isfinite())
 
     def _finish(self, seconds: float, quiet: bool) -> TrainResult:
+        self.regime.finish(self.checkpoints.folder.parent if self.checkpoints is not None else None)
         self.accelerator.end_training()
         model = merge_adapters(self.model) if self.config.lora else self.model
         model.train(self.was_training)
@@ -240,3 +250,8 @@ class Trainer:
             best_step=self.best[1] if self.best else None,
             seconds=seconds,
         )
+
+
+def _named(lesson: Lesson, index: int) -> str:
+    block = lesson.blocks[[index]]
+    return f"block {index} (domain {block.domains[0]!r}, key {block.keys()[0]})"

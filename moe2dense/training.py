@@ -11,6 +11,7 @@ from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
 from moe2dense.losses.features import HiddenMatch, parse_features
+from moe2dense.regimes.base import Regime
 from moe2dense.schedules import scheduled
 from moe2dense.targets.memory import as_targets, hidden_targets
 from moe2dense.temperature import choose_temperature
@@ -38,6 +39,7 @@ def distill(
     resume: bool = False,
     progress: Callable[..., None] | None = None,
     accelerator: Any = None,
+    regime: Regime | None = None,
 ) -> TrainResult:
     """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
 
@@ -46,7 +48,8 @@ def distill(
     `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
     out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU.
     With config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
-    puts the result into a whole model. Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
+    puts the result into a whole model. `regime` changes where text, targets or models come from (moe2dense.regimes).
+    Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
     """
     config = config or TrainConfig()
     model = student.model if hasattr(student, "fate") else student
@@ -58,8 +61,14 @@ def distill(
     block = data.input_ids.shape[1]
     if tokens is not None and tokens < block:
         raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
-    if teacher is None and targets is None and _needs_teacher(config):
+    brought = regime is not None and regime.brings_targets
+    if teacher is None and targets is None and not brought and _needs_teacher(config):
         raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
+    if config.shard and regime is not None:
+        raise UserError(f"shard=True spreads one model; the {regime.name} regime runs on copies: leave shard out")
+    if config.features and brought:
+        assert regime is not None
+        raise UserError(f"features belong to fixed text; the {regime.name} regime brings its own: leave features out")
     if config.shard and (config.lora or out is None):
         raise UserError(
             "shard=True needs out=, where its weights are gathered, and trains all weights: it takes no lora"
@@ -71,7 +80,7 @@ def distill(
     match = None
     if config.features:
         match = _feature_match(config, model, known, teacher, seed)
-    if known is None and teacher is not None:
+    if known is None and teacher is not None and not brought:
         known = hidden_targets(teacher, data, features=match.teacher_layers if match else (), progress=progress)
     held = None
     if valid is not None and (valid_targets is not None or teacher is not None):
@@ -81,7 +90,7 @@ def distill(
     if config.temperature_schedule == "auto":
         best, _ = choose_temperature(model, lesson, held, config, seed, accelerator=accelerator)
         config = dataclasses.replace(config, temperature=best, temperature_schedule="")
-    trainer = Trainer(model, lesson, held, config, seed, out, accelerator, match)
+    trainer = Trainer(model, lesson, held, config, seed, out, accelerator, match, regime)
     return trainer.run(resume, progress)
 
 

@@ -1,0 +1,53 @@
+"""What a training regime may change of a run of `distill`: the text and targets of a step, what happens after it, and its state."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from moe2dense.trainer import Trainer
+    from moe2dense.trainstep import Lesson, Plan
+
+
+class Regime:
+    """Plain distillation on fixed text. A regime overrides what it changes; the loop, its checkpoints and its log stay the trainer's.
+
+    Every process holds its own and calls the same methods in the same order. All that a regime does must be a function of
+    the step, the seed, the weights and its own `state`, so that a run can stop anywhere and go on bit by bit.
+    """
+
+    name = ""
+    brings_targets = False  # the regime's own lessons have targets: `distill` computes none for the fixed text
+
+    def about(self) -> dict[str, Any]:
+        """The settings that must not change between a run and its continuation, as plain values."""
+        return {}
+
+    def extra(self, model: Any) -> nn.Module | None:
+        """A module that trains beside the student, see `Objective`. Called before the optimiser is made."""
+        return None
+
+    def begin(self, trainer: "Trainer") -> None:
+        """The trainer is ready: its objective, optimiser and folder exist, no step was made and no checkpoint read."""
+
+    def lesson(self, step: int, lesson: "Lesson", plan: "Plan") -> "tuple[Lesson, Plan]":
+        """Text and targets of step `step` (from 0), given those of fixed text; plan.indices count in the lesson that is returned."""
+        return lesson, plan
+
+    def after_step(self, step: int, lesson: "Lesson", plan: "Plan") -> dict[str, float]:
+        """The student has made step `step` on what `lesson` returned. Returns numbers for the log."""
+        return {}
+
+    def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold, on the CPU."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what `state` returned."""
+
+    def saved(self, step: int) -> None:
+        """A checkpoint after `step` steps is whole: what only earlier steps need may go."""
+
+    def finish(self, out: Path | None) -> None:
+        """The last step is made; out is the folder of the training run."""
