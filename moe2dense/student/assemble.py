@@ -59,13 +59,9 @@ def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher", c
 def check_teacher_used(used: set[str], target: Target, teacher: "Teacher", cut: "Cut | None") -> None:
     """Raises UserError when the teacher has a tensor outside its FFNs (and dropped layers) that the host has no place for."""
     card = teacher.card
-    assert card is not None
+    blocks = {target.card.ffn, *(x for x in (card.moe_block, card.shared) if x)} if card else {target.card.ffn}
     tied = set(adapter.tied_names(teacher.model))
-    ffns = tuple(
-        f"{teacher.layers_prefix}{i}.{path}."
-        for i in range(len(teacher.body.layers))
-        for path in {card.moe_block, target.card.ffn, *([card.shared] if card.shared else [])}
-    )
+    ffns = tuple(f"{teacher.layers_prefix}{i}.{path}." for i in range(len(teacher.body.layers)) for path in blocks)
     dropped = set(range(len(teacher.body.layers))) - set(cut.layers) if cut else set()
     ffns += tuple(f"{teacher.layers_prefix}{i}." for i in dropped)
     for name in teacher.shapes:

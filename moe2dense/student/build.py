@@ -21,6 +21,7 @@ from moe2dense.student.polish import polish
 from moe2dense.student.prune import Cut, cut_for, mean_gate, norm_factor, scale_norms
 from moe2dense.student.resume import LayerStore
 from moe2dense.student.sibling import pretrained_sibling
+from moe2dense.student.single import dense_target, single_expert
 from moe2dense.student.target import Target, resolve_target
 from moe2dense.student.types import LayerFate, Student, dense
 from moe2dense.teacher.capture import Observer, RoutingStats
@@ -77,8 +78,12 @@ def build_student(
     base, steps = parse_method(init)
     if len(data) == 0:
         raise UserError("data has no blocks; the walk needs some text")
-    assert teacher.card is not None, "a teacher without experts has nothing to walk"
-    target = to if isinstance(to, Target) else resolve_target(to, teacher.config, teacher.card)
+    if isinstance(to, Target):
+        target = to
+    elif teacher.card is None:
+        target = dense_target(to, teacher.config)
+    else:
+        target = resolve_target(to, teacher.config, teacher.card)
     if target.checkpoint:
         return pretrained_sibling(target, teacher)
     model = empty_student(target)
@@ -98,6 +103,8 @@ def build_student(
         observer.begin(teacher, data.tokens)
     total, last = len(carrier.body.layers), 1.0
     for made in map(on_cpu, stream):
+        if teacher.card is None:
+            made = single_expert(made, stats)
         if cut:
             last = norm_factor(made.hidden_out, cut.keep, made.token_mask)
             if made.index not in cut.layers:
