@@ -14,6 +14,8 @@ class TeacherConfig:
     experts: str = "auto"  # auto | streamed | grouped_mm | megablocks
     device: str = "auto"
     card: str = ""  # path of a teacher card for a family that is not shipped
+    quantize: str = ""  # int8 | int4 | nf4: teach with experts rounded as they are read (simulated); the student is judged by the full teacher
+    top_k: int = 0  # experts per token of the teacher that writes the targets; 0 = its own number
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,24 @@ class DataConfig:
     block: int = 0  # tokens per block; 0 = min(2048, the teacher's max positions)
     document_masks: str = "auto"  # auto | on | off: may a token see the document before it in its block
     eval_blocks: int = 96
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    """Text that the teacher writes (moe2dense/generation/)."""
+
+    share: float = 0.0  # of the training text that the teacher writes, continuing passages of the data; 0 = none
+    prompt_tokens: int = 32  # of a passage that is given
+    new_tokens: int = 0  # that are written after it, at most; 0 = what is left of a block
+    temperature: float = 1.0  # 0 = the likeliest token each time
+    top_p: float = 1.0
+    beams: int = 1  # above 1: beam search, with temperature 0
+    learn_prompt: bool = False  # loss on the given beginning too
+    min_tokens: int = 8  # fewer written ones are dropped
+    nll: str = ""  # LOW:HIGH, the band of the teacher's mean nats per written token that is kept
+    duplicates: float = 0.0  # Jaccard similarity of five-word sequences from which a text is dropped; 0 = none is
+    same_script: bool = False  # drop texts in another script (alphabet) than their prompt's
+    shard: int = 1024  # texts written at once
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,10 @@ class WalkConfig:
     gram_tokens: int = 16_384  # tokens of the Gram matrix for choosing neurons; 0 = all
     score: str = "acp"  # of whole experts: frequency | cp | acp | do-acp | reap
     scale: str = "1/K"  # of concatenated experts: 1/K | alpha
+    prune: str = "auto"  # what goes when the FFN alone is not enough: auto | width | depth | heads
+    depth: str = "influence"  # which layers stay when some go: influence | alternate
+    host: str = ""  # student card of another dense host than the family's usual one
+    graft: bool = False  # a pretrained dense target gets FFNs of the walk where these lower its divergence from the teacher
 
 
 @dataclass(frozen=True)
@@ -68,6 +92,7 @@ class TrainConfig:
     temperature: float = 1.0
     alpha: float = 0.0  # weight of the hard-label loss; 1 - alpha weighs the distillation loss
     targets: str = ""  # folder of stored targets; "" = computed by the run
+    select: str = ""  # divergence:SHARE or coreset:SHARE: train on these blocks of the text only, as many steps as on all
     target_format: str = "hidden"  # hidden | sampled | topk | full
     save_every: int = 50  # steps
     eval_every: int = 50
@@ -75,8 +100,9 @@ class TrainConfig:
     shard: bool = False  # on several processes: spread weights and optimiser over them (FSDP2) instead of copies (DDP)
     alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
     temperature_schedule: str = ""  # a schedule, or auto: chosen by short trainings (needs validation text)
-    features: str = ""  # hidden states too: KIND:MAP, mse or cosine with uniform, learned, last:K or 0=1,3=7
-    feature_weight: str = "0.1"  # a number or a schedule SHAPE:FROM:TO
+    features: str = ""  # KIND:MAP@WEIGHT joined with +: mse, cosine, attention, relation or rkd; uniform, last:K, 0=1,3=7
+    feature_weight: str = "0.1"  # of features without one of their own: a number or a schedule SHAPE:FROM:TO
+    token_weights: str = ""  # weigh each token's loss by the teacher's routing: router-entropy | expert-saliency
     lora: int = 0  # rank; 0 = full training
     dora: bool = False  # adapters of direction and magnitude (DoRA)
     report_to: str = "none"
@@ -139,6 +165,7 @@ class RunConfig:
     stages: str = ""  # sizes on the way, 47%,40%: each stage's student is the next one's teacher; "" = straight to `to`
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    write: WriteConfig = field(default_factory=WriteConfig)
     walk: WalkConfig = field(default_factory=WalkConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     regime: RegimeConfig = field(default_factory=RegimeConfig)

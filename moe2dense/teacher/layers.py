@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from moe2dense.errors import UserError
 from moe2dense.teacher import adapter
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
+from moe2dense.teacher.quantized_experts import QuantizedExperts
 from moe2dense.teacher.weights import Layout
 
 if TYPE_CHECKING:
@@ -70,10 +71,13 @@ class Layer:
             if self.shared_module is None:
                 self.shared_module, self.shared_inside = _find(self.module, card.shared), False
         layout = Layout(*adapter.expert_layout(self.routed, card.dispatch == "stacked"))
-        self.experts = LayerExperts(
+        kind = QuantizedExperts if self.teacher.quantize else LayerExperts
+        self.experts = kind(
             self.teacher.weights, f"{self.prefix}{card.moe_block}.{card.experts}.", int(self.routed.num_experts), layout,
             adapter.expert_gating(self.routed), self.teacher.dtype,
         )  # fmt: skip
+        if isinstance(self.experts, QuantizedExperts):
+            self.experts.bits = self.teacher.quantize
         self.experts.device = self.teacher.device
         down = self.teacher.shapes[self.experts.prefix + "down_proj"]
         self.experts.width = down.numel() // (len(self.experts) * self.teacher.hidden_size)

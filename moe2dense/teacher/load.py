@@ -21,6 +21,7 @@ from moe2dense.teacher.head import LMHead, logit_scale
 from moe2dense.teacher.layers import Layer, assign
 from moe2dense.teacher.memory import Arena, SpillFolder, memory_budget
 from moe2dense.teacher.plan import MemoryPlan, plan_memory
+from moe2dense.teacher.quantized_experts import BITS
 from moe2dense.teacher.stream import Stream
 from moe2dense.teacher.weights import Weights
 
@@ -41,8 +42,17 @@ class Teacher:
     `card` is None for a dense model, whose layers stream all the same. `ignored` names checkpoint tensors the model has no place for.
     """
 
-    def __init__(self, path: Path, config: Any, card: TeacherCard | None, memory: str | int, experts: str, device: str):
-        self.path, self.config, self.card = path, config, card
+    def __init__(
+        self,
+        path: Path,
+        config: Any,
+        card: TeacherCard | None,
+        memory: str | int,
+        experts: str,
+        device: str,
+        quantize: str = "",
+    ):
+        self.path, self.config, self.card, self.quantize = path, config, card, quantize
         self.device = pick_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         text = config.get_text_config()
@@ -117,6 +127,10 @@ class Teacher:
         """The language model head, read at first use."""
         return self._read_head()
 
+    def _current_head(self) -> LMHead:
+        """The head for one use: kept only when the whole teacher stays in memory."""
+        return self.head if self.resident else self._read_head()
+
     def _read_head(self) -> LMHead:
         module: Any = self.model.get_output_embeddings()
         assert module is not None, "a causal language model has a head"
@@ -183,6 +197,7 @@ class Teacher:
     ) -> TeacherOutput:
         """Logits and final hidden states of blocks [N, S], in as few macro-batches as the memory budget allows.
 
+        logits=False leaves the logits [N, S, V] out, which may be far larger than the model; `logits` gives them in parts.
         Raises UserError for ids outside the vocabulary, shapes that differ, or documents in a family that cannot keep them apart.
         """
         observers = list(observers)
@@ -203,9 +218,15 @@ class Teacher:
         for observer in observers:
             observer.end()
         if logits:
-            head = self.head if self.resident else self._read_head()
-            scores = head.logits(hidden).to(hidden.device)
+            scores = self._current_head().logits(hidden).to(hidden.device)
         return TeacherOutput(scores, hidden)
+
+    def logits(self, hidden_states: Tensor, tokens: int = 1024) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits [n, V]) of final hidden states [.., H], seen as [T, H]: at most `tokens` rows of T at a time.
+
+        All parts use the same memory, so each lasts until the next one is asked for.
+        """
+        yield from self._current_head().chunks(hidden_states.reshape(-1, hidden_states.shape[-1]), tokens)
 
 
 def pick_device(device: str) -> torch.device:
@@ -274,19 +295,47 @@ def find_card(config: Any, card: TeacherCard | str | Path | None) -> TeacherCard
     return family_card(config) if any(getattr(text, f, None) for f in fields) else None
 
 
+def widen_routing(config: Any, card: TeacherCard | None, top_k: int) -> None:
+    """Let every token use `top_k` experts. Raises UserError for a number the model cannot do."""
+    text = config.get_text_config()
+    own = getattr(text, card.top_k, None) if card else None
+    if card is None or not isinstance(own, int):
+        raise UserError("teacher.top_k needs a teacher with one number of experts per token; leave it out")
+    if not 1 <= top_k <= getattr(text, card.num_experts):
+        raise UserError(
+            f"teacher.top_k must lie between 1 and the teacher's {getattr(text, card.num_experts)} experts; found {top_k}"
+        )
+    setattr(text, card.top_k, top_k)
+
+
+def check_quantize(quantize: str, card: TeacherCard | None, experts: str) -> str:
+    """The expert backend of a teacher that is rounded as it is read: only `streamed` reads experts one by one. Raises UserError."""
+    if not quantize:
+        return experts
+    if quantize not in BITS:
+        raise UserError(f"teacher.quantize must be one of {', '.join(BITS)}; found {quantize!r}")
+    if card is None or experts not in ("auto", "streamed"):
+        what = "a model without experts" if card is None else f"experts={experts!r}"
+        raise UserError(f"teacher.quantize rounds experts as they are read, which {what} cannot do; leave it out")
+    return "streamed"
+
+
 def load_teacher(
     path: str | Path,
     memory: str | int = "auto",
     experts: str = "auto",
     device: str = "auto",
     card: TeacherCard | str | Path | None = None,
+    quantize: str = "",
+    top_k: int = 0,
 ) -> Teacher:
     """A teacher from a folder in hub layout, a hub id, or a known name.
 
     memory: budget for weights and hidden states, such as "2GB"; auto = half of what is free.
     experts: auto | streamed | grouped_mm | megablocks. device: auto | cpu | cuda.
     card: the family's card, for a family that is not shipped; a model without experts needs none and has `.card` None.
-    Raises UserError naming file and tensor when the checkpoint is incomplete or damaged.
+    quantize: int8 | int4 | nf4 rounds every expert as it is read (simulated: nothing gets smaller); top_k: experts per token, in the
+    place of the checkpoint's own number. Raises UserError naming file and tensor when the checkpoint is incomplete or damaged.
     """
     folder = Path(path)
     if not folder.exists():
@@ -296,4 +345,7 @@ def load_teacher(
             f"teacher {folder} has no config.json; give the folder of a checkpoint as transformers saves it"
         )
     config = adapter.read_config(str(folder))
-    return Teacher(folder, config, find_card(config, card), memory, experts, device)
+    found = find_card(config, card)
+    if top_k:
+        widen_routing(config, found, top_k)
+    return Teacher(folder, config, found, memory, check_quantize(quantize, found, experts), device, quantize)
