@@ -7,10 +7,12 @@ from typing import Any
 from moe2dense import reportstage, stages
 from moe2dense.config import RunConfig
 from moe2dense.planning import Plan, make_plan, print_plan
+from moe2dense.regimes import progressive
 from moe2dense.resolve import fetch, resolve_teacher
 from moe2dense.run import open_run
+from moe2dense.schedules import temperature_settings
 from moe2dense.settings import configure
-from moe2dense.units import parse_count
+from moe2dense.units import names, parse_count
 
 
 @dataclass(frozen=True)
@@ -87,7 +89,7 @@ def convert(
     block: int | None = None,
     teacher_card: str | None = None,
     loss: str | None = None,
-    temperature: float | None = None,
+    temperature: float | str | None = None,
     alpha: float | None = None,
     lr: float | None = None,
     epochs: float | None = None,
@@ -98,6 +100,10 @@ def convert(
     seed: int | None = None,
     device: str | None = None,
     control: bool | None = None,
+    stages: str | None = None,
+    baseline: list[str] | None = None,
+    allow_loss: str | None = None,
+    judge: str | None = None,
     resume: bool = False,
     dry_run: bool = False,
 ) -> Result | Plan:
@@ -119,7 +125,7 @@ def convert(
     block: tokens per block; default min(2048, the teacher's max positions)
     teacher_card: TOML card of a family that is not shipped
     loss: distillation loss; see `moe2dense list losses`
-    temperature: softens both distributions; the loss is multiplied by its square
+    temperature: softens both distributions; the loss is multiplied by its square. auto: chosen by short trainings
     alpha: weight of the hard-label loss; 1 - alpha weighs the distillation loss (some papers mean the opposite)
     lr: peak learning rate
     epochs: passes over the training text; replays cost no teacher tokens
@@ -129,7 +135,11 @@ def convert(
     quantize: int8 or int4: quantise the exported student
     seed: of everything random
     device: auto, cpu or cuda
-    control: also train a randomly initialised student, to compare with
+    control: also train a randomly initialised student, and with stages a direct one, to compare with
+    stages: sizes from large to small (47%,40%): each student teaches the next; in the place of to
+    baseline: a dense checkpoint with the teacher's tokenizer to compare with, such as its pretrained sibling; may be repeated
+    allow_loss: domains of the held-out text that may be lost (code,drama); they are reported apart
+    judge: folder of a third language model that scores what student and teacher write
     resume: continue the run in --out
     dry_run: print the plan and stop
     """
@@ -140,7 +150,8 @@ def convert(
         "teacher.memory": memory,
         "teacher.experts": experts,
     }
-    flags |= {"data.block": block, "teacher.card": teacher_card, "train.loss": loss, "train.temperature": temperature}
+    flags |= {"data.block": block, "teacher.card": teacher_card, "train.loss": loss}
+    flags |= {f"train.{k}": v for k, v in temperature_settings(temperature).items()}
     flags |= {
         "train.alpha": alpha,
         "train.lr": lr,
@@ -154,7 +165,9 @@ def convert(
         "seed": seed,
         "teacher.device": device,
         "control": control,
+        "stages": stages,
     }
+    flags |= {"evaluate.baseline": baseline, "evaluate.allow_loss": names(allow_loss), "evaluate.judge": judge}
     settings = configure(teacher, to, config, flags)
     return run_conversion(settings, resume=resume, dry_run=dry_run)
 
@@ -169,6 +182,8 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     stages.check_settings(settings)
     planned = make_plan(settings)
     print_plan(planned, console)
+    if settings.stages:
+        console.print(progressive.describe(settings))
     if dry_run:
         return planned
     resolved = resolve_teacher(settings.model, settings.teacher.card)
@@ -181,6 +196,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
             source, memory=about.memory, experts=about.experts, device=about.device, card=resolved.card
         )
         text = stages.load_text(settings, planned, teacher.tokenizer())
+        reportstage.check_report_settings(settings, text, teacher)
         short = stages.shortfall(text, planned)
         if short:
             console.print(f"[yellow]warning:[/] {short}")
@@ -191,6 +207,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
 
 def _stages(job: stages.Job) -> Result:
     """Every stage in order. A finished one is read back from the run folder."""
+    whole, job = job, progressive.last_stage(job)
     student = stages.walk(job)
     rows = {"teacher": stages.score_teacher(job), "before": stages.score(job, student)}
     if job.plan.tokens:
@@ -200,6 +217,9 @@ def _stages(job: stages.Job) -> Result:
         rows["student"] = rows["before"]
     if job.settings.control:
         rows["control"] = stages.score(job, stages.control(job))
+        if job.settings.stages:
+            rows["direct"] = stages.score(job, progressive.direct(whole))
+    rows |= reportstage.score_baselines(job)
     report = reportstage.write_report(job, student, rows)
     model = reportstage.export_model(job, student, report)
     return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"])

@@ -126,6 +126,10 @@ def configure(teacher: str, to: str, config: str | Path | None, flags: dict[str,
         settings = merge(settings, table, str(own))
     settings = merge(settings, from_file, f"--config {config}")
     settings = merge_flags(settings, flags)
+    if settings.stages:
+        from moe2dense.regimes.progressive import with_last_stage
+
+        settings = with_last_stage(settings)
     if not settings.to:
         raise UserError("--to is missing; give a size (7b), a share (25%), a named target or a dense checkpoint")
     if not settings.out:

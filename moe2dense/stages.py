@@ -16,6 +16,7 @@ from moe2dense.units import show_count
 if TYPE_CHECKING:
     from moe2dense.data import Blocks
     from moe2dense.evaluation import Reference, Scores
+    from moe2dense.student.target import Target
     from moe2dense.student.types import Student
 
 
@@ -40,6 +41,19 @@ class Job:
     text: Text
     progress: Any
     references: dict[str, "Reference"] = field(default_factory=dict)
+    leader: Any = None  # what the student is made from where that is not the teacher: the student of the stage before
+
+    @property
+    def source(self) -> Any:
+        """Whose layers and targets make the student."""
+        return self.leader or self.teacher
+
+    @property
+    def target(self) -> "Target":
+        """The student's shape, as it is copied from the source."""
+        from moe2dense.student.single import target_from
+
+        return target_from(self.source, self.plan.target)
 
     @contextlib.contextmanager
     def timed(self, stage: str) -> Iterator[dict[str, Any]]:
@@ -52,11 +66,11 @@ class Job:
 
 def check_settings(settings: RunConfig) -> None:
     """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
-    from moe2dense.losses.logits import divergence
     from moe2dense.student.methods import parse_method
+    from moe2dense.trainsetup import check_training
 
     parse_method(settings.walk.init)
-    divergence(settings.train.loss)
+    check_training(settings.train)
     for flag, value, known in (
         ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
         ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),
@@ -123,8 +137,8 @@ def walk(job: Job) -> "Student":
     settings = job.settings
     with job.timed("walk") as entry:
         student = build_student(
-            job.teacher,
-            to=job.plan.target,
+            job.source,
+            to=job.target,
             data=job.text.walk,
             init=settings.walk.init,
             out=folder,
@@ -134,6 +148,10 @@ def walk(job: Job) -> "Student":
                 name, *counts, **{k: v for k, v in numbers.items() if k == "error"}
             ),
         )
+        if (
+            job.leader is not None
+        ):  # where the neurons of a dense leader come from says nothing of the teacher's experts
+            student.fate, student.teacher_path = [None] * len(student.fate), str(job.teacher.path)
         save_student(student, folder / "student")
         entry |= {"tokens": student.walk_tokens, "history": student.history}
     return load_student(folder / "student")  # as a resumed run does, so that both train the same module
@@ -215,6 +233,7 @@ def train(job: Job, student: "Student", row: str = "student") -> "Student":
 
 def training_targets(job: Job) -> Any:
     """The teacher's targets on the training text: the store the user names, else one written to the run folder."""
+    from moe2dense.losses.matching import teacher_features
     from moe2dense.targets import open_targets, write_targets
 
     settings = job.settings.train
@@ -224,12 +243,16 @@ def training_targets(job: Job) -> Any:
     if not job.run.finished("targets"):
         with job.timed("targets"):
             write_targets(
-                job.teacher,
+                job.source,
                 job.text.train,
                 folder,
                 format=settings.target_format,
                 temperature=settings.temperature,
                 seed=job.settings.seed,
+                features=teacher_features(
+                    settings.features, job.target.config.num_hidden_layers, job.target.teacher.num_hidden_layers
+                ),
+                routing=[settings.token_weights] * bool(settings.token_weights),
                 progress=job.progress,
             )
     return open_targets(folder, job.text.train)
@@ -241,6 +264,6 @@ def control(job: Job) -> "Student":
 
     settings = job.settings
     student = build_student(
-        job.teacher, to=job.plan.target, data=job.text.walk, init="random", config=settings.walk, seed=settings.seed
+        job.source, to=job.target, data=job.text.walk, init="random", config=settings.walk, seed=settings.seed
     )
     return train(job, student, "control") if job.plan.tokens else student

@@ -14,11 +14,12 @@ from moe2dense.cli import COMMANDS
 
 FLAGS = {
     "convert": "alpha block config control data device dry-run dtype epochs experts init lora loss lr memory ood out quantize"
-    " report-to resume seed teacher-card temperature to tokens valid",
+    " report-to resume seed stages teacher-card temperature to tokens valid",
     "plan": "block config data json lora memory out teacher-card to tokens",
     "list": "json",
     "inspect": "block data json memory teacher-card tokens",
-    "targets": "block data device experts format memory out seed teacher-card tokens",
+    "targets": "analyze block data device draws experts features format json k memory out seed teacher-card temperature"
+    " token-weights tokens",
     "distill": "alpha block config data device epochs lora loss lr memory out report-to resume seed targets teacher"
     " teacher-card temperature tokens valid",
     "eval": "baseline block data device json memory seed split teacher teacher-card tokens",

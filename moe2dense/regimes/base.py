@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor, nn
-
 if TYPE_CHECKING:
+    from torch import Tensor, nn
+
     from moe2dense.trainer import Trainer
     from moe2dense.trainstep import Lesson, Plan
 
@@ -24,7 +24,7 @@ class Regime:
         """The settings that must not change between a run and its continuation, as plain values."""
         return {}
 
-    def extra(self, model: Any) -> nn.Module | None:
+    def extra(self, model: Any) -> "nn.Module | None":
         """A module that trains beside the student, see `Objective`. Called before the optimiser is made."""
         return None
 
@@ -39,11 +39,11 @@ class Regime:
         """The student has made step `step` on what `lesson` returned. Returns numbers for the log."""
         return {}
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> "dict[str, Tensor]":
         """What a checkpoint must hold, on the CPU."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: "dict[str, Tensor]") -> None:
         """Take back what `state` returned."""
 
     def saved(self, step: int) -> None:
