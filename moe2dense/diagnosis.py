@@ -28,7 +28,15 @@ def _finding(id: str, severity: str, title: str, finding: str, remedy: str) -> F
 
 
 def _row(report: Report, name: str, row: str = "student") -> float | None:
-    return (((report.get("rows") or {}).get(row) or {}).get(name) or {}).get("value")
+    """A number of one row, without the domains that may be lost."""
+    kept = ((report.get("apart") or {}).get("held_out") or {}).get("kept")
+    return (((kept or report.get("rows") or {}).get(row) or {}).get(name) or {}).get("value")
+
+
+def _ood(report: Report) -> dict[str, Any]:
+    """The student's numbers on out-of-distribution text, without the domains that may be lost."""
+    kept = ((report.get("apart") or {}).get("ood") or {}).get("kept")
+    return (kept or report.get("ood") or {}).get("student") or {}
 
 
 def _train(report: Report) -> dict[str, Any]:
@@ -67,7 +75,7 @@ def broken_student(report: Report) -> Finding | None:
 
 def worse_than_control(report: Report) -> Finding | None:
     """The whole interval of the gap closed lies below zero."""
-    share = (report.get("retention") or {}).get("overall") or {}
+    share = (report.get("retention") or {}).get("kept") or (report.get("retention") or {}).get("overall") or {}
     if share.get("high") is None or share["high"] >= 0:
         return None
     return _finding(
@@ -176,7 +184,7 @@ def few_calibration_tokens(report: Report) -> Finding | None:
 
 def far_on_other_text(report: Report) -> Finding | None:
     """The student follows its teacher only on text like that it was trained on."""
-    kl, other = _row(report, "kl"), (((report.get("ood") or {}).get("student") or {}).get("kl") or {})
+    kl, other = _row(report, "kl"), _ood(report).get("kl") or {}
     if kl is None or other.get("low") is None or other["low"] < 2 * kl:
         return None
     return _finding(

@@ -157,6 +157,22 @@ def evaluate(
     return summarise(values, blocks, keep, Bootstrap(len(blocks), bootstrap, seed), token_counts)
 
 
+@torch.no_grad()
+def label_scores(hidden: Tensor, head: Any, labels: Tensor, chunk: int = metrics.CHUNK) -> tuple[Tensor, Tensor]:
+    """(log-probability [n] of each label, whether it is the first choice [n]) from final hidden states [n, H], on the CPU.
+
+    [tokens, vocabulary] exists only `chunk` numbers at a time.
+    """
+    step = max(1, chunk // head.weight.shape[0])
+    scores, first = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
+    for i in range(0, len(labels), step):
+        logits = head.logits(hidden[i : i + step].to(head.weight)).float()
+        mine = labels[i : i + step].to(logits.device)
+        scores.append(logits.log_softmax(-1).gather(1, mine[:, None])[:, 0].cpu())
+        first.append((logits.argmax(-1) == mine).cpu())
+    return torch.cat(scores), torch.cat(first)
+
+
 def _reference_of(teacher: Any, data: Any, targets: Any, batch: int) -> Reference:
     if isinstance(teacher, Reference):
         return teacher

@@ -5,12 +5,56 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2dense.cards import nearest
+from moe2dense.errors import UserError
 from moe2dense.planning import DEFAULT_CORPUS
-from moe2dense.stages import Job, reference_for, token_counts, training_targets
+from moe2dense.stages import Job, Text, reference_for, score, token_counts, training_targets
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from moe2dense.config import RunConfig
     from moe2dense.evaluation import Scores
     from moe2dense.student.types import Student
+
+
+def check_report_settings(settings: "RunConfig", text: Text, teacher: Any) -> None:
+    """Refuse what the report could not say in the end, before the student is built. Raises UserError naming the flag."""
+    from moe2dense.baseline import check_baselines
+    from moe2dense.judge import check_judge
+
+    options = settings.evaluate
+    held = [d for part in (text.valid, text.ood) if part is not None for d in part.domains]
+    check_allowed(options.allow_loss, held)
+    check_baselines(options.baseline, teacher.tokenizer())
+    if options.judge:
+        check_judge(options.judge, teacher.path)
+
+
+def check_allowed(allowed: "Sequence[str]", domains: "Sequence[str]") -> None:
+    """Raises UserError for domains that the held-out text does not have, and where nothing would be left to judge."""
+    known = sorted(set(domains) - {""})
+    unknown = [d for d in allowed if d not in known]
+    if unknown and not known:
+        raise UserError(
+            f"--allow-loss {','.join(allowed)}: the held-out text has no domains; its records need a `domain` beside their text"
+        )
+    if unknown:
+        raise UserError(
+            f"--allow-loss names {', '.join(map(repr, unknown))}, which the held-out text does not have{nearest(unknown[0], known)}; "
+            f"its domains are {', '.join(known)}"
+        )
+    if allowed and not set(domains) - set(allowed):
+        raise UserError(
+            f"--allow-loss {','.join(allowed)} names every domain of the held-out text; leave out what is to survive"
+        )
+
+
+def score_baselines(job: Job) -> dict[str, dict[str, "Scores"]]:
+    """The numbers of every --baseline, by the row's name. One is in memory at a time."""
+    from moe2dense.baseline import open_baseline, row_names
+
+    return {row: score(job, open_baseline(name)) for row, name in row_names(job.settings.evaluate.baseline).items()}
 
 
 def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any]:
@@ -38,6 +82,9 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         history=stages.get("train-student", {}).get("history", []),
         control_history=stages.get("train-control", {}).get("history", []),
         transfer=transfer(job, student, rows),
+        samples=samples(job, student),
+        hashes=hashes(job),
+        allow_loss=job.settings.evaluate.allow_loss,
         train_scores=score_training_text(job, student),
         versions=versions(),
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
@@ -49,6 +96,41 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
     return report
 
 
+def samples(job: Job, student: "Student") -> dict[str, Any] | None:
+    """Student and teacher continue held-out prompts; leaves a blind rating sheet and its key in the run folder."""
+    from moe2dense.judge import Judge
+    from moe2dense.reporting.sheet import write_sheet
+    from moe2dense.sidebyside import side_by_side
+
+    options, seed = job.settings.evaluate, job.settings.seed
+    if not options.samples:
+        return None
+    judge = Judge(options.judge, job.settings.teacher.memory, job.settings.teacher.device) if options.judge else None
+    with job.timed("samples"):
+        found = side_by_side(
+            student.model,
+            job.teacher,
+            job.text.valid,
+            options,
+            tokenizer=job.teacher.tokenizer(),
+            seed=seed,
+            judge=judge,
+        )
+    if found is None:
+        return None
+    return found | {"sheet": [p.name for p in write_sheet(found, job.run.folder, seed)]}
+
+
+def hashes(job: Job) -> dict[str, str]:
+    """What the result depends on: the teacher's weights (sampled) and the text; the exported weights join after the export."""
+    from moe2dense.fingerprint import checkpoint_fingerprint, text_hash
+
+    text = job.text
+    parts = {"train text": text.train, "walk text": text.walk, "valid text": text.valid, "ood text": text.ood}
+    found = {"teacher (sampled)": checkpoint_fingerprint(job.teacher.path)}
+    return found | {name: text_hash(blocks) for name, blocks in parts.items() if blocks is not None}
+
+
 def score_training_text(job: Job, student: "Student", most: int = 24) -> "Scores | None":
     """The student on a little of the text it was trained on, against the stored targets; None where these hold no hidden states."""
     from moe2dense.evaluation import Reference, evaluate
@@ -56,7 +138,7 @@ def score_training_text(job: Job, student: "Student", most: int = 24) -> "Scores
     if not job.plan.tokens:
         return None
     store = training_targets(job)
-    if store.head is None:
+    if store is None or store.head is None:
         return None
     rows = list(range(min(most, len(store))))
     blocks = job.text.train[rows]
@@ -110,6 +192,7 @@ def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
     from moe2dense.evaluation import evaluate
     from moe2dense.exporting import export
     from moe2dense.exporting.info import card_info
+    from moe2dense.fingerprint import weight_hashes
     from moe2dense.reporting import write
     from moe2dense.reporting.assemble import clean
 
@@ -136,6 +219,7 @@ def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
             score=score_quantized if options.quantize else None,
             overwrite=True,
         )
+        report["run"]["hashes"] |= weight_hashes(folder / f for f in done.files)
         report["student"] |= {"bytes": done.bytes} | ({"quantized": done.quantized} if done.quantized else {})
         write(clean(report), job.run.folder)
         entry |= {"files": done.files, "checked": done.checked, "quantized": done.quantized}

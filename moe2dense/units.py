@@ -53,3 +53,8 @@ def show_seconds(s: float) -> str:
     parts = [(s // 86400, "d"), (s % 86400 // 3600, "h"), (s % 3600 // 60, "min"), (s % 60, "s")]
     shown = [f"{n} {unit}" for n, unit in parts if n]
     return " ".join(shown[:2]) if shown else "0 s"
+
+
+def names(text: str | None) -> list[str] | None:
+    """'code, drama' -> ['code', 'drama']; None stays None."""
+    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

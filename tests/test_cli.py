@@ -13,8 +13,8 @@ from moe2dense.__main__ import main
 from moe2dense.cli import COMMANDS
 
 FLAGS = {
-    "convert": "alpha block config control data device dry-run dtype epochs experts init lora loss lr memory ood out quantize"
-    " report-to resume seed stages teacher-card temperature to tokens valid",
+    "convert": "allow-loss alpha baseline block config control data device dry-run dtype epochs experts init judge lora loss lr memory ood out"
+    " quantize report-to resume seed stages teacher-card temperature to tokens valid",
     "plan": "block config data json lora memory out teacher-card to tokens",
     "list": "json",
     "inspect": "block data json memory teacher-card tokens",

@@ -11,7 +11,7 @@ from typing import Any
 
 from moe2dense.config import RunConfig
 from moe2dense.errors import UserError
-from moe2dense.evaluation import Scores, retention
+from moe2dense.evaluation import Scores, retention, split_domains
 from moe2dense.reporting.definitions import ROW_TITLES
 
 SCHEMA = 1
@@ -34,7 +34,7 @@ def assemble(
     data: Mapping[str, Any] | None = None,
     command: Sequence[str] | str = "",
     allow_loss: Sequence[str] = (),
-    samples: Sequence[Mapping[str, str]] = (),
+    samples: Mapping[str, Any] | None = None,
     train_scores: Scores | None = None,
     tokenizer: Any = None,
 ) -> Report:
@@ -46,8 +46,9 @@ def assemble(
     history: the records of metrics.jsonl: "step", "tokens", "loss", optional parts under "parts" (name -> value), "lr",
     "tokens_per_second", and at evaluations "valid_kl", "valid_rare_kl", "valid_nll"; control_history: the control's.
     transfer: `Transfer.to_dict()` of reporting.transfer. timings: seconds by stage. hashes: file or stage -> hash.
-    data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: {"prompt", "teacher", "student"}.
-    allow_loss: domains the user allows to be lost; they are reported apart and left out of `retention.kept`.
+    data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: what `sidebyside.side_by_side` returns.
+    allow_loss: domains the user allows to be lost; "apart" holds every row without them and on them alone, and they are left
+    out of `retention.kept`.
     train_scores: the student on text it was trained on (memorisation). tokenizer: gives the worst tokens their text.
     Raises UserError where the student's row is missing.
     """
@@ -61,12 +62,13 @@ def assemble(
         "cost": _cost(plan, student),
         "rows": _in_order(rows),
         "ood": _in_order(ood or {}),
+        "apart": _apart(rows, ood or {}, allow_loss),
         "retention": _retention(rows, allow_loss),
         "history": [dict(r) for r in history],
         "control_history": [dict(r) for r in control_history],
         "transfer": dict(transfer) if transfer else None,
         "train_scores": train_scores.to_dict() if train_scores else None,
-        "samples": [dict(s) for s in samples],
+        "samples": dict(samples) if samples else None,
         "tokens": _token_texts(rows, tokenizer),
         "run": {
             "command": command if isinstance(command, str) else shlex.join(command),
@@ -89,6 +91,22 @@ def _in_order(rows: Mapping[str, Scores]) -> dict[str, Any]:
     """Teacher, student, before, control, then baselines as given."""
     known = [n for n in ROW_TITLES if n in rows]
     return {n: rows[n].to_dict() for n in [*known, *(n for n in rows if n not in known)]}
+
+
+def _apart(rows: Mapping[str, Scores], ood: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[str, Any] | None:
+    """{"domains", "held_out": {"kept": rows, "lost": rows}, "ood": the same or None}; None where nothing may be lost."""
+    if not allow_loss:
+        return None
+    return {"domains": list(allow_loss), "held_out": split_rows(rows, allow_loss), "ood": split_rows(ood, allow_loss)}
+
+
+def split_rows(rows: Mapping[str, Scores], domains: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+    """Rows of scores without `domains` ("kept") and on them alone ("lost"); None where the text has none or nothing else."""
+    parts = {name: split_domains(scores, domains) for name, scores in rows.items()}
+    found = {name: part for name, part in parts.items() if part is not None}
+    if not found:
+        return None
+    return {which: _in_order({n: part[i] for n, part in found.items()}) for i, which in enumerate(("kept", "lost"))}
 
 
 def _token_texts(rows: Mapping[str, Scores], tokenizer: Any) -> dict[str, str]:

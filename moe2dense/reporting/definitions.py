@@ -83,6 +83,12 @@ QUALITY: dict[str, str] = {
     "reproduced": "1 - block error, mean over layers: on the teacher's own inputs, the share of the MoE blocks' squared output that "
     "the student's FFN layers get right. 0 % is no output at all.",
     "transferred": "Functional coverage, cut to 0-100 %, weighted by each expert's share of its layer's output energy.",
+    "written_teacher": "Mean NLL, in nats per token, that the teacher gives what was written after the prompts: how likely it finds the text.",
+    "written_student": "The same, by the student.",
+    "written_judge": "Negative log-likelihood that the judge, a third model that trained nobody here, gives what was written after the "
+    "prompts, in nats per UTF-8 byte (its tokens are its own).",
+    "written_distinct": "Share of the bigrams of tokens that are distinct within their text: text that repeats itself is likely, and says little.",
+    "may_be_lost": "Domains named with --allow-loss. They are reported apart, and the numbers are also given without them.",
 }
 
 ROW_TITLES = {

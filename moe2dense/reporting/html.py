@@ -12,6 +12,7 @@ from moe2dense.reporting.assemble import SCHEMA, Report, clean
 from moe2dense.reporting.charts import Series, number, percent
 from moe2dense.reporting.definitions import BY_KEY, METRICS, QUALITY, row_title
 from moe2dense.reporting.heatmap import heatmap_data, heatmap_svg, ranked_rows
+from moe2dense.reporting.written import samples_section
 from moe2dense.run import atomic_write
 from moe2dense.units import show_bytes, show_seconds
 from moe2dense.units import show_count as _count
@@ -88,6 +89,7 @@ def context(report: Report) -> dict[str, Any]:
         "deciles": decile_chart(report),
         "positions": position_chart(report),
         "worst_tokens": _worst_tokens(report),
+        "samples": samples_section(report),
         "transfer": transfer,
         "heatmap": heatmap_svg(transfer, "coverage") if transfer else None,
         "heatmap_data": heatmap_data(transfer) if transfer else None,
@@ -116,7 +118,8 @@ def lede(report: Report) -> str:
     share = ((report.get("retention") or {}).get("overall") or {}).get("value")
     if share is not None:
         parts.append(
-            f"It closes {percent(share, 1)} of the gap between a student trained from a random start and the teacher."
+            f"It closes {percent(share, 1)} of the gap between a student trained from a random start and the teacher"
+            f"{_without_lost(report)}."
         )
     model = (report.get("transfer") or {}).get("model") or {}
     if model.get("reproduced") is not None:
@@ -129,6 +132,18 @@ def lede(report: Report) -> str:
             f"({model['measured']} of {model['experts']} experts measured)."
         )
     return " ".join(parts)
+
+
+def _without_lost(report: Report) -> str:
+    """' (93 % without code, which may be lost)' where domains may be lost and the text has them."""
+    kept = ((report.get("retention") or {}).get("kept") or {}).get("value")
+    if kept is None or not (report.get("apart") or {}).get("held_out"):
+        return ""
+    return f" ({percent(kept, 1)} without {_listed(report['apart']['domains'])}, which may be lost)"
+
+
+def _listed(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def _teacher_facts(t: dict[str, Any]) -> list[str]:
@@ -222,19 +237,30 @@ def _quality_table(report: Report) -> list[dict[str, Any]]:
         ("Teacher's choice in top 5", "top5", "percent"), ("Correlation", "correlation", ""),
         ("Calibration error", "ece", ""), ("Entropy gap", "entropy_gap", ""),
     ]  # fmt: skip
-    groups = [("Held-out text", report["rows"])]
-    if report.get("ood"):
-        groups.append(("Out-of-distribution text", report["ood"]))
+    apart = report.get("apart") or {}
+    groups: list[tuple[str, str, dict[str, Any]]] = []
+    for title, key, rows in (
+        ("Held-out text", "held_out", report["rows"]),
+        ("Out-of-distribution text", "ood", report.get("ood")),
+    ):
+        if rows:
+            groups.append((title, "", rows))
+        if parts := apart.get(key):
+            lost = _listed(apart["domains"])
+            groups.append((f"{title}, without {lost}", QUALITY["may_be_lost"], parts["kept"]))
+            groups.append((f"{title}, {lost} alone: may be lost", QUALITY["may_be_lost"], parts["lost"]))
     return [
         {
             "title": title,
+            "help": help,
+            "lost": title.endswith("may be lost"),
             "head": [row_title(n) for n in rows],
             "rows": [
                 (label, QUALITY.get(k, ""), [estimate(r.get(k), style) for r in rows.values()])
                 for label, k, style in lines
             ],
         }
-        for title, rows in groups
+        for title, help, rows in groups
     ]
 
 

@@ -25,9 +25,17 @@ def print_report(report: Report, console: Console | None = None) -> None:
     console = console or Console()
     console.print(_headline(report), highlight=False)
     columns = COLUMNS if console.width >= 96 else COLUMNS[:5]
-    console.print(_rows("held-out text", report["rows"], columns))
-    if report.get("ood"):
-        console.print(_rows("out-of-distribution text", report["ood"], columns))
+    apart = report.get("apart") or {}
+    for title, key, rows in (
+        ("held-out text", "held_out", report["rows"]),
+        ("out-of-distribution text", "ood", report.get("ood")),
+    ):
+        if rows:
+            console.print(_rows(title, rows, columns))
+        if parts := apart.get(key):
+            lost = ", ".join(apart["domains"])
+            console.print(_rows(f"{title} without {lost}", parts["kept"], columns))
+            console.print(_rows(f"{title}, {lost} alone: may be lost", parts["lost"], columns))
     domains = report["rows"]["student"].get("by_domain") or {}
     if len(domains) > 1:
         console.print(_domains(report, domains))
@@ -36,6 +44,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(_layers(transfer, max(8, min(64, console.width - 44))))
         if transfer.get("worst"):
             console.print(_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5], console.width >= 96))
+    if report.get("samples"):
+        console.print(_written(report))
     for finding in report.get("diagnosis") or []:
         color = "red" if finding["severity"] == "error" else "yellow"
         console.print(Text(f"{finding['title']}: ", style=color) + Text(f"{finding['finding']} {finding['remedy']}"))
@@ -50,7 +60,10 @@ def _headline(report: Report) -> Text:
         parts.append(f"{percent(cost['parameters_ratio'])} of the parameters")
     share = ((report.get("retention") or {}).get("overall") or {}).get("value")
     if share is not None:
-        parts.append(f"{percent(share, 1)} of the gap to the control closed")
+        kept = (report["retention"].get("kept") or {}).get("value")
+        apart = report.get("apart") or {}
+        without = f" ({percent(kept, 1)} without {', '.join(apart['domains'])})" if apart.get("held_out") else ""
+        parts.append(f"{percent(share, 1)} of the gap to the control closed{without}")
     model = (report.get("transfer") or {}).get("model") or {}
     if model.get("reproduced") is not None:
         parts.append(f"{percent(model['reproduced'])} of the expert blocks' output reproduced")
@@ -124,6 +137,18 @@ def bars(shares: Sequence[float | None], most: int = 64) -> str:
         groups = [[v for v in shares[i : i + size] if v is not None] for i in range(0, len(shares), size)]
         shares = [sum(g) / len(g) if g else None for g in groups]
     return "".join("·" if v is None else BLOCKS[1 + min(7, max(0, int(v * 8)))] for v in shares)
+
+
+def _written(report: Report) -> Table:
+    samples = report["samples"]
+    readers = [("by teacher", "teacher"), ("by student", "student")]
+    readers += [("by judge", "judge")] if samples.get("judge") else []
+    table = _table("NLL of what they wrote", "", *(name for name, _ in readers), "distinct bigrams")
+    for writer, title in (("student", "student's text"), ("teacher", "teacher's text"), ("text", "held-out text")):
+        if writer in samples["scores"]:
+            scores = samples["scores"][writer]
+            table.add_row(title, *(number(scores.get(k)) for _, k in readers), percent(scores.get("distinct")))
+    return table
 
 
 def _ranked(title: str, rows: list[dict[str, Any]], wide: bool) -> Table:
