@@ -61,7 +61,7 @@ class HiddenRows:
 
     hidden: Tensor
     head: Any
-    features: dict[int, Tensor] | None = None  # the residual stream [n, H] after some layers
+    features: dict[str, Tensor] | None = None  # what is known of some layers, [n, ...] by name
 
     @property
     def vocabulary(self) -> int | None:
@@ -77,7 +77,8 @@ class HiddenRows:
         moved = None if self.features is None else {k: v.to(device) for k, v in self.features.items()}
         return HiddenRows(self.hidden.to(device), head_on(self.head, device), moved)
 
-    def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
+    def logits_of(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The teacher's logits [t, V] at the tokens `rows`."""
         head = self.head
         logits = product(self.hidden[rows].to(head.weight.dtype), head.weight.T, dtype)
         if head.bias is not None:
@@ -86,7 +87,10 @@ class HiddenRows:
             logits *= head.scale
         if head.softcap:
             logits.div_(head.softcap).tanh_().mul_(head.softcap)
-        return _dense(logits, loss, temperature)
+        return logits
+
+    def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
+        return _dense(self.logits_of(rows, dtype), loss, temperature)
 
 
 @dataclass
@@ -108,9 +112,12 @@ class LogitRows:
     def to(self, device: torch.device) -> "LogitRows":
         return LogitRows(self.logits.to(device))
 
+    def logits_of(self, rows: slice, dtype: torch.dtype) -> Tensor:
+        """The logits at the tokens `rows`; an impossible token (-inf) would turn 0 * -inf into NaN."""
+        return self.logits[rows].to(dtype).clamp(min=-1e6)
+
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
-        # an impossible token (-inf) would turn 0 * -inf into NaN
-        return _dense(self.logits[rows].to(dtype).clamp(min=-1e6), loss, temperature)
+        return _dense(self.logits_of(rows, dtype), loss, temperature)
 
 
 def _only_forward(loss: str, temperature: float, written: float, what: str) -> None:
