@@ -1,6 +1,7 @@
 """How the learning rate and the weights of a loss change over a run: pure functions of the step."""
 
 import math
+from typing import Any
 
 from moe2dense.cards import nearest
 from moe2dense.errors import UserError
@@ -45,3 +46,27 @@ def scheduled(value: float | str, step: int, steps: int) -> float:
         return found[0] if share < (found[2] if len(found) == 3 else 0.5) else found[1]
     mix = share if shape == "linear" else 0.5 * (1 - math.cos(math.pi * share))
     return found[0] + (found[1] - found[0]) * mix
+
+
+def temperature_settings(value: float | str | None) -> dict[str, Any]:
+    """What --temperature sets among the training settings: a number, `auto`, or a schedule. Raises UserError for anything else."""
+    if value is None:
+        return {}
+    try:
+        number = float(value)
+    except ValueError:
+        if value != "auto":
+            _check_schedule(str(value))
+        return {"temperature_schedule": value}
+    if not number > 0:
+        raise UserError(f"--temperature must be above 0; found {number:g}")
+    return {"temperature": number, "temperature_schedule": ""}
+
+
+def _check_schedule(value: str) -> None:
+    try:
+        ends = scheduled(value, 0, 2), scheduled(value, 1, 2)
+    except UserError as error:
+        raise UserError(f"--temperature must be a number, auto or a schedule; {error}") from None
+    if min(ends) <= 0:
+        raise UserError(f"--temperature must stay above 0; found {value!r}")

@@ -5,11 +5,15 @@ Losses at different temperatures cannot be compared with each other, so the held
 
 import copy
 import dataclasses
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from moe2dense.config import TrainConfig
 from moe2dense.errors import UserError
+from moe2dense.run import atomic_write
+from moe2dense.targets.store import process
 from moe2dense.trainer import Trainer
 from moe2dense.trainstep import Lesson
 
@@ -17,6 +21,7 @@ CANDIDATES = (1.0, 1.5, 2.0, 4.0)
 _STEPS = 40  # of each trial, at most
 _SHARE = 0.1  # of the run's own steps
 _MARGIN = 0.01  # by which another temperature must beat 1
+CHOICE = "temperature.json"  # in the folder of the training run: what was chosen, and the held-out KL of each candidate
 
 
 def choose_temperature(
@@ -43,8 +48,9 @@ def choose_temperature(
     found = {}
     for temperature in candidates:
         trial = dataclasses.replace(
-            config, temperature=temperature, temperature_schedule="", epochs=epochs, eval_every=10**9, report_to="none"
-        )
+            config, temperature=temperature, temperature_schedule="", epochs=epochs, eval_every=10**9, report_to="none",
+            features="",
+        )  # fmt: skip
         trainer = Trainer(copy.deepcopy(model), lesson, held, trial, seed, None, accelerator)
         history = trainer.run(False, None, quiet=True).history
         found[temperature] = history[-1]["valid_kl"]
@@ -52,3 +58,17 @@ def choose_temperature(
     if 1.0 in found and found[best] > (1 - _MARGIN) * found[1.0]:
         best = 1.0
     return best, found
+
+
+def settle_temperature(
+    model: Any, lesson: Lesson, held: Lesson | None, config: TrainConfig, seed: int, out: Any, accelerator: Any = None
+) -> float:
+    """`choose_temperature` once per training run: the choice is kept in out/temperature.json, where a resumed run reads it."""
+    path = None if out is None else Path(out) / CHOICE
+    if path is not None and path.exists():
+        return float(json.loads(path.read_text())["temperature"])
+    best, found = choose_temperature(model, lesson, held, config, seed, accelerator=accelerator)
+    if path is not None and process()[0] == 0:
+        table = {f"{t:g}": kl for t, kl in found.items()}
+        atomic_write(path, json.dumps({"temperature": best, "valid_kl": table}, indent=1))
+    return best

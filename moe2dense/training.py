@@ -1,22 +1,25 @@
 """distill(): train a dense student on its teacher's distributions, on one CPU, one GPU or many processes."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
-from moe2dense.losses.features import HiddenMatch, parse_features
 from moe2dense.regimes.base import Regime
 from moe2dense.schedules import scheduled
+from moe2dense.targets.ahead import ReadAhead
 from moe2dense.targets.memory import as_targets, hidden_targets
-from moe2dense.temperature import choose_temperature
+from moe2dense.targets.record import weighed
+from moe2dense.targets.store import StoredTargets, process
+from moe2dense.temperature import settle_temperature
 from moe2dense.trainer import Trainer, TrainResult
-from moe2dense.trainsetup import default_learning_rate
+from moe2dense.trainsetup import check_training, default_learning_rate, make_match
 from moe2dense.trainstep import Lesson, rare_positions
 
 __all__ = ["TrainResult", "distill"]
@@ -61,64 +64,57 @@ def distill(
     block = data.input_ids.shape[1]
     if tokens is not None and tokens < block:
         raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
+    _check_arguments(config, teacher, targets, out, regime)
+    known = None if targets is None else as_targets(targets, data)
+    data = data if tokens is None else data[: tokens // block]
+    if not bool(data.loss_mask().any()):
+        raise UserError("data: no token carries loss; the blocks are masked throughout")
+    match = make_match(config, model, known, teacher, seed) if config.features else None
+    if known is None and teacher is not None and not (regime is not None and regime.brings_targets):
+        features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)
+        known = hidden_targets(teacher, data, features=features, routing=routing, progress=progress)
+    held = None
+    if valid is not None and (valid_targets is not None or teacher is not None):
+        found = valid_targets if valid_targets is not None else hidden_targets(teacher, valid)
+        held = Lesson(valid, as_targets(found, valid, "valid_targets"), rare_positions(valid, data))
+    lesson = Lesson(data, known, weights=_token_weights(config.token_weights, known, data))
+    if config.temperature_schedule == "auto":
+        best = settle_temperature(model, lesson, held, config, seed, out, accelerator)
+        config = dataclasses.replace(config, temperature=best, temperature_schedule="")
+    with contextlib.ExitStack() as stack:
+        if isinstance(known, StoredTargets) and regime is None:
+            per_step = max(1, config.batch // block)
+            ahead = ReadAhead(known, len(data), per_step, config.epochs, seed, config.micro_batch, *process())
+            stack.callback(ahead.close)
+            lesson.targets = ahead
+        trainer = Trainer(model, lesson, held, config, seed, out, accelerator, match, regime)
+        return trainer.run(resume, progress)
+
+
+def _check_arguments(config: TrainConfig, teacher: Any, targets: Any, out: Any, regime: Regime | None) -> None:
+    """Raises UserError for arguments that do not fit together."""
+    check_training(config)
     brought = regime is not None and regime.brings_targets
     if teacher is None and targets is None and not brought and _needs_teacher(config):
         raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
     if config.shard and regime is not None:
         raise UserError(f"shard=True spreads one model; the {regime.name} regime runs on copies: leave shard out")
-    if config.features and brought:
-        assert regime is not None
-        raise UserError(f"features belong to fixed text; the {regime.name} regime brings its own: leave features out")
+    for name in ("features", "token_weights"):
+        if getattr(config, name) and regime is not None and brought:
+            raise UserError(f"{name} belong to fixed text; the {regime.name} regime brings its own: leave {name} out")
     if config.shard and (config.lora or out is None):
         raise UserError(
             "shard=True needs out=, where its weights are gathered, and trains all weights: it takes no lora"
         )
-    known = None if targets is None else as_targets(targets, data)
-    data = data if tokens is None else data[: tokens // block]
-    if not bool(data.loss_mask().any()):
-        raise UserError("data: no token carries loss; the blocks are masked throughout")
-    match = None
-    if config.features:
-        match = _feature_match(config, model, known, teacher, seed)
-    if known is None and teacher is not None and not brought:
-        known = hidden_targets(teacher, data, features=match.teacher_layers if match else (), progress=progress)
-    held = None
-    if valid is not None and (valid_targets is not None or teacher is not None):
-        found = valid_targets if valid_targets is not None else hidden_targets(teacher, valid)
-        held = Lesson(valid, as_targets(found, valid, "valid_targets"), rare_positions(valid, data))
-    lesson = Lesson(data, known)
-    if config.temperature_schedule == "auto":
-        best, _ = choose_temperature(model, lesson, held, config, seed, accelerator=accelerator)
-        config = dataclasses.replace(config, temperature=best, temperature_schedule="")
-    trainer = Trainer(model, lesson, held, config, seed, out, accelerator, match, regime)
-    return trainer.run(resume, progress)
 
 
-def _feature_match(config: TrainConfig, model: Any, targets: Any, teacher: Any, seed: int) -> HiddenMatch:
-    """The loss on hidden states that config.features asks for. Raises UserError when the targets do not hold them."""
-    kind, spec = parse_features(config.features)
-    if targets is None and teacher is None:
-        raise UserError("features need a teacher, or targets that hold its hidden states")
-    if targets is not None:
-        layers = getattr(targets, "layers", 0)
-        one = targets.batch([0]).features if getattr(targets, "features", None) else None
-        if not one:
-            raise UserError(
-                "features need targets that hold hidden states of the layers; write them with features=[...]"
-            )
-        width = next(iter(one.values())).shape[-1]
-    else:
-        about = teacher.config.get_text_config()
-        layers, width, one = about.num_hidden_layers, about.hidden_size, None
-    own = model.config.get_text_config()
-    torch.manual_seed(seed)
-    match = HiddenMatch(spec, kind, (own.num_hidden_layers, own.hidden_size), (layers, width))
-    missing = set(match.teacher_layers) - set(one) if one else set()
-    if missing:
-        raise UserError(
-            f"features {config.features!r} need teacher layers {sorted(missing)}, which the targets do not hold"
-        )
-    return match.to(next(model.parameters()).dtype)
+def _token_weights(name: str, targets: Any, blocks: Blocks) -> Tensor | None:
+    """[N, S] with mean 1 over the tokens that count; None when every token weighs the same."""
+    if not name:
+        return None
+    if not hasattr(targets, "token_weights"):
+        raise UserError(f"token_weights={name!r} needs a streamed teacher, or targets stored with it")
+    return weighed(targets.token_weights(name)[: len(blocks)], blocks.loss_mask())
 
 
 def _needs_teacher(config: TrainConfig) -> bool:

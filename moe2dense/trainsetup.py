@@ -9,11 +9,64 @@ import torch
 from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
+from moe2dense.losses.logits import divergence
+from moe2dense.losses.matching import FeatureMatch, parse_features, teacher_features
 from moe2dense.losses.student import head_error
 from moe2dense.metrics import model_inputs
+from moe2dense.schedules import scheduled
+from moe2dense.targets.formats import FORMATS
+from moe2dense.targets.record import check_token_weights
 
 BETAS = (0.9, 0.95)
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
+
+
+def check_training(config: TrainConfig) -> None:
+    """Refuse settings that no run could follow, before anything is read. Raises UserError naming the setting."""
+    divergence(config.loss)
+    if config.target_format not in FORMATS:
+        raise UserError(f"train.target_format must be one of {', '.join(FORMATS)}; found {config.target_format!r}")
+    if config.features:
+        parse_features(config.features)
+        scheduled(config.feature_weight, 0, 1)
+    if config.token_weights:
+        check_token_weights(config.token_weights)
+    if config.temperature_schedule not in ("", "auto"):
+        scheduled(config.temperature_schedule, 0, 1)
+    if config.alpha_schedule:
+        scheduled(config.alpha_schedule, 0, 1)
+    if config.targets or config.target_format in ("hidden", "full"):
+        return
+    kept = f"train.target_format={config.target_format!r} keeps a part of the teacher's distribution"
+    if config.loss != "forward_kl":
+        raise UserError(f"{kept}, which serves forward_kl only, not loss {config.loss!r}; use hidden or full")
+    if config.temperature_schedule:
+        raise UserError(f"{kept} at one temperature, not {config.temperature_schedule!r}; use hidden or full")
+    if config.features:
+        raise UserError(f"{kept} and no features; use hidden")
+
+
+def make_match(config: TrainConfig, model: Any, targets: Any, teacher: Any, seed: int) -> FeatureMatch:
+    """The feature losses that config.features asks for. Raises UserError when the targets do not hold what they need."""
+    about = model.config.get_text_config()
+    own = (about.num_hidden_layers, about.hidden_size)
+    if targets is not None:
+        whole = (getattr(targets, "layers", 0), getattr(targets, "width", 0))
+        held = set(getattr(targets, "features", ()))
+        missing = [n for n in teacher_features(config.features, own[0], whole[0]) if n not in held] if held else ["any"]
+        if missing:
+            raise UserError(
+                f"features {config.features!r} need targets that hold them, which these do not ({missing[0]} is missing); "
+                f"write the targets again with --features {config.features}"
+            )
+    elif teacher is not None:
+        config_t = teacher.config.get_text_config()
+        whole = (config_t.num_hidden_layers, config_t.hidden_size)
+    else:
+        raise UserError("features need a teacher, or targets that hold its features")
+    torch.manual_seed(seed)
+    match = FeatureMatch(config.features, own, whole, about.num_attention_heads)
+    return match.to(next(model.parameters()).dtype)
 
 
 def make_accelerator(config: TrainConfig, out: str | Path | None) -> Any:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
+from moe2dense.losses.matching import feature_weights
 from moe2dense.metrics import model_inputs
 from moe2dense.order import micro_batches, step_blocks
 from moe2dense.schedules import learning_rate, scheduled
@@ -28,6 +29,7 @@ class Lesson:
     blocks: Blocks
     targets: Targets | None
     watch: Tensor | None = None  # [N, S] bool: tokens whose KL is reported apart
+    weights: Tensor | None = None  # [N, S]: of each token's distillation loss
 
     @cached_property
     def mask(self) -> Tensor:
@@ -60,6 +62,8 @@ class Lesson:
             options["labels"] = self.labels[rows].flatten().to(device)
         if self.watch is not None:
             options["watch"] = self.watch[rows].flatten().to(device)
+        if self.weights is not None:
+            options["weights"] = self.weights[rows].flatten().to(device)
         teacher = None if self.targets is None else self.targets.batch(rows)
         return model_inputs(self.blocks[rows], device), _to(teacher, device), options
 
@@ -76,7 +80,7 @@ class Plan:
     lr: float
     alpha: float
     temperature: float
-    feature_weight: float = 0.0
+    feature_weights: tuple[float, ...] = ()  # of each term of the features
 
 
 def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps: int, seed: int) -> Plan:
@@ -86,7 +90,7 @@ def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps:
         lr=learning_rate(step, steps, config.lr, config.warmup),
         alpha=scheduled(config.alpha_schedule or config.alpha, step, steps),
         temperature=scheduled(config.temperature_schedule or config.temperature, step, steps),
-        feature_weight=scheduled(config.feature_weight, step, steps) if config.features else 0.0,
+        feature_weights=feature_weights(config.features, config.feature_weight, step, steps),
     )
 
 
@@ -111,7 +115,7 @@ def train_step(
             found = objective(
                 inputs, teacher if plan.alpha < 1 else None,
                 loss=config.loss, temperature=plan.temperature, alpha=plan.alpha,
-                feature_weight=plan.feature_weight, **counts, **options,
+                feature_weights=plan.feature_weights, **counts, **options,
             )  # fmt: skip
             # processes average their gradients, and each holds its share of one mean
             accelerator.backward(found[0] * world if world > 1 else found[0])
@@ -127,7 +131,7 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     named = ({"kd": kd} if plan.alpha < 1 else {}) | ({"ce": ce} if plan.alpha > 0 else {})
-    named |= {"features": features} if plan.feature_weight else {}
+    named |= {"features": features} if plan.feature_weights else {}
     return {"loss": loss, "parts": named, "lr": plan.lr, "grad_norm": norm}
 
 

@@ -3,6 +3,8 @@
 FitNets (1412.6550) for hints with projectors, Patient-KD (1908.09355) and TinyBERT (1909.10351) for the layer maps.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -11,7 +13,14 @@ from moe2dense.errors import UserError
 
 # n tokens, Hs and Ht hidden sizes, Ls and Lt numbers of layers
 
-KINDS = ("mse", "cosine")
+
+@dataclass
+class Tokens:
+    """The n = N S tokens of a forward pass: weights [n], 0 where masked, which sum to the pass's share of the whole step;
+    seen [N, S, S] bool: which tokens (columns) a token may attend to."""
+
+    weights: Tensor
+    seen: Tensor
 
 
 def token_mse(student: Tensor, teacher: Tensor) -> Tensor:
@@ -31,14 +40,6 @@ def make_projector(student: int, teacher: int) -> nn.Module:
     linear = nn.Linear(student, teacher, bias=False)
     nn.init.orthogonal_(linear.weight)
     return linear
-
-
-def parse_features(text: str) -> tuple[str, str]:
-    """`mse:uniform` -> ("mse", "uniform"). Raises UserError for a kind that is not known."""
-    kind, _, spec = text.partition(":")
-    if kind not in KINDS:
-        raise UserError(f"features {text!r} must be KIND:MAP with a kind of {', '.join(KINDS)}, such as mse:uniform")
-    return kind, spec or "uniform"
 
 
 def layer_pairs(spec: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
@@ -68,7 +69,7 @@ def layer_pairs(spec: str, student_layers: int, teacher_layers: int) -> list[tup
 
 
 class HiddenMatch(nn.Module):
-    """The mean loss between the student's states of some layers and the teacher's, each pair with its own projector.
+    """The loss between the student's states of some layers and the teacher's, [n] tokens, each pair with its own projector.
 
     With `spec` "learned" every student layer learns from a mixture of all teacher layers, whose weights train too
     (softmax, uniform at the start).
@@ -76,34 +77,29 @@ class HiddenMatch(nn.Module):
 
     def __init__(self, spec: str, kind: str, student: tuple[int, int], teacher: tuple[int, int]):
         super().__init__()
-        if kind not in KINDS:
-            raise UserError(f"feature loss {kind!r} is unknown; use one of {', '.join(KINDS)}")
         (student_layers, student_width), (teacher_layers, teacher_width) = student, teacher
-        self.kind, self.learned = kind, spec == "learned"
+        self.measure = token_mse if kind == "mse" else token_cosine
+        self.learned = spec == "learned"
         if self.learned:
             self.pairs = [(i, -1) for i in range(student_layers)]
-            self.student_layers, self.teacher_layers = list(range(student_layers)), list(range(teacher_layers))
+            self.layers = list(range(teacher_layers))
             self.mixture = nn.Parameter(torch.zeros(student_layers, teacher_layers))
         else:
             self.pairs = layer_pairs(spec, student_layers, teacher_layers)
-            self.student_layers, self.teacher_layers = (sorted({p[i] for p in self.pairs}) for i in (0, 1))
         self.projectors = nn.ModuleList(make_projector(student_width, teacher_width) for _ in self.pairs)
 
-    def forward(self, student: dict[int, Tensor], teacher: dict[int, Tensor], weights: Tensor) -> Tensor:
-        """student and teacher: states [n, H] by layer; weights [n]: of each token, 0 where masked, summing to its share."""
-        measure = token_mse if self.kind == "mse" else token_cosine
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], tokens: Tokens) -> Tensor:
+        """student and teacher: states [n, H] by name. The mean over the pairs of the tokens' weighted sum."""
+        kept = tokens.weights > 0
+        weights = tokens.weights[kept]
         total = weights.new_zeros(())
-        kept = weights > 0
-        weights = weights[kept]
         for i, (s, t) in enumerate(self.pairs):
             if self.learned:
                 mix = self.mixture[i].softmax(-1)
-                goal = sum(mix[j] * teacher[layer][kept] for j, layer in enumerate(self.teacher_layers))
+                goal = sum(mix[j] * teacher[f"hidden-{j}"][kept] for j in self.layers)
             else:
-                goal = teacher[t][kept]
+                goal = teacher[f"hidden-{t}"][kept]
             assert isinstance(goal, Tensor)
             if len(weights):
-                total = total + (measure(self.projectors[i](student[s][kept]), goal) * weights).sum()
-        # a wholly masked pass still touches every parameter, as wrappers for many processes expect
-        touch = sum((p.sum() * 0.0 for p in self.parameters()), weights.new_zeros(()))
-        return total / len(self.pairs) + touch
+                total = total + (self.measure(self.projectors[i](student[f"hidden-{s}"][kept]), goal) * weights).sum()
+        return total / len(self.pairs)

@@ -14,20 +14,26 @@ def _relations(vectors: Tensor, heads: int, seen: Tensor) -> Tensor:
     return scores.masked_fill(~seen[:, None], torch.finfo(scores.dtype).min).log_softmax(-1)
 
 
+def token_relation(student: Tensor, teacher: Tensor, heads: int, seen: Tensor) -> Tensor:
+    """[N, S]: mean over R relation heads of KL(teacher || student) of self-relations of queries, keys or values [N, S, D].
+
+    seen [N, S, S] bool: which tokens (columns) a token relates to.
+    """
+    log_s, log_t = _relations(student, heads, seen), _relations(teacher, heads, seen)
+    return (log_t.exp() * (log_t - log_s)).masked_fill(~seen[:, None], 0.0).sum(-1).mean(1)
+
+
 def minilm_relation(
     student: Tensor, teacher: Tensor, heads: int, mask: Tensor | None = None, causal: bool = True
 ) -> Tensor:
-    """Mean KL(teacher || student) of self-relations of queries, keys or values [N, S, D], split into R relation heads.
+    """The mean of `token_relation` over the tokens that count.
 
     mask [N, S] bool: tokens that count. causal: a token relates to itself and those before it.
     """
     mask = torch.ones(student.shape[:2], dtype=torch.bool, device=student.device) if mask is None else mask
     seen = mask[:, None, :].expand(-1, student.shape[1], -1)
-    seen = seen.tril() if causal else seen
-    log_s, log_t = _relations(student, heads, seen), _relations(teacher, heads, seen)
-    rows = (log_t.exp() * (log_t - log_s)).masked_fill(~seen[:, None], 0.0).sum(-1)
-    kept = mask[:, None].expand_as(rows)
-    return (rows * kept).sum() / kept.sum().clamp(min=1)
+    found = token_relation(student, teacher, heads, seen.tril() if causal else seen)
+    return (found * mask).sum() / mask.sum().clamp(min=1)
 
 
 def rkd_distance(student: Tensor, teacher: Tensor) -> Tensor:

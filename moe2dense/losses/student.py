@@ -1,13 +1,15 @@
 """The student and its objective as one module, so that wrappers for many processes see a single forward pass."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from moe2dense.errors import UserError
+from moe2dense.losses.capture import captured
 from moe2dense.losses.distillation import distillation_loss
+from moe2dense.losses.features import Tokens
 from moe2dense.losses.head import model_head
 from moe2dense.losses.rows import TeacherRows
 
@@ -20,58 +22,62 @@ def final_hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return whole.base_model(**inputs, use_cache=False).last_hidden_state
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order."""
-    whole = model.get_base_model() if hasattr(model, "peft_config") else model
-    count = whole.config.get_text_config().num_hidden_layers
-    return next(m for m in whole.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-
-
-@contextlib.contextmanager
-def captured_layers(model: Any, layers: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-    """Fills a dict with the output [n, H] of the layers asked for while the model runs; others are left alone."""
-    found: dict[int, Tensor] = {}
-    modules, handles = decoder_layers(model), []
-
-    def keep(index: int) -> Any:
-        def hook(_module: Any, _inputs: Any, output: Any) -> None:
-            found[index] = (output[0] if isinstance(output, tuple) else output).flatten(0, 1)
-
-        return hook
-
-    try:
-        handles += [modules[i].register_forward_hook(keep(i)) for i in layers]
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class Objective(nn.Module):
     """Maps inputs of the model and the teacher's rows to (total, kd, ce, watched, features), see `distillation_loss`.
 
-    match: a `HiddenMatch`, whose loss on the teacher's features joins the total with `feature_weight`.
+    match: a `FeatureMatch`, whose losses on the teacher's features join the total with `feature_weights`. extra: a module of a
+    training regime, whose loss (hidden [n, H], head, inputs, teacher, options) joins the total while training.
     """
 
-    def __init__(self, model: nn.Module, match: Any = None):
+    def __init__(self, model: nn.Module, match: Any = None, extra: nn.Module | None = None):
         super().__init__()
-        self.model, self.match = model, match
+        self.model, self.match, self.extra = model, match, extra
 
     def forward(
-        self, inputs: dict[str, Tensor], teacher: TeacherRows | None, feature_weight: float = 0.0, **options: Any
+        self,
+        inputs: dict[str, Tensor],
+        teacher: TeacherRows | None,
+        feature_weights: Sequence[float] = (),
+        **options: Any,
     ) -> tuple[Tensor, ...]:
         """inputs [N, S]; teacher: N S rows; options: labels, mask [n] and the rest of `distillation_loss`."""
-        layers = self.match.student_layers if feature_weight else []
-        with captured_layers(self.model, layers) as states:
+        with captured(self.model, self.match.student_features if self.match and feature_weights else ()) as states:
             hidden = final_hidden(self.model, inputs).flatten(0, 1)
         loss = distillation_loss(hidden, model_head(self.model), teacher, **options)
-        if not feature_weight:
-            return loss.total, loss.kd, loss.ce, loss.watched, torch.zeros_like(loss.kd)
-        mask = options.get("mask")
-        counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask.float()
-        goals = {k: v.to(hidden.dtype) for k, v in teacher.features.items()}  # type: ignore[union-attr]
-        features = self.match(states, goals, counted.to(hidden.dtype) / options["denominator"])
-        return loss.total + feature_weight * features, loss.kd, loss.ce, loss.watched, features.detach()
+        if self.extra is not None and self.training:
+            loss.total = loss.total + self.extra(hidden, model_head(self.model), inputs, teacher, options)
+        features = torch.zeros_like(loss.kd)
+        if self.match is not None and self.training:
+            # wrappers for many processes expect every parameter in every pass
+            loss.total = loss.total + sum(p.sum() * 0.0 for p in self.match.parameters())
+        if feature_weights and self.match is not None:
+            goals = _features(teacher, self.match.teacher_features, hidden.dtype)
+            weighted, features = self.match(states, goals, _tokens(inputs, options, hidden), feature_weights)
+            loss.total = loss.total + weighted
+        return loss.total, loss.kd, loss.ce, loss.watched, features
+
+
+def _features(teacher: Any, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    found = getattr(teacher, "features", None) or {}
+    if missing := [n for n in names if n not in found]:
+        raise UserError(f"features need the teacher's {missing[0]}, which these targets do not hold")
+    return {n: found[n].to(dtype) for n in names}
+
+
+def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) -> Tokens:
+    """Which tokens count for features, and what each sees: its own document up to itself, without padding."""
+    shape = inputs["input_ids"].shape
+    mask = options.get("mask")
+    counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask
+    seen = torch.ones(*shape, shape[1], dtype=torch.bool, device=hidden.device).tril()
+    if "position_ids" in inputs:
+        documents = (inputs["position_ids"] == 0).cumsum(1)
+        seen &= documents[:, :, None] == documents[:, None, :]
+    if "attention_mask" in inputs:
+        seen &= inputs["attention_mask"][:, None, :].bool() | torch.eye(
+            shape[1], dtype=torch.bool, device=hidden.device
+        )
+    return Tokens(counted.to(hidden.dtype) / options["denominator"], seen)
 
 
 @torch.no_grad()

@@ -31,7 +31,8 @@ class Options:
     draws: int = 50  # of sampled, at most 255
     dtype: str = "bfloat16"  # of hidden
     seed: int = 0
-    features: tuple[int, ...] = ()  # layers whose residual stream rides along
+    features: tuple[str, ...] = ()  # what is known of some layers rides along, by name (losses/capture.py)
+    routing: tuple[str, ...] = ()  # and how the teacher routed each token, by name (targets/record.py)
 
 
 def _pieces(hidden: Tensor, head: Any) -> Iterator[tuple[slice, Tensor]]:
@@ -47,35 +48,38 @@ def _id_dtype(vocabulary: int) -> torch.dtype:
     return torch.uint16 if vocabulary <= 2**16 else torch.int32
 
 
-def write_hidden(hidden: Tensor, head: Any, options: Options, generator: torch.Generator) -> dict[str, Tensor]:
+def write_hidden(hidden: Tensor, head: Any, options: Options, first: int) -> dict[str, Tensor]:
     return {"hidden": hidden.to(getattr(torch, options.dtype))}
 
 
-def write_full(hidden: Tensor, head: Any, options: Options, generator: torch.Generator) -> dict[str, Tensor]:
+def write_full(hidden: Tensor, head: Any, options: Options, first: int) -> dict[str, Tensor]:
     parts = [logits.log_softmax(-1).clamp(min=-6e4).half() for _, logits in _pieces(hidden, head)]
     return {"log_p": torch.cat(parts).view(*hidden.shape[:2], -1)}
 
 
-def write_topk(hidden: Tensor, head: Any, options: Options, generator: torch.Generator) -> dict[str, Tensor]:
+def write_topk(hidden: Tensor, head: Any, options: Options, first: int) -> dict[str, Tensor]:
     found = [(logits / options.temperature).log_softmax(-1).topk(options.k) for _, logits in _pieces(hidden, head)]
     shape = (*hidden.shape[:2], options.k)
     ids = torch.cat([f.indices for f in found]).to(_id_dtype(head.weight.shape[0]))
     return {"ids": ids.view(shape), "log_p": torch.cat([f.values for f in found]).clamp(min=-6e4).half().view(shape)}
 
 
-def write_sampled(hidden: Tensor, head: Any, options: Options, generator: torch.Generator) -> dict[str, Tensor]:
+def write_sampled(hidden: Tensor, head: Any, options: Options, first: int) -> dict[str, Tensor]:
+    """first: the place of the first block in the store. Every block has draws of its own, however the text is cut."""
     ids, counts, sizes, entropy = [], [], [], []
-    for _, logits in _pieces(hidden, head):
-        log_p = (logits / options.temperature).log_softmax(-1)
-        p = log_p.exp()
-        entropy.append(-(p * log_p).sum(-1))
-        drawn = torch.multinomial(p, options.draws, replacement=True, generator=generator).sort(-1).values
-        first = torch.ones_like(drawn, dtype=torch.bool)
-        first[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
-        ids.append(drawn[first])
-        starts = first.flatten().nonzero()[:, 0]
-        counts.append(torch.diff(starts, append=starts.new_tensor([drawn.numel()])))
-        sizes.append(first.sum(-1))
+    for i in range(len(hidden)):
+        generator = torch.Generator().manual_seed(options.seed * 1_000_003 + first + i)
+        for _, logits in _pieces(hidden[i : i + 1], head):
+            log_p = (logits / options.temperature).log_softmax(-1)
+            p = log_p.exp()
+            entropy.append(-(p * log_p).sum(-1))
+            drawn = torch.multinomial(p.cpu(), options.draws, replacement=True, generator=generator).sort(-1).values
+            new = torch.ones_like(drawn, dtype=torch.bool)
+            new[:, 1:] = drawn[:, 1:] != drawn[:, :-1]
+            ids.append(drawn[new])
+            starts = new.flatten().nonzero()[:, 0]
+            counts.append(torch.diff(starts, append=starts.new_tensor([drawn.numel()])))
+            sizes.append(new.sum(-1))
     shape, size = hidden.shape[:2], torch.cat(sizes)
     offsets = torch.zeros(len(hidden) + 1, dtype=torch.int64)
     offsets[1:] = size.view(shape).sum(1).cumsum(0)
@@ -88,23 +92,23 @@ def write_sampled(hidden: Tensor, head: Any, options: Options, generator: torch.
     }
 
 
-def write_features(features: dict[int, Tensor]) -> dict[str, Tensor]:
-    """The residual stream after some layers, in 8 bits a number with one scale per token."""
+def write_features(features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What is known of some layers [N, S, ..., D], in 8 bits a number with one scale per token (and head)."""
     found = {}
-    for layer, states in features.items():
+    for name, states in features.items():
         scale = states.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        found[f"feature-{layer}"] = (states.float() / scale).round().to(torch.int8)
-        found[f"scale-{layer}"] = scale[..., 0]
+        found[f"feature-{name}"] = (states.float() / scale).round().to(torch.int8)
+        found[f"scale-{name}"] = scale[..., 0]
     return found
 
 
-def read_features(shard: Any, row: int, layers: Sequence[int]) -> dict[int, Tensor]:
-    """What `write_features` wrote of one block: states [S, H] by layer."""
-
-    def read(name: str) -> Tensor:
-        return shard.get_slice(name)[row]
-
-    return {i: read(f"feature-{i}").float() * read(f"scale-{i}")[:, None] for i in layers}
+def read_features(shard: Any, row: int, names: Sequence[str]) -> dict[str, Tensor]:
+    """What `write_features` wrote of one block: values [S, ..., D] by name. Attention maps sum to 1 again."""
+    found = {}
+    for name in names:
+        value = shard.get_slice(f"feature-{name}")[row].float() * shard.get_slice(f"scale-{name}")[row].unsqueeze(-1)
+        found[name] = value / value.sum(-1, keepdim=True) if name.startswith("maps-") else value
+    return found
 
 
 WRITERS: dict[str, Callable[..., dict[str, Tensor]]] = {

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
+from moe2dense.losses.capture import captured, decoder_layers, feature_name
 from moe2dense.losses.head import model_head
 from moe2dense.losses.rows import HiddenRows, TeacherRows
-from moe2dense.losses.student import captured_layers, decoder_layers, final_hidden
+from moe2dense.losses.student import final_hidden
 from moe2dense.metrics import model_inputs
-from moe2dense.teacher.capture import Observer
+from moe2dense.targets.record import FeatureRecorder, RoutingRecorder
 
 # N blocks, S block length, H teacher hidden, V vocabulary
 
@@ -33,19 +34,33 @@ class Targets(Protocol):
 class HiddenTargets:
     """hidden [N, S, H], the teacher's final normed hidden states, and head, which turns them into logits.
 
-    features: the residual stream [N, S, H] after some of the teacher's layers; layers: how many it has.
+    features: what else is known of some of the teacher's layers, [N, S, ...] by name (losses/capture.py); layers: how many it
+    has; routing: how it routed each token, [N, S] by name (targets/record.py).
     """
 
     hidden: Tensor
     head: Any
-    features: dict[int, Tensor] = field(default_factory=dict)
+    features: dict[str, Tensor] = field(default_factory=dict)
     layers: int = 0
+    routing: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def __getitem__(self, rows: slice) -> "HiddenTargets":
-        return HiddenTargets(self.hidden[rows], self.head, {k: v[rows] for k, v in self.features.items()}, self.layers)
+        features, routing = ({k: v[rows] for k, v in found.items()} for found in (self.features, self.routing))
+        return HiddenTargets(self.hidden[rows], self.head, features, self.layers, routing)
+
+    @property
+    def width(self) -> int:
+        """The teacher's hidden size."""
+        return self.hidden.shape[-1]
+
+    def token_weights(self, name: str) -> Tensor:
+        """[N, S]: how the teacher routed each token (targets/record.py). Raises UserError where it was not recorded."""
+        if name not in self.routing:
+            raise UserError(f"these targets hold no {name}; compute them with routing=[{name!r}]")
+        return self.routing[name]
 
     def batch(self, indices: Sequence[int]) -> HiddenRows:
         rows = list(indices)
@@ -59,11 +74,13 @@ class ResidentTargets:
 
     model: Any
     blocks: Blocks
-    features: Sequence[int] = ()  # layers whose residual stream is wanted too
+    features: Sequence[str | int] = ()  # what is wanted too, by name; a number is the residual stream after that layer
 
     def __post_init__(self) -> None:
+        self.names = tuple(feature_name(f) for f in self.features)
+        self.features = self.names
         self.head = model_head(self.model)
-        self.layers = len(decoder_layers(self.model))
+        self.layers, self.width = len(decoder_layers(self.model)), self.head.weight.shape[1]
 
     def __len__(self) -> int:
         return len(self.blocks)
@@ -73,21 +90,10 @@ class ResidentTargets:
         device = self.head.weight.device
         training = self.model.training
         self.model.eval()
-        with captured_layers(self.model, self.features) as found:
+        with captured(self.model, self.names) as found:
             hidden = final_hidden(self.model, model_inputs(self.blocks[list(indices)], device))
         self.model.train(training)
         return HiddenRows(hidden.flatten(0, 1), self.head, found or None)
-
-
-class _Recorder(Observer):
-    """Keeps the residual stream after some layers of a streamed teacher, over all its passes."""
-
-    def __init__(self, layers: Sequence[int], dtype: torch.dtype):
-        self.dtype, self.parts = dtype, {i: [] for i in layers}
-
-    def layer(self, layer: Any) -> None:
-        if layer.index in self.parts:
-            self.parts[layer.index].append(layer.hidden_out.detach().to("cpu", self.dtype, copy=True))
 
 
 @torch.no_grad()
@@ -96,31 +102,47 @@ def hidden_targets(
     blocks: Blocks,
     dtype: torch.dtype | None = None,
     batch: int = 8,
-    features: Sequence[int] = (),
+    features: Sequence[str | int] = (),
+    routing: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> HiddenTargets:
     """The teacher's final hidden states on all blocks, in memory: one streamed pass of a Teacher.
 
     teacher: a Teacher, or a resident transformers model, which is run `batch` blocks at a time. dtype: of what is kept,
-    by default the teacher's compute dtype (float32 on a CPU). features: layers whose residual stream is kept too.
+    by default the teacher's compute dtype (float32 on a CPU). features: what of its layers is kept too, by name or, for the
+    residual stream, number; routing: how it routed each token. Raises UserError for what the teacher cannot give.
     """
+    names = [feature_name(f) for f in features]
     if hasattr(teacher, "run"):
-        recorder = _Recorder(features, dtype or teacher.dtype)
-        masks = (blocks.attention_mask, blocks.document_ids)
-        out = teacher.run(blocks.input_ids, *masks, observers=[recorder] if features else [], logits=False)
-        hidden = out.hidden_states if dtype is None else out.hidden_states.to(dtype)
-        kept = {k: torch.cat(v) for k, v in recorder.parts.items()}
-        return HiddenTargets(hidden, teacher.head, kept, teacher.config.get_text_config().num_hidden_layers)
-    resident = ResidentTargets(teacher, blocks, features)
-    parts, states = [], {i: [] for i in features}
+        return _streamed(teacher, blocks, dtype, names, routing)
+    if routing:
+        raise UserError(
+            "token weights come from the router of a streamed teacher; pass what load_teacher returns, or targets written by it"
+        )
+    resident = ResidentTargets(teacher, blocks, names)
+    parts, states = [], {n: [] for n in names}
     for start in range(0, len(blocks), batch):
         rows = range(start, min(start + batch, len(blocks)))
         answer = resident.batch(rows)
         for found, kept in ((answer.hidden, parts), *((v, states[k]) for k, v in (answer.features or {}).items())):
-            kept.append(found.to("cpu", dtype or found.dtype).view(len(rows), -1, found.shape[-1]))
+            kept.append(found.to("cpu", dtype or found.dtype).unflatten(0, (len(rows), -1)))
         if progress:
             progress("targets", rows.stop, len(blocks))
     return HiddenTargets(torch.cat(parts), resident.head, {k: torch.cat(v) for k, v in states.items()}, resident.layers)
+
+
+def _streamed(
+    teacher: Any, blocks: Blocks, dtype: torch.dtype | None, names: list[str], routing: Sequence[str]
+) -> HiddenTargets:
+    recorder, router = FeatureRecorder(names, dtype or teacher.dtype), RoutingRecorder(routing)
+    observers = [o for o, wanted in ((recorder, names), (router, routing)) if wanted]
+    masks = (blocks.attention_mask, blocks.document_ids)
+    with recorder.attached(teacher):
+        out = teacher.run(blocks.input_ids, *masks, observers=observers, logits=False)
+    hidden = out.hidden_states if dtype is None else out.hidden_states.to(dtype)
+    layers = teacher.config.get_text_config().num_hidden_layers
+    weights = router.found(len(blocks)) if routing else {}
+    return HiddenTargets(hidden, teacher.head, recorder.found(len(blocks)), layers, weights)
 
 
 def as_targets(source: Any, blocks: Blocks, what: str = "targets") -> Targets:

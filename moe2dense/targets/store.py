@@ -3,10 +3,15 @@
 store.json            format, teacher, sizes, checksum of every shard; a shard counts once it is listed here
 keys.txt              the content hash of every block, in order
 head.safetensors      the teacher's head (hidden only)
-shard-00000.safetensors ...
+shard-0000000.safetensors ...   named by its first block
+
+Several processes may write one store: each streams every WORLD-th part of the text and lists its shards under a lock.
 """
 
 import json
+import math
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -15,12 +20,14 @@ from typing import Any
 
 import torch
 import xxhash
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
+from moe2dense.losses.capture import feature_name
 from moe2dense.losses.head import Head, model_head
 from moe2dense.losses.rows import HiddenRows, TeacherRows
 from moe2dense.run import atomic_write
@@ -34,10 +41,11 @@ from moe2dense.targets.formats import (
     write_features,
 )
 from moe2dense.targets.memory import HiddenTargets, Progress, hidden_targets
+from moe2dense.targets.record import check_token_weights
 
 # N blocks, S block length, H hidden, V vocabulary
 
-VERSION = 1
+VERSION = 2
 SHARD_BYTES = 256 * 2**20
 _RESIDENT_BLOCKS = 64  # that a teacher held in memory answers at a time
 
@@ -64,79 +72,125 @@ def write_targets(
     k: int = 32,
     draws: int = 50,
     seed: int = 0,
-    features: Sequence[int] = (),
+    features: Sequence[str | int] = (),
+    routing: Sequence[str] = (),
     progress: Progress | None = None,
 ) -> Path:
     """Store the teacher's distributions at every position of `blocks`; an unfinished store is continued at its next shard.
 
     teacher: a Teacher, streamed in as few passes as its memory budget allows, or a resident transformers model. format:
-    hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full; features: layers whose residual stream
-    rides along with hidden targets, in 8 bits. Raises UserError for an unknown format, a
-    folder that holds other targets, or a full disk.
+    hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full; features: what of some layers rides
+    along with hidden targets, in 8 bits, by name or layer number; routing: names of token weights to keep. Under torchrun
+    every process writes its share. Raises UserError for what cannot be stored, a folder that holds other targets, or a full disk.
     """
+    head, names = _head(teacher), tuple(feature_name(f) for f in features)
+    _check(format, temperature, k, draws, names)
+    for name in routing:
+        check_token_weights(name)
+    options = Options(
+        format, temperature, min(k, len(head.weight)), draws, seed=seed, features=names, routing=tuple(routing)
+    )
+    rank, world = process()
+    about = _begin(Path(folder), teacher, blocks.keys(), blocks, options, world)
+    for start in range(rank * about["part"], len(blocks), world * about["part"]):
+        _write_part(Path(folder), teacher, blocks, start, min(start + about["part"], len(blocks)), options, progress)
+    if world > 1 and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return Path(folder)
+
+
+def _check(format: str, temperature: float, k: int, draws: int, features: Sequence[str]) -> None:
     if format not in FORMATS:
         raise UserError(f"format must be one of {', '.join(FORMATS)}; found {format!r}")
     if not 1 <= draws <= 255:
         raise UserError(f"draws must lie between 1 and 255; found {draws}")
+    if k < 1:
+        raise UserError(f"k must be at least 1; found {k}")
+    if temperature <= 0:
+        raise UserError(f"temperature must be above 0; found {temperature:g}")
     if features and format != "hidden":
         raise UserError(f"features ride along with hidden targets only; found format {format!r}")
-    folder, keys = Path(folder), blocks.keys()
-    options = Options(
-        format, temperature, min(k, len(_head(teacher).weight)), draws, seed=seed, features=tuple(features)
-    )
-    about = _begin(folder, teacher, keys, blocks, options)
-    done = about["shards"][-1]["to"] if about["shards"] else 0
-    block = blocks.input_ids.shape[1]
-    step = max(1, teacher.plan.macro_batch // block) if hasattr(teacher, "plan") else _RESIDENT_BLOCKS
-    while done < len(blocks):
-        part = blocks[done : done + step]
-        answers = hidden_targets(teacher, part, features=features)
-        for piece in _shards(answers, options):
-            generator = torch.Generator().manual_seed(seed * 1_000_003 + done)
-            tensors = WRITERS[format](piece.hidden, piece.head, options, generator) | write_features(piece.features)
-            data = save({n: t.contiguous() for n, t in tensors.items()})
-            name = f"shard-{len(about['shards']):05d}.safetensors"
-            atomic_write(folder / name, data)
-            row = {"file": name, "from": done, "to": done + len(piece), "xxh3": xxhash.xxh3_64_hexdigest(data)}
-            about["shards"].append(row)
-            atomic_write(folder / "store.json", json.dumps(about, indent=1))
-            done += len(piece)
-            if progress:
-                progress("targets", done, len(blocks), tokens=done * block)
-    return folder
 
 
-def _begin(folder: Path, teacher: Any, keys: list[str], blocks: Blocks, options: Options) -> dict[str, Any]:
+def process() -> tuple[int, int]:
+    """(rank, number of processes) of this one."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _write_part(
+    folder: Path, teacher: Any, blocks: Blocks, start: int, stop: int, options: Options, progress: Progress | None
+) -> None:
+    """Stream the blocks [start, stop) that are not listed yet, and write their shards."""
+    done = max([s["to"] for s in _manifest(folder)["shards"] if start <= s["from"] < stop], default=start)
+    if done >= stop:
+        return
+    answers = hidden_targets(teacher, blocks[done:stop], features=options.features, routing=options.routing)
+    for piece in _shards(answers, options):
+        tensors = WRITERS[options.format](piece.hidden, piece.head, options, done) | write_features(piece.features)
+        tensors |= {f"routing-{n}": v.half() for n, v in piece.routing.items()}
+        data = save({n: t.contiguous() for n, t in tensors.items()})
+        name = f"shard-{done:07d}.safetensors"
+        atomic_write(folder / name, data)
+        row = {"file": name, "from": done, "to": done + len(piece), "xxh3": xxhash.xxh3_64_hexdigest(data)}
+        done += len(piece)
+        written = _list(folder, row)
+        if progress:
+            progress("targets", written, len(blocks), tokens=written * blocks.input_ids.shape[1])
+
+
+def _list(folder: Path, row: dict[str, Any]) -> int:
+    """Enter a shard that is whole; returns how many blocks are."""
+    with FileLock(folder / ".lock"):
+        about = _manifest(folder)
+        others = [s for s in about["shards"] if s["from"] != row["from"]]
+        about["shards"] = sorted([*others, row], key=lambda s: s["from"])
+        atomic_write(folder / "store.json", json.dumps(about, indent=1))
+    return _stored(about)
+
+
+def _stored(about: dict[str, Any]) -> int:
+    return sum(s["to"] - s["from"] for s in about["shards"])
+
+
+def _begin(folder: Path, teacher: Any, keys: list[str], blocks: Blocks, options: Options, world: int) -> dict[str, Any]:
     """store.json of a new store, or of the unfinished one that is there."""
-    head = _head(teacher)
+    head, block = _head(teacher), blocks.input_ids.shape[1]
     identity = {
         "version": VERSION,
         "options": json.loads(json.dumps(asdict(options))),
         "teacher": fingerprint(teacher),
         "blocks": len(keys),
-        "block": blocks.input_ids.shape[1],
+        "block": block,
         "vocabulary": len(head.weight),
         "keys": xxhash.xxh3_128_hexdigest("".join(keys).encode()),
         "layers": teacher.config.get_text_config().num_hidden_layers,
+        "hidden_size": head.weight.shape[1],
         "head": {"scale": head.scale, "softcap": head.softcap},
     }
-    if (folder / "store.json").exists():
-        about = _manifest(folder)
-        changed = next((n for n, v in identity.items() if about.get(n) != v), None)
-        if changed is not None:
-            raise UserError(f"{folder} holds targets of another {_NAMES.get(changed, changed)}; choose another folder")
-        return about
-    atomic_write(folder / "keys.txt", "\n".join(keys) + "\n")
-    if options.format == "hidden":
-        weight = getattr(head, "stored", head.weight).detach().cpu().contiguous()
-        tensors = {"weight": weight} | ({} if head.bias is None else {"bias": head.bias.detach().cpu().contiguous()})
-        atomic_write(folder / "head.safetensors", save(tensors))
-    about = identity | {"shards": []}
-    atomic_write(folder / "store.json", json.dumps(about, indent=1))
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        if (folder / "store.json").exists():
+            about = _manifest(folder)
+            changed = next((n for n, v in identity.items() if about.get(n) != v), None)
+            if changed is not None:
+                raise UserError(
+                    f"{folder} holds targets of another {_NAMES.get(changed, changed)}; choose another folder"
+                )
+            return about
+        atomic_write(folder / "keys.txt", "\n".join(keys) + "\n")
+        if options.format == "hidden":
+            weight = getattr(head, "stored", head.weight).detach().cpu().contiguous()
+            bias = {} if head.bias is None else {"bias": head.bias.detach().cpu().contiguous()}
+            atomic_write(folder / "head.safetensors", save({"weight": weight} | bias))
+        step = max(1, teacher.plan.macro_batch // block) if hasattr(teacher, "plan") else _RESIDENT_BLOCKS
+        about = identity | {"part": min(step, math.ceil(len(keys) / world)), "shards": []}
+        atomic_write(folder / "store.json", json.dumps(about, indent=1))
     return about
 
 
-_NAMES = {"keys": "text or tokenizer", "blocks": "text or tokenizer", "options": "format or temperature"}
+_NAMES = {"keys": "text or tokenizer", "blocks": "text or tokenizer", "options": "format, temperature or features"}
 
 
 def _head(teacher: Any) -> Any:
@@ -181,8 +235,7 @@ def open_targets(folder: str | Path, blocks: Blocks, teacher: Any = None, verify
     """
     folder = Path(folder)
     about = _manifest(folder)
-    stored = about["shards"][-1]["to"] if about["shards"] else 0
-    if stored < about["blocks"]:
+    if (stored := _stored(about)) < about["blocks"]:
         raise UserError(
             f"targets {folder} are unfinished ({stored} of {about['blocks']} blocks); run `moe2dense targets` again"
         )
@@ -224,11 +277,13 @@ class StoredTargets:
 
     def __post_init__(self) -> None:
         options = self.about["options"]
-        self.options = Options(**{**options, "features": tuple(options["features"])})
+        self.options = Options(**{**options, **{n: tuple(options[n]) for n in ("features", "routing")}})
         self.features = self.options.features
         self.layers: int = self.about["layers"]
+        self.width: int = self.about["hidden_size"]
         self._shard_of = [i for i, s in enumerate(self.about["shards"]) for _ in range(s["from"], s["to"])]
         self._open: dict[int, Any] = {}
+        self._lock = threading.Lock()  # a thread may read ahead
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -246,28 +301,34 @@ class StoredTargets:
         """All hidden states [N, S, H]; None for the other formats."""
         if self.options.format != "hidden":
             return None
-        return torch.stack([self._block(i)["hidden"] for i in range(len(self))])
+        return torch.stack([self._read(i, read_block, "hidden")["hidden"] for i in range(len(self))])
 
-    def _block(self, index: int) -> dict[str, Tensor]:
+    def token_weights(self, name: str) -> Tensor:
+        """[N, S]: how the teacher routed each token (targets/record.py). Raises UserError where it was not stored."""
+        if name not in self.options.routing:
+            raise UserError(f"targets {self.folder} hold no {name}; write them again with --token-weights {name}")
+        return torch.stack(
+            [self._read(i, lambda s, row: s.get_slice(f"routing-{name}")[row]) for i in range(len(self))]
+        )
+
+    def _read(self, index: int, read: Any, *arguments: Any) -> Any:
+        """read(open shard, row, ...) of one block."""
         row = self.rows[index]
         number = self._shard_of[row]
         shard = self.about["shards"][number]
         try:
-            if number not in self._open:
-                self._open[number] = safe_open(self.folder / shard["file"], "pt")
-            return read_block(self._open[number], row - shard["from"], self.options.format)
+            with self._lock:
+                if number not in self._open:
+                    self._open[number] = safe_open(self.folder / shard["file"], "pt")
+                return read(self._open[number], row - shard["from"], *arguments)
         except (OSError, SafetensorError) as error:
             raise UserError(f"targets {self.folder / shard['file']} cannot be read: {error}") from error
 
     def batch(self, indices: Sequence[int]) -> TeacherRows:
         """What the loss reads, at every position of some blocks."""
-        found = to_rows([self._block(i) for i in indices], self.options, self.head)
+        blocks = [self._read(i, read_block, self.options.format) for i in indices]
+        found = to_rows(blocks, self.options, self.head)
         if self.features and isinstance(found, HiddenRows):
-            parts = [self._features(i) for i in indices]
+            parts = [self._read(i, read_features, self.features) for i in indices]
             found.features = {k: torch.cat([p[k] for p in parts]) for k in self.features}
         return found
-
-    def _features(self, index: int) -> dict[int, Tensor]:
-        number = self._shard_of[self.rows[index]]
-        row = self.rows[index] - self.about["shards"][number]["from"]
-        return read_features(self._open[number], row, self.features)

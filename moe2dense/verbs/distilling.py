@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+_HELD_OUT = 96  # blocks, at most
+
 
 def distill_checkpoint(
     student: str,
@@ -16,7 +18,7 @@ def distill_checkpoint(
     tokens: str | None = None,
     valid: str | None = None,
     loss: str | None = None,
-    temperature: float | None = None,
+    temperature: float | str | None = None,
     alpha: float | None = None,
     lr: float | None = None,
     epochs: float | None = None,
@@ -38,11 +40,11 @@ def distill_checkpoint(
     data: text: folder with train/valid/test files, one file, or a hub id
     out: folder of the result
     teacher: folder of a checkpoint, hub id, or known name
-    targets: folder of stored targets, in the teacher's place
+    targets: folder of stored targets, in the teacher's place; a twentieth of them is held out for validation
     tokens: how many teacher positions; with --targets those of the store
     valid: held-out text, where the data has none of its own
     loss: distillation loss; see `moe2dense list losses`
-    temperature: softens both distributions
+    temperature: softens both distributions; auto: chosen by short trainings
     alpha: weight of the hard-label loss; 1 - alpha weighs the distillation loss
     lr: peak learning rate
     epochs: passes over the text
@@ -61,6 +63,7 @@ def distill_checkpoint(
     from moe2dense.errors import UserError
     from moe2dense.exporting import export
     from moe2dense.progress import progress_for
+    from moe2dense.schedules import temperature_settings
     from moe2dense.training import distill
     from moe2dense.verbs.common import open_student, student_folder
 
@@ -68,19 +71,19 @@ def distill_checkpoint(
         raise UserError("give either --teacher, or --targets with what `moe2dense targets` stored")
     if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} exists; continue it with --resume, or choose another --out")
-    flags = {"loss": loss, "temperature": temperature, "alpha": alpha, "lr": lr, "epochs": epochs, "lora": lora}
-    settings = _settings(config, flags | {"report_to": report_to}, tokens)
+    flags = {"loss": loss, "alpha": alpha, "lr": lr, "epochs": epochs, "lora": lora, "report_to": report_to}
+    settings = _settings(config, flags | temperature_settings(temperature), tokens)
     model = open_student(student)
     source = model.teacher_path or str(student_folder(student))
     console = Console()
     with progress_for(console) as progress:
-        train, held, store, truth = _text(
+        text = _text(
             source, data, valid, model, teacher, targets, tokens, block, seed,
-            {"memory": memory, "device": device, "card": teacher_card}, progress,
+            {"memory": memory, "device": device, "card": teacher_card},
         )  # fmt: skip
         done = distill(
-            model, data=train, tokens=train.tokens, targets=store, valid=held, valid_targets=truth,
-            config=settings, seed=seed, out=out, resume=resume, progress=progress,
+            model, tokens=text["data"].tokens, config=settings, seed=seed, out=out, resume=resume, progress=progress,
+            **text,
         )  # fmt: skip
     written = export(model, out / "model", tokenizer=source, overwrite=resume)
     console.print(f"{done.steps} steps over {done.tokens} tokens; model: {written.path}")
@@ -97,23 +100,33 @@ def _settings(config: Path | None, flags: dict[str, Any], tokens: str | None) ->
     return dataclasses.replace(settings.train, targets="")
 
 
-def _text(source, data, valid, student, teacher, targets, tokens, block, seed, options, progress):
-    """Training blocks, held-out blocks and the targets of both; without a teacher the held-out text has none."""
+def _text(source, data, valid, student, teacher, targets, tokens, block, seed, options) -> dict[str, Any]:
+    """What `distill` reads: training blocks, held-out blocks, and the teacher or the targets of both."""
     from transformers import AutoTokenizer
 
     from moe2dense.data import load_blocks
     from moe2dense.evaluation import reference
-    from moe2dense.targets import hidden_targets, open_targets
+    from moe2dense.targets import open_targets
     from moe2dense.units import parse_count
     from moe2dense.verbs.common import open_teacher
 
     count = parse_count(tokens, "--tokens") if tokens else None
     longest = min(2048, student.model.config.max_position_embeddings)
-    train = load_blocks(data, AutoTokenizer.from_pretrained(source), block or longest, "train", tokens=count, seed=seed)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    train = load_blocks(data, tokenizer, block or longest, "train", tokens=count, seed=seed)
     if targets is not None:
-        return train, None, open_targets(targets, train), None
+        kept = len(train) - min(_HELD_OUT, len(train) // 20)
+        found: dict[str, Any] = {"data": train[:kept], "targets": open_targets(targets, train[:kept])}
+        if kept < len(train):
+            found |= {"valid": train[kept:], "valid_targets": open_targets(targets, train[kept:], verify=False)}
+        return found
     model = open_teacher(teacher, **options)
     held = load_blocks(
-        valid or data, model.tokenizer(), block or longest, "valid", tokens=96 * train.input_ids.shape[1], seed=seed
+        valid or data,
+        model.tokenizer(),
+        block or longest,
+        "valid",
+        tokens=_HELD_OUT * train.input_ids.shape[1],
+        seed=seed,
     )
-    return train, held, hidden_targets(model, train), reference(model, held)
+    return {"data": train, "teacher": model, "valid": held, "valid_targets": reference(model, held)}

@@ -5,7 +5,7 @@ import torch
 
 from moe2dense.errors import UserError
 from moe2dense.losses.attention import attention_transfer, group_heads
-from moe2dense.losses.features import HiddenMatch, layer_pairs, make_projector, token_cosine, token_mse
+from moe2dense.losses.features import HiddenMatch, Tokens, layer_pairs, make_projector, token_cosine, token_mse
 from moe2dense.losses.relations import minilm_relation, rkd_angle, rkd_distance
 
 DOUBLE = torch.float64
@@ -45,27 +45,27 @@ def test_projectors_start_orthogonal_or_are_nothing():
 @pytest.mark.parametrize("kind", ["mse", "cosine"])
 def test_hidden_match_is_the_mean_over_pairs_of_counted_tokens(kind):
     match = HiddenMatch("0=1,1=3", kind, (2, 6), (4, 9)).double()
-    student, teacher = {i: normal(7, 6) for i in range(2)}, {i: normal(7, 9) for i in range(4)}
-    assert match.student_layers == [0, 1] and match.teacher_layers == [1, 3]
+    student, teacher = ({f"hidden-{i}": normal(7, d) for i in range(n)} for n, d in ((2, 6), (4, 9)))
     kept = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
-    student[0][2] = float("nan")
-    found = match(student, teacher, kept.double() / 5)
+    student["hidden-0"][2] = float("nan")
+    found = match(student, teacher, Tokens(kept.double() / 5, torch.empty(0)))
     measure = token_mse if kind == "mse" else token_cosine
     parts = [
-        measure(match.projectors[i](student[s][kept]), teacher[t][kept]).mean()
+        measure(match.projectors[i](student[f"hidden-{s}"][kept]), teacher[f"hidden-{t}"][kept]).mean()
         for i, (s, t) in enumerate([(0, 1), (1, 3)])
     ]
     torch.testing.assert_close(found, sum(parts) / 2)
-    assert match(student, teacher, torch.zeros(7, dtype=DOUBLE)).item() == 0
+    assert match(student, teacher, Tokens(torch.zeros(7, dtype=DOUBLE), torch.empty(0))).item() == 0
 
 
 def test_a_learned_map_finds_the_right_layer():
     match = HiddenMatch("learned", "mse", (1, 5), (3, 5))
-    teacher = {i: torch.randn(64, 5) for i in range(3)}
+    teacher = {f"hidden-{i}": torch.randn(64, 5) for i in range(3)}
+    tokens = Tokens(torch.full((64,), 1 / 64), torch.empty(0))
     optimizer = torch.optim.Adam(match.parameters(), lr=0.1)
     for _ in range(150):
         optimizer.zero_grad()
-        match({0: teacher[1]}, teacher, torch.full((64,), 1 / 64)).backward()
+        match({"hidden-0": teacher["hidden-1"]}, teacher, tokens).backward()
         optimizer.step()
     assert match.mixture.softmax(-1)[0, 1] > 0.95
 

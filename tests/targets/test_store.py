@@ -111,15 +111,15 @@ def test_writing_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, forma
         write_targets(teacher, blocks, tmp_path / "part", format, progress=stop)
     with pytest.raises(UserError, match=r"unfinished \(8 of 11"):
         open_targets(tmp_path / "part", blocks)
-    before = (tmp_path / "part/shard-00001.safetensors").stat().st_mtime_ns
+    before = (tmp_path / "part/shard-0000004.safetensors").stat().st_mtime_ns
     calls = []
     monkeypatch.setattr(
         "moe2dense.targets.store.hidden_targets", lambda t, b, **k: calls.append(len(b)) or hidden_targets(t, b)
     )
     part = open_targets(write_targets(teacher, blocks, tmp_path / "part", format), blocks)
-    assert calls == [3] and (tmp_path / "part/shard-00001.safetensors").stat().st_mtime_ns == before
-    for i in range(3):
-        name = f"shard-0000{i}.safetensors"
+    assert calls == [3] and (tmp_path / "part/shard-0000004.safetensors").stat().st_mtime_ns == before
+    for first in (0, 4, 8):
+        name = f"shard-000000{first}.safetensors"
         assert (tmp_path / "part" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
     assert student_loss(part.batch([9, 1]))[0] == student_loss(whole.batch([9, 1]))[0]
 
@@ -136,14 +136,14 @@ def test_shards_are_small(teacher, tmp_path, monkeypatch):
 def test_damage_is_noticed(teacher, tmp_path):
     blocks = make_blocks()
     write_targets(teacher, blocks, tmp_path)
-    path = tmp_path / "shard-00000.safetensors"
+    path = tmp_path / "shard-0000000.safetensors"
     data = bytearray(path.read_bytes())
     data[-5] ^= 1
     path.write_bytes(data)
     with pytest.raises(UserError, match="damaged"):
         open_targets(tmp_path, blocks)
     path.unlink()
-    with pytest.raises(UserError, match=r"shard-00000\.safetensors cannot be read"):
+    with pytest.raises(UserError, match=r"shard-0000000\.safetensors cannot be read"):
         open_targets(tmp_path, blocks)
     (tmp_path / "store.json").write_text("{")
     with pytest.raises(UserError, match=r"store\.json cannot be read"):
