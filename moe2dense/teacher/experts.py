@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moe2dense.teacher.memory import Scratch
 from moe2dense.teacher.weights import Layout, Weights
 
 Gating = Callable[[Tensor, Tensor], Tensor]
-_SLICE_BYTES = 32_000_000  # matrices are converted to the compute dtype and multiplied in slices of this size
-_ACTIVATION_BYTES = 128_000_000  # of one expert's neurons, at once
+_SLICE_BYTES = 8_000_000  # matrices are converted to the compute dtype and multiplied in slices of this size
+_ACTIVATION_BYTES = 128_000_000  # of the neurons of a slice, at once
 
 
 class ExpertWeights:
@@ -56,35 +57,68 @@ class ExpertWeights:
         """Number of neurons F."""
         return self.stored[0].shape[0]
 
-    def _times(self, x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
-        """x [.., in] @ matrix.T [in, out] + bias; a stored matrix is converted slice by slice into one buffer."""
-        if matrix.dtype == self.dtype or (torch.is_grad_enabled() and x.requires_grad):
-            return linear(x, matrix.to(self.dtype), bias)
-        flat = x.reshape(-1, x.shape[-1])
-        step = min(len(matrix), max(64, _SLICE_BYTES // (matrix.shape[1] * self.dtype.itemsize)))
-        buffer, out = flat.new_empty(step, matrix.shape[1]), flat.new_empty(len(flat), len(matrix))
-        for a in range(0, len(matrix), step):
-            part = buffer[: min(step, len(matrix) - a)].copy_(matrix[a : a + step])
-            torch.mm(flat, part.T, out=out[:, a : a + step])
-        if bias is not None:
-            out += bias
-        return out.view(*x.shape[:-1], -1)
+    def _spans(self) -> list[slice]:
+        """Slices of the neurons that are worked on at once. Their outputs are added up in the compute dtype, so only in fp32 and above."""
+        exact = self.dtype.itemsize >= 4
+        step = max(1, _SLICE_BYTES // (self.stored[0].shape[1] * self.dtype.itemsize)) if exact else self.width
+        return [slice(a, min(a + step, self.width)) for a in range(0, self.width, step)]
 
-    def hidden(self, x: Tensor) -> Tensor:
+    def _converted(self, which: int, span: slice, scratch: Scratch) -> Tensor:
+        """Neurons `span` of gate (0) or up (1) [f, H], or of down (2) [H, f], in the compute dtype."""
+        stored = self.stored[which]
+        part = stored[:, span] if which == 2 else stored[span]
+        if part.dtype == self.dtype:
+            return part
+        return scratch.take(f"matrix{which}", tuple(part.shape), self.dtype, part.device).copy_(part)
+
+    def _neurons(self, x: Tensor, span: slice, scratch: Scratch) -> Tensor:
+        """Activations [n, f] of some neurons for x [n, H]."""
+        made = []
+        for which, bias in enumerate((self.gate_bias, self.up_bias)):
+            matrix = self._converted(which, span, scratch)
+            out = scratch.take(f"neurons{which}", (len(x), len(matrix)), self.dtype, x.device)
+            torch.mm(x, matrix.T, out=out)
+            made.append(out if bias is None else out.add_(bias[span]))
+        return self.gating(*made)
+
+    def _add_output(self, hidden: Tensor, span: slice, y: Tensor, scratch: Scratch) -> None:
+        """Set y [n, H] to what the first neurons contribute, or add what others do."""
+        torch.addmm(y, hidden, self._converted(2, span, scratch).T, beta=int(span.start > 0), out=y)
+
+    def hidden(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
         """Neuron activations [n, F] of x [n, H]: silu(gate x) * (up x), or the family's own gating."""
-        gate, up = self.stored[:2]
-        return self.gating(self._times(x, gate, self.gate_bias), self._times(x, up, self.up_bias))
+        if torch.is_grad_enabled() and x.requires_grad:
+            return self.gating(linear(x, self.gate, self.gate_bias), linear(x, self.up, self.up_bias))
+        scratch = scratch or Scratch()
+        made = scratch.take("hidden", (len(x), self.width), self.dtype, x.device)
+        for span in self._spans():
+            made[:, span] = self._neurons(x, span, scratch)
+        return made
 
-    def output(self, hidden: Tensor) -> Tensor:
+    def output(self, hidden: Tensor, scratch: Scratch | None = None) -> Tensor:
         """[n, F] -> [n, H]: the down projection, its bias included."""
-        return self._times(hidden, self.stored[2], self.down_bias)
+        if torch.is_grad_enabled() and hidden.requires_grad:
+            return linear(hidden, self.down, self.down_bias)
+        scratch = scratch or Scratch()
+        y = scratch.take("y", (len(hidden), len(self.stored[2])), self.dtype, hidden.device)
+        for span in self._spans():
+            self._add_output(hidden[:, span], span, y, scratch)
+        return y if self.down_bias is None else y.add_(self.down_bias)
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """f(x) [n, H] of x [n, H]; matrices are converted slice by slice and activations exist for some rows at a time."""
-        step = max(256, _ACTIVATION_BYTES // (self.width * self.dtype.itemsize))
-        if len(x) <= step:
+    def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
+        """f(x) [n, H] of x [n, H]; neither converted matrices nor activations ever exist whole.
+
+        With a `scratch` the result lies in its memory and lasts until its next use.
+        """
+        if torch.is_grad_enabled() and x.requires_grad:
             return self.output(self.hidden(x))
-        return torch.cat([self.output(self.hidden(rows)) for rows in x.split(step)])
+        scratch, spans = scratch or Scratch(), self._spans()
+        y = scratch.take("y", (len(x), len(self.stored[2])), self.dtype, x.device)
+        rows = max(256, _ACTIVATION_BYTES // ((spans[0].stop - spans[0].start) * self.dtype.itemsize))
+        for x_n, y_n in zip(x.split(rows), y.split(rows), strict=True):
+            for span in spans:
+                self._add_output(self._neurons(x_n, span, scratch), span, y_n, scratch)
+        return y if self.down_bias is None else y.add_(self.down_bias)
 
     def to(self, device: torch.device | str) -> "ExpertWeights":
         """The same expert with its matrices on `device`."""
@@ -273,15 +307,18 @@ def run_streamed(
         source: Iterable[tuple[int, ExpertWeights]] = ((e, experts[e]) for e in hit)
     else:
         source = prefetch(experts, hit, budget)
+    scratch = Scratch()
     for e, expert in source:
         rows, slots = routing.of(e)
-        x_n, w_n = (t.to(experts.device, experts.dtype) for t in (x[rows], weights[rows, slots]))
+        shape, kind = (len(rows), x.shape[1]), (x.dtype, x.device)
+        x_n = torch.index_select(x, 0, rows.to(x.device), out=scratch.take("x", shape, *kind))
+        x_n, w_n = (t.to(experts.device, experts.dtype) for t in (x_n, weights[rows, slots]))
         if input_scaled:
             x_n, w_n = x_n * w_n[:, None], torch.ones_like(w_n)
         if on_expert is None:
-            y_n = expert(x_n)
+            y_n = expert(x_n, scratch)
         else:
-            hidden = expert.hidden(x_n)
-            y_n = expert.output(hidden)
+            hidden = expert.hidden(x_n, scratch)
+            y_n = expert.output(hidden, scratch)
             on_expert(e, rows, w_n, hidden, y_n)
-        out.index_add_(0, rows.to(out.device), (y_n * w_n[:, None]).to(out.device, out.dtype))
+        out.index_add_(0, rows.to(out.device), y_n.mul_(w_n[:, None]).to(out.device, out.dtype))
