@@ -1,4 +1,4 @@
-"""Conversations as tokens, and which of those tokens the assistant wrote."""
+"""Conversations and completions as tokens, and which of those tokens are the answer."""
 
 from typing import Any
 
@@ -23,6 +23,12 @@ def chat_tokens(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[list[in
     out = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
     starts = [start for start, _ in out["offset_mapping"]]
     return list(out["input_ids"]), [any(a <= start < b for a, b in spans) for start in starts]
+
+
+def completion_tokens(prompt: str, completion: str, tokenizer: Any) -> tuple[list[int], list[bool]]:
+    """Token ids of prompt + completion, and True where the completion's are."""
+    out = tokenizer(prompt + completion, add_special_tokens=False, return_offsets_mapping=True)
+    return list(out["input_ids"]), [end > len(prompt) for _, end in out["offset_mapping"]]
 
 
 def _assistant_spans(messages: list[dict[str, Any]], tokenizer: Any) -> tuple[str, list[tuple[int, int]]]:

@@ -24,6 +24,7 @@ COMMANDS = (
         "moe2dense.verbs.distilling:distill_checkpoint",
         "Train a dense checkpoint on a teacher or its stored targets.",
     ),
+    ("generate", "moe2dense.verbs.generating:generate_text", "Let a teacher write text to train on."),
     ("eval", "moe2dense.verbs.evaluating:evaluate_checkpoint", "Compare a dense checkpoint with its teacher."),
     ("report", "moe2dense.verbs.reporting:show_report", "Write a run's report again, or compare two runs."),
     ("export", "moe2dense.verbs.exporting:export_checkpoint", "Write a student for transformers, vLLM or llama.cpp."),

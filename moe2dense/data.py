@@ -11,7 +11,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from moe2dense.chat import chat_tokens
+from moe2dense.chat import chat_tokens, completion_tokens
 from moe2dense.errors import UserError
 from moe2dense.sources import HOW, passages
 
@@ -95,7 +95,7 @@ def load_blocks(
     path: a folder of {train,valid,test,ood}.{jsonl,jsonl.gz,json,txt,parquet,arrow}, one such file (split by a hash of
     each passage), a hub id (`owner/name` or `owner/name:configuration`), or a mixture {path: weight}, also written
     "PATH=0.7,PATH=0.3", whose parts contribute tokens in proportion. Records have `text`, or `messages` (chat: the assistant's tokens carry the loss),
-    and perhaps `domain`. document_masks: on = tokens do not see the document before theirs; auto = on for chat only.
+    `prompt` and `completion` (which carries the loss), and perhaps `domain`. document_masks: on = tokens do not see the document before theirs; auto = on for chat only.
     Raises UserError when the source is missing, unreadable, without text, or holds less than one block.
     """
     if document_masks not in ("auto", "on", "off"):
@@ -135,6 +135,9 @@ def _documents(rows: Iterator[dict[str, Any]], tokenizer: Any, path: str | Path)
             count += 1
             if row.get("messages"):
                 ids, learnt = chat_tokens(row["messages"], tokenizer)
+                yield _Document(ids, learnt, str(row.get("domain") or ""))
+            elif isinstance(row.get("completion"), str):
+                ids, learnt = completion_tokens(str(row.get("prompt") or ""), row["completion"], tokenizer)
                 yield _Document(ids, learnt, str(row.get("domain") or ""))
             elif isinstance(row.get("text"), str):
                 plain.append(row)

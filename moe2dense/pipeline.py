@@ -207,10 +207,13 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
 
 def _stages(job: stages.Job) -> Result:
     """Every stage in order. A finished one is read back from the run folder."""
+    from moe2dense.regimes.texts import prepare_text
+
     whole, job = job, progressive.last_stage(job)
     student = stages.walk(job)
     rows = {"teacher": stages.score_teacher(job), "before": stages.score(job, student)}
     if job.plan.tokens:
+        prepare_text(job, student)
         student = stages.train(job, student)
         rows["student"] = stages.score(job, student)
     else:

@@ -1,6 +1,6 @@
 """Where passages of text come from: local files, folders of splits, or the hub, all read with `datasets`.
 
-A passage is a dict with `text` (or `messages`, for chat) and perhaps `domain`.
+A passage is a dict with `text` (or `messages`, for chat; or `prompt` and `completion`) and perhaps `domain`.
 """
 
 import contextlib
@@ -52,7 +52,7 @@ def passages(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]
 
 
 def _bucket(row: dict[str, Any]) -> str:
-    content = row["text"] if row.get("text") is not None else repr(row["messages"])
+    content = next((row[k] for k in ("text", "prompt") if row.get(k) is not None), None) or repr(row.get("messages"))
     return _BUCKETS.get(xxhash.xxh3_64_intdigest(str(content).encode()) % 20, "train")
 
 
@@ -127,10 +127,10 @@ def _shuffled(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
 
 
 def _check_fields(names: list[str], where: Path | str) -> None:
-    if not {"text", "messages"} & set(names):
+    if not {"text", "messages", "prompt"} & set(names):
         raise UserError(
             f"data {where} has no `text` field (found {', '.join(names) or 'none'}); "
-            "each record needs `text`, or `messages` for chat, and may have `domain`"
+            "each record needs `text`, `messages` for chat, or `prompt` and `completion`, and may have `domain`"
         )
 
 

@@ -66,11 +66,15 @@ class Job:
 
 def check_settings(settings: RunConfig) -> None:
     """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
+    from moe2dense.regimes.choose import check_regime
+    from moe2dense.regimes.texts import check_text_settings
     from moe2dense.student.methods import parse_method
     from moe2dense.trainsetup import check_training
 
     parse_method(settings.walk.init)
     check_training(settings.train)
+    check_text_settings(settings)
+    check_regime(settings.train.regime, settings.regime)
     for flag, value, known in (
         ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
         ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),
@@ -128,6 +132,7 @@ def _split_of(path: str, split: str) -> str:
 
 def walk(job: Job) -> "Student":
     """Build the student layer by layer beside the teacher."""
+    from moe2dense.regimes.texts import lesson_teacher
     from moe2dense.student.build import build_student
     from moe2dense.student.store import load_student, save_student
 
@@ -137,7 +142,7 @@ def walk(job: Job) -> "Student":
     settings = job.settings
     with job.timed("walk") as entry:
         student = build_student(
-            job.source,
+            lesson_teacher(job),
             to=job.target,
             data=job.text.walk,
             init=settings.walk.init,
@@ -197,6 +202,7 @@ def score_teacher(job: Job) -> dict[str, "Scores"]:
 
 def train(job: Job, student: "Student", row: str = "student") -> "Student":
     """Distil the student on the teacher's targets; returns it with the final weights."""
+    from moe2dense.regimes.choose import regime_of
     from moe2dense.student.store import load_student, save_student
     from moe2dense.training import distill
 
@@ -217,6 +223,7 @@ def train(job: Job, student: "Student", row: str = "student") -> "Student":
             seed=settings.seed,
             out=folder,
             resume=True,
+            regime=regime_of(job),
             progress=lambda name, *rest, **numbers: job.progress(
                 name if row == "student" else f"{name} {row}", *rest, **numbers
             ),
@@ -232,18 +239,22 @@ def train(job: Job, student: "Student", row: str = "student") -> "Student":
 
 
 def training_targets(job: Job) -> Any:
-    """The teacher's targets on the training text: the store the user names, else one written to the run folder."""
+    """The teacher's targets on the training text: the store the user names, else one written to the run folder; None for hard labels alone."""
     from moe2dense.losses.matching import teacher_features
+    from moe2dense.regimes.choose import brings_targets
+    from moe2dense.regimes.texts import lesson_teacher, needs_targets
     from moe2dense.targets import open_targets, write_targets
 
     settings = job.settings.train
+    if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
+        return None
     if settings.targets:
         return open_targets(settings.targets, job.text.train)
     folder = job.run.folder / "targets"
     if not job.run.finished("targets"):
         with job.timed("targets"):
             write_targets(
-                job.source,
+                lesson_teacher(job, targets=True),
                 job.text.train,
                 folder,
                 format=settings.target_format,

@@ -22,6 +22,8 @@ FLAGS = {
     " token-weights tokens",
     "distill": "alpha block config data device epochs lora loss lr memory out report-to resume seed targets teacher"
     " teacher-card temperature tokens valid",
+    "generate": "beams block config data device duplicates experts learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
+    " same-script seed teacher-card temperature tokens top-p",
     "eval": "baseline block data device json memory seed split teacher teacher-card tokens",
     "report": "json",
     "export": "data dtype format max-kl out overwrite public push-to-hub quantize shard-size tokenizer yes",

@@ -1,0 +1,85 @@
+"""What a run's settings change about its text and about the teacher that its student learns from."""
+
+import dataclasses
+import json
+from typing import Any
+
+from moe2dense.config import RunConfig
+from moe2dense.errors import UserError
+from moe2dense.generation.filters import parse_band
+from moe2dense.generation.sampling import Sampling
+from moe2dense.generation.selection import parse_selection, select_blocks
+from moe2dense.regimes.seqkd import written_text
+from moe2dense.run import atomic_write
+
+
+def check_text_settings(settings: RunConfig) -> None:
+    """Refuse settings of [write] and train.select that mean nothing. Raises UserError."""
+    write = settings.write
+    if not 0 <= write.share <= 1:
+        raise UserError(f"write.share must lie between 0 and 1; found {write.share:g}")
+    if write.share:
+        Sampling(write.temperature, write.top_p, write.beams)
+        parse_band(write.nll)
+    if not 0 <= write.duplicates <= 1:
+        raise UserError(f"write.duplicates must lie between 0 and 1; found {write.duplicates:g}")
+    parse_selection(settings.train.select)
+    if settings.train.targets and (write.share or settings.train.select):
+        raise UserError(
+            "train.targets are of the data as it is; leave out write.share and train.select, or the targets"
+        )
+
+
+def needs_targets(settings: RunConfig) -> bool:
+    """Whether training reads the teacher's distributions at all: hard labels alone do not."""
+    return settings.train.alpha < 1 or bool(
+        settings.train.alpha_schedule or settings.train.features or settings.train.select
+    )
+
+
+def lesson_teacher(job: Any, targets: bool = False) -> Any:
+    """The teacher that the student learns from: with rounded experts, or for targets with more of them, where the settings say so.
+
+    The student is always judged by the checkpoint as it is.
+    """
+    about = job.settings.teacher
+    options = {"quantize": about.quantize, "top_k": about.top_k if targets else 0}
+    if job.leader is not None or not any(options.values()):
+        return job.source
+    from moe2dense.teacher.load import load_teacher
+
+    return load_teacher(
+        job.teacher.path,
+        memory=about.memory,
+        experts=about.experts,
+        device=about.device,
+        card=job.teacher.card,
+        **options,
+    )
+
+
+def prepare_text(job: Any, student: Any) -> None:
+    """Put what the teacher writes into the training text, then keep the blocks that are chosen; a resumed run reads both back."""
+    if job.settings.write.share:
+        job.text = dataclasses.replace(job.text, train=written_text(job))
+    if job.settings.train.select:
+        _select(job, student)
+
+
+def _select(job: Any, student: Any) -> None:
+    from moe2dense.stages import training_targets
+
+    whole, selection = job.text.train, parse_selection(job.settings.train.select)
+    assert selection is not None
+    record = job.run.folder / "selection.json"
+    targets = training_targets(job)
+    if not job.run.finished("select"):
+        with job.timed("select") as entry:
+            rows, divergence = select_blocks(student.model, targets, whole, selection)
+            entry |= {"kept": len(rows), "of": len(whole), "divergence": float(divergence[rows].mean())}
+            entry["divergence_of_all"] = float(divergence.mean())
+            atomic_write(record, json.dumps({"rows": rows, "divergence": [round(float(d), 6) for d in divergence]}))
+    rows = json.loads(record.read_text())["rows"]
+    job.text = dataclasses.replace(job.text, train=whole[rows])
+    train = dataclasses.replace(job.settings.train, epochs=job.settings.train.epochs * len(whole) / len(rows))
+    job.settings = dataclasses.replace(job.settings, train=train)  # as many steps as on the whole text

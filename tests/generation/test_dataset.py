@@ -1,0 +1,144 @@
+"""Datasets that a teacher writes: what is in them, that they go on where they stopped, and that nothing is lost."""
+
+import dataclasses
+import gzip
+import json
+
+import pytest
+
+import moe2dense.generation.dataset as dataset
+from moe2dense.__main__ import main
+from moe2dense.config import WriteConfig
+from moe2dense.data import load_blocks
+from moe2dense.errors import UserError
+from moe2dense.generation.dataset import stop_ids, summary, write_text
+from moe2dense.generation.sequences import Completion
+from moe2dense.teacher.load import load_teacher
+
+SMALL = WriteConfig(prompt_tokens=9, new_tokens=14, top_p=0.9, shard=16, min_tokens=2)
+
+
+@pytest.fixture(scope="module")
+def teacher(tiny):
+    return load_teacher(tiny, memory="300MB")
+
+
+def records(folder):
+    lines = [
+        line
+        for p in sorted(folder.glob("train-*.gz"))
+        for line in gzip.decompress(p.read_bytes()).decode().splitlines()
+    ]
+    return [json.loads(line) for line in lines]
+
+
+def test_written_text_is_read_like_any_other(teacher, text, tokenizer, tmp_path):
+    folder = write_text(teacher, tmp_path / "w", text, SMALL, 700, block=64)
+    rows, about = records(folder), json.loads((folder / "writing.json").read_text())
+    assert summary(folder)["tokens"] >= 700 and summary(folder)["texts"] == len(rows)
+    assert about["settings"]["top_p"] == 0.9 and len(about["teacher"]) == 32
+    assert all(r["prompt"] and r["completion"].strip() and r["nll"] > 0 for r in rows)
+    blocks = load_blocks(folder, tokenizer, 64, "train")
+    assert blocks.labels_mask is not None and blocks.document_ids is not None
+    first = blocks.input_ids[0][blocks.labels_mask[0] & (blocks.document_ids[0] == 0)]
+    together = tokenizer.decode(first[:-1])  # without the closing token
+    assert any(r["completion"] == together or r["completion"].strip() == together.strip() for r in rows)
+
+
+def test_prompt_can_be_learnt_too(teacher, text, tokenizer, tmp_path):
+    folder = write_text(teacher, tmp_path / "w", text, dataclasses.replace(SMALL, learn_prompt=True), 300, block=64)
+    blocks = load_blocks(folder, tokenizer, 64, "train")
+    assert blocks.labels_mask is None and blocks.document_ids is None
+    assert {"text", "nll", "number"} <= set(records(folder)[0])
+
+
+def test_conversations_are_answered(teacher, tokenizer, tmp_path):
+    tokenizer = __import__("copy").deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}{% if add_generation_prompt %}[assistant] {% endif %}"
+    source = tmp_path / "chat.jsonl"
+    turns = [{"role": "user", "content": "Who is the king?"}, {"role": "assistant", "content": "old"}]
+    source.write_text(
+        "".join(json.dumps({"messages": [{**turns[0], "content": f"Who {i}?"}, turns[1]]}) + "\n" for i in range(60))
+    )
+    folder = write_text(teacher, tmp_path / "w", source, SMALL, 200, block=64, tokenizer=tokenizer)
+    for row in records(folder):
+        assert [m["role"] for m in row["messages"]] == ["user", "assistant"]
+        assert row["messages"][1]["content"] not in ("", "old")
+    assert load_blocks(folder, tokenizer, 32, "train").labels_mask is not None
+
+
+def test_a_stopped_writing_goes_on_as_if_it_had_not(teacher, text, tmp_path, monkeypatch):
+    settings = dataclasses.replace(SMALL, duplicates=0.9, learn_prompt=True)
+    whole = write_text(teacher, tmp_path / "a", text, settings, 900, block=64)
+    real, calls = dataset.generate, []
+
+    def dies(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(dataset, "generate", dies)
+    with pytest.raises(KeyboardInterrupt):
+        write_text(teacher, tmp_path / "b", text, settings, 900, block=64)
+    assert len(records(tmp_path / "b")) > 0
+    monkeypatch.setattr(dataset, "generate", real)
+    again = write_text(teacher, tmp_path / "b", text, settings, 900, block=64)
+    assert records(again) == records(whole)
+    with pytest.raises(UserError, match="written with other settings"):
+        write_text(teacher, again, text, dataclasses.replace(settings, top_p=0.5), 900, block=64)
+    shard = next(again.glob("train-*.gz"))
+    shard.write_bytes(shard.read_bytes()[:-3])
+    with pytest.raises(UserError, match="damaged"):
+        write_text(teacher, again, text, settings, 900, block=64)
+
+
+def test_a_teacher_that_only_ends(teacher, text, tmp_path, monkeypatch):
+    real, calls = dataset.generate, []
+
+    def ends(*args, **kwargs):
+        calls.append(1)
+        return real(*args, **kwargs) if len(calls) == 1 else [Completion(stopped=True) for _ in args[1]]
+
+    monkeypatch.setattr(dataset, "generate", ends)
+    with pytest.raises(UserError, match="only its end-of-text token after all 16 prompts.*kept in"):
+        write_text(teacher, tmp_path / "w", text, SMALL, 900, block=64)
+    assert records(tmp_path / "w")
+
+
+def test_filters_that_keep_nothing(teacher, text, tmp_path):
+    with pytest.raises(UserError, match="kept 0 of 16 written texts .* by nll"):
+        write_text(teacher, tmp_path / "w", text, dataclasses.replace(SMALL, nll="100:200"), 900, block=64)
+
+
+def test_stop_ids_are_the_checkpoints(teacher, tokenizer):
+    assert stop_ids(teacher, tokenizer) == [2]
+
+
+def test_greedy_text_ends_with_its_prompts(teacher, tmp_path):
+    source = tmp_path / "p.jsonl"
+    source.write_text(
+        "".join(json.dumps({"prompt": f"The king of {n}"}) + "\n" for n in ("France", "Spain", "the old hills")) * 9
+    )
+    folder = write_text(
+        teacher,
+        tmp_path / "w",
+        source,
+        dataclasses.replace(SMALL, temperature=0.0, top_p=1.0, min_tokens=1),
+        10**6,
+        block=64,
+    )
+    assert 0 < len(records(folder)) <= 27
+
+
+def test_command(tiny, text, tmp_path, capsys):
+    out = tmp_path / "w"
+    call = ["generate", str(tiny), "--data", str(text), "--out", str(out), "--tokens", "300", "--prompt-tokens", "8"]
+    assert main([*call, "--new-tokens", "12", "--temperature", "0.8"]) == 0
+    assert "texts of" in capsys.readouterr().out
+    assert main([*call[:-1], "300"]) == 2
+    assert "leaves nothing to write" in capsys.readouterr().err
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "x").write_text("x")
+    assert main(["generate", str(tiny), "--data", str(text), "--out", str(tmp_path / "full")]) == 2
+    assert "holds no writing.json" in capsys.readouterr().err
