@@ -242,10 +242,11 @@ class Trainer:
                 f"--lr (now {self.config.lr:g}), give more --tokens, or keep the student as it was built (--tokens 0)",
                 stacklevel=4,
             )
+        seen = self.step * self.per_step
         return TrainResult(
             steps=self.step,
-            tokens=self.step * self.per_step * self.block,
-            unique=min(len(self.lesson.blocks), self.step * self.per_step) * self.block,
+            tokens=seen * self.block,
+            unique=(seen if self.regime.always_new else min(len(self.lesson.blocks), seen)) * self.block,
             history=history,
             best_step=self.best[1] if self.best else None,
             seconds=seconds,

@@ -11,7 +11,7 @@ from torch import Tensor
 from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
-from moe2dense.regimes.base import Regime
+from moe2dense.regimes import Regime, make_regime
 from moe2dense.schedules import scheduled
 from moe2dense.targets.ahead import ReadAhead
 from moe2dense.targets.memory import as_targets, hidden_targets
@@ -64,6 +64,8 @@ def distill(
     block = data.input_ids.shape[1]
     if tokens is not None and tokens < block:
         raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
+    if config.regime and regime is None:
+        regime = make_regime(config.regime, teacher=teacher)
     _check_arguments(config, teacher, targets, out, regime)
     known = None if targets is None else as_targets(targets, data)
     data = data if tokens is None else data[: tokens // block]

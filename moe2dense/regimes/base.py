@@ -19,6 +19,7 @@ class Regime:
 
     name = ""
     brings_targets = False  # the regime's own lessons have targets: `distill` computes none for the fixed text
+    always_new = False  # every step asks the teacher anew, also of text that was seen before
 
     def about(self) -> dict[str, Any]:
         """The settings that must not change between a run and its continuation, as plain values."""

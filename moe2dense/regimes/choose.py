@@ -1,0 +1,132 @@
+"""From the name in train.regime to the regime, with the models it needs."""
+
+from typing import TYPE_CHECKING, Any
+
+from moe2dense.cards import nearest
+from moe2dense.config import RegimeConfig
+from moe2dense.errors import UserError
+from moe2dense.schedules import scheduled
+
+if TYPE_CHECKING:
+    from moe2dense.regimes.base import Regime
+
+TRAINED = ("on-policy", "online", "mutual", "ema", "multiview", "mtp")
+
+
+def check_regime(name: str, options: RegimeConfig) -> None:
+    """Raises UserError for a name that is no regime and for options outside their range."""
+    if name and name not in TRAINED:
+        raise UserError(
+            f"train.regime {name!r} is unknown{nearest(name, list(TRAINED))}; use one of {', '.join(TRAINED)}"
+        )
+    for key in ("share", "head_weight"):
+        ends = [scheduled(getattr(options, key), step, 2) for step in (0, 1)]
+        if min(ends) < 0 or (key == "share" and max(ends) > 1):
+            found = getattr(options, key)
+            raise UserError(
+                f"regime.{key} must {'lie between 0 and 1' if key == 'share' else 'not be negative'}; found {found!r}"
+            )
+    for key, low, high in (("prompt", 0, 1), ("top_p", 0, None), ("dropout", None, 1), ("decay", None, 1)):
+        value = getattr(options, key)
+        if not (value > 0 if low is not None else value >= 0) or not (value < 1 if high is not None else value <= 1):
+            raise UserError(f"regime.{key} must lie between 0 and 1; found {value:g}")
+    for key in ("rollout_steps", "views", "heads"):
+        if getattr(options, key) < 1:
+            raise UserError(f"regime.{key} must be at least 1; found {getattr(options, key)}")
+    for key in ("sample_temperature", "companion_lr"):
+        if getattr(options, key) < 0:
+            raise UserError(f"regime.{key} must not be negative; found {getattr(options, key):g}")
+
+
+def make_regime(
+    name: str, options: RegimeConfig | None = None, teacher: Any = None, peer: Any = None
+) -> "Regime | None":
+    """The regime called `name` for one run of `distill`; None for "".
+
+    teacher: a Teacher or a transformers model (on-policy, online); peer: the second student (mutual). Raises UserError for an
+    unknown name, options outside their range, and a model that is missing.
+    """
+    options = options or RegimeConfig()
+    check_regime(name, options)
+    if name == "on-policy":
+        from moe2dense.regimes.onpolicy import OnPolicy
+
+        return OnPolicy(teacher, options)
+    if name == "mtp":
+        from moe2dense.regimes.mtp import MultiToken
+
+        return MultiToken(options)
+    if name == "multiview":
+        from moe2dense.regimes.multiview import MultiView
+
+        return MultiView(options)
+    from moe2dense.regimes import companions
+
+    if name == "ema":
+        return companions.Ema(options)
+    if name == "online":
+        return companions.Online(trainable(teacher), options)
+    if name == "mutual":
+        if peer is None:
+            raise UserError("the mutual regime needs a second student (peer)")
+        return companions.Mutual(getattr(peer, "model", peer), options)
+    return None
+
+
+def trainable(teacher: Any) -> Any:
+    """The teacher as a transformers model in memory, which can learn. Raises UserError without one."""
+    if teacher is None:
+        raise UserError("the online regime trains the teacher too and needs it in memory: pass teacher=")
+    if not hasattr(teacher, "run"):
+        return teacher
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from moe2dense.exporting.verify import quiet
+
+    try:
+        with quiet():
+            return AutoModelForCausalLM.from_pretrained(
+                teacher.path, dtype=torch.float32, experts_implementation="eager" if teacher.card else None
+            )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            f"the online regime cannot load {teacher.path} for training: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def brings_targets(name: str, options: RegimeConfig) -> bool:
+    """Whether a regime needs no targets of the fixed text."""
+    from moe2dense.regimes.companions import always
+
+    return name in ("on-policy", "online") or (name in ("mutual", "ema", "multiview") and always(options.share) == 1.0)
+
+
+def regime_of(job: Any) -> "Regime | None":
+    """The regime that a conversion's settings ask for, with the models it needs; a second student is built once and kept."""
+    from moe2dense.regimes.texts import lesson_teacher
+
+    name, options = job.settings.train.regime, job.settings.regime
+    teacher = lesson_teacher(job, targets=True) if name == "on-policy" else job.source
+    return make_regime(name, options, teacher, second_student(job) if name == "mutual" else None)
+
+
+def second_student(job: Any) -> Any:
+    """The other student of mutual learning: a checkpoint, or built in another way from another seed."""
+    from pathlib import Path
+
+    from moe2dense.student.build import build_student
+    from moe2dense.student.store import load_student, save_student
+
+    peer, folder = job.settings.regime.peer, job.run.folder / "walk" / "peer"
+    if Path(peer).is_dir():
+        from moe2dense.verbs.common import open_student
+
+        return open_student(peer)
+    if not job.run.finished("peer"):
+        with job.timed("peer"):
+            seed, walk = job.settings.seed + 1, job.settings.walk
+            save_student(
+                build_student(job.source, to=job.target, data=job.text.walk, init=peer, config=walk, seed=seed), folder
+            )
+    return load_student(folder)

@@ -1,0 +1,166 @@
+"""On-policy distillation (GKD, 2306.13649): the student writes, the teacher says at every word what it would have written.
+
+A share of the steps trains on the student's own continuations of the text's blocks, the others on the text. Every
+`rollout_steps` steps the student, as it is then, continues all blocks of its steps to come, and the teacher reads those
+together with the text of the steps in between in one pass: prefill only, so a streamed teacher serves it as a macro-batch.
+What was written and what the teacher said of it stay in the run folder until a checkpoint has passed them.
+"""
+
+import math
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from moe2dense.config import RegimeConfig
+from moe2dense.data import Blocks
+from moe2dense.errors import UserError
+from moe2dense.generation.sampling import Sampling
+from moe2dense.order import step_blocks
+from moe2dense.regimes.base import Regime
+from moe2dense.regimes.rollout import continued
+from moe2dense.run import atomic_write
+from moe2dense.schedules import scheduled
+from moe2dense.targets.memory import HiddenTargets, hidden_targets
+from moe2dense.teacher.distributed import gather_rows, my_share, world
+from moe2dense.trainstep import Lesson, Plan
+
+if TYPE_CHECKING:
+    from moe2dense.trainer import Trainer
+
+# n blocks of a window, S block length, H teacher hidden
+
+
+def own_steps(share: str | float, steps: int) -> list[bool]:
+    """For each step of a run whether it is on the student's own words: as many, as evenly, as the scheduled share says."""
+    found, before = [], 0.0
+    for step in range(steps):
+        after = before + scheduled(share, step, steps)
+        found.append(math.floor(after + 1e-9) > math.floor(before + 1e-9))
+        before = after
+    return found
+
+
+class OnPolicy(Regime):
+    """See the module. `teacher`: a Teacher, streamed or resident, or a transformers model."""
+
+    name = "on-policy"
+    brings_targets = always_new = True
+
+    def __init__(self, teacher: Any, options: RegimeConfig):
+        if teacher is None:
+            raise UserError("the on-policy regime needs the teacher itself: stored targets know nothing of new text")
+        self.teacher, self.options = teacher, options
+        self.window: int | None = None
+
+    def about(self) -> dict[str, Any]:
+        return asdict(self.options)
+
+    def begin(self, trainer: "Trainer") -> None:
+        blocks = trainer.lesson.blocks
+        length = blocks.input_ids.shape[1]
+        self.trainer, self.own = trainer, own_steps(self.options.share, trainer.steps)
+        self.prompt = min(length - 2, max(1, round(self.options.prompt * length)))
+        self.folder = None if trainer.checkpoints is None else trainer.checkpoints.folder.parent / "rollouts"
+        self.eos = {int(i) for i in _ids(trainer.model.config.eos_token_id)}
+        if blocks.attention_mask is not None and not bool(blocks.attention_mask.all()):
+            raise UserError("data: the on-policy regime continues blocks without padding; pack the text")
+
+    def lesson(self, step: int, lesson: Lesson, plan: Plan) -> tuple[Lesson, Plan]:
+        size = self.options.rollout_steps
+        if self.window != step // size:
+            self._open(step // size, lesson.blocks)
+        per_step = self.trainer.per_step
+        first = (step - step // size * size) * per_step
+        rows = list(range(first, first + per_step))
+        blocks = self._as_learnt(self.blocks[rows]) if self.own[step] else lesson.blocks[plan.indices]
+        found = Lesson(blocks, self.targets[first : first + per_step])
+        alpha = 0.0 if self.own[step] else plan.alpha  # its own words are no labels
+        return found, replace(plan, indices=list(range(per_step)), alpha=alpha)
+
+    def after_step(self, step: int, lesson: Lesson, plan: Plan) -> dict[str, float]:
+        return {"own_words": float(self.own[step])}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        self.window = None
+
+    def saved(self, step: int) -> None:
+        """Drop the rollouts that no resumed run will ask for."""
+        if self.folder is None or not self.trainer.accelerator.is_main_process:
+            return
+        for path in self.folder.glob("window-*.safetensors"):
+            if int(path.stem.partition("-")[2]) < step // self.options.rollout_steps:
+                path.unlink()
+
+    def _path(self, window: int) -> Path | None:
+        return None if self.folder is None else self.folder / f"window-{window:06d}.safetensors"
+
+    def _open(self, window: int, text: Blocks) -> None:
+        """Text and targets of a window of steps: read where they were written before, else made now."""
+        size, per_step = self.options.rollout_steps, self.trainer.per_step
+        steps = range(window * size, min((window + 1) * size, self.trainer.steps))
+        indices = [step_blocks(len(text), per_step, s, self.trainer.seed) for s in steps]
+        fixed = text[[i for step in indices for i in step]]
+        own = [row for k, s in enumerate(steps) if self.own[s] for row in range(k * per_step, (k + 1) * per_step)]
+        path = self._path(window)
+        if path is not None and path.exists():
+            kept = load_file(path)
+            ids, hidden = kept["input_ids"], kept["hidden"]
+            self.blocks = _with_ids(fixed, ids, own)
+        else:
+            self.blocks = _with_ids(fixed, self._written(fixed, own, steps.start * per_step), own)
+            hidden = self._scored()
+            if path is not None and self.trainer.accelerator.is_main_process:
+                atomic_write(path, save({"input_ids": self.blocks.input_ids, "hidden": hidden}))
+        head = self.teacher.head if hasattr(self.teacher, "run") else self._head()
+        self.targets, self.window = HiddenTargets(hidden, head), window
+
+    def _head(self) -> Any:
+        from moe2dense.losses.head import model_head
+
+        return model_head(self.teacher)
+
+    def _written(self, fixed: Blocks, own: list[int], first: int) -> Tensor:
+        """input_ids [n, S] of a window, those of the rows `own` continued by the student. Processes share the work."""
+        sampling = Sampling(self.options.sample_temperature, self.options.top_p, seed=self.trainer.seed)
+        mine = own[my_share(len(own))]
+        ids = fixed.input_ids.clone()
+        text = continued(self.trainer.model, ids[mine], self.prompt, sampling, [first + row for row in mine])
+        ids[own] = gather_rows(text)
+        return ids
+
+    def _scored(self) -> Tensor:
+        """The teacher's final hidden states [n, S, H] on the window's text, in one pass."""
+        if len(self.blocks) < world()[1]:
+            return hidden_targets(self.teacher, self.blocks).hidden
+        return gather_rows(hidden_targets(self.teacher, self.blocks[my_share(len(self.blocks))]).hidden)
+
+    def _as_learnt(self, blocks: Blocks) -> Blocks:
+        """The student's own words with the positions that carry loss: those that predict what it wrote."""
+        learnt = torch.ones_like(blocks.input_ids, dtype=torch.bool)
+        if self.options.generated_only:
+            learnt[:, : self.prompt] = False
+        if blocks.labels_mask is not None:  # chats end where the student closes its turn; plain text goes on
+            closed = torch.zeros_like(learnt)
+            for i in self.eos:
+                closed |= blocks.input_ids == i
+            closed[:, : self.prompt] = False
+            learnt &= closed.cumsum(1) - closed.long() == 0
+        every = bool(learnt.all())
+        return Blocks(blocks.input_ids, blocks.domains, labels_mask=None if every else learnt)
+
+
+def _ids(value: Any) -> list[int]:
+    return [] if value is None else value if isinstance(value, list) else [value]
+
+
+def _with_ids(fixed: Blocks, ids: Tensor, own: list[int]) -> Blocks:
+    """Blocks with other tokens; the rows `own` are one document each."""
+    documents = fixed.document_ids
+    if documents is not None:
+        documents = documents.clone()
+        documents[own] = 0
+    return Blocks(ids, fixed.domains, None, documents, fixed.labels_mask)
