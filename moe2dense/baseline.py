@@ -9,18 +9,18 @@ from moe2dense.errors import UserError
 RESERVED = ("teacher", "student", "before", "control")  # rows that a report has of its own
 
 
-def check_baselines(names: Sequence[str], tokenizer: Any) -> None:
+def check_baselines(names: Sequence[str], tokenizer: Any, argument: str = "--baseline") -> None:
     """Refuse baselines that are not there or speak other tokens than the teacher, before anything is computed.
 
-    `tokenizer` is the teacher's. Raises UserError naming the one at fault.
+    `tokenizer` is the teacher's. Raises UserError naming `argument` and the one at fault.
     """
     for name in names:
-        folder = _folder(name)
-        own = _tokenizer(folder)
+        folder = _folder(name, argument)
+        own = _tokenizer(folder, argument)
         if own is not None and own.get_vocab() != tokenizer.get_vocab():
             raise UserError(
-                f"--baseline {name} has another tokenizer than the teacher ({len(own)} tokens, the teacher {len(tokenizer)}), so "
-                f"their predictions cannot be compared token by token; leave it out, or compare both with --tasks"
+                f"{argument} {name} has another tokenizer than the teacher ({len(own)} tokens, the teacher {len(tokenizer)}), so "
+                f"their predictions cannot be compared token by token; give a checkpoint with the teacher's tokenizer"
             )
 
 
@@ -28,7 +28,7 @@ def open_baseline(name: str) -> Any:
     """A baseline as a transformers model in fp32. Raises UserError when it cannot be read."""
     from moe2dense.verbs.common import open_student
 
-    return open_student(str(_folder(name))).model
+    return open_student(str(_folder(name, "--baseline"))).model
 
 
 def row_names(names: Sequence[str]) -> dict[str, str]:
@@ -40,13 +40,13 @@ def row_names(names: Sequence[str]) -> dict[str, str]:
     }
 
 
-def _folder(name: str) -> Path:
+def _folder(name: str, argument: str) -> Path:
     """Where a baseline is, downloaded from the hub if need be."""
     if Path(name).exists():
         return Path(name)
     if name.count("/") != 1:
         raise UserError(
-            f"--baseline {name} is no folder and no hub id (owner/name); give the folder of a dense checkpoint"
+            f"{argument} {name} is no folder and no hub id (owner/name); give the folder of a dense checkpoint"
         )
     from huggingface_hub import snapshot_download
 
@@ -56,10 +56,10 @@ def _folder(name: str) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(WEIGHT_FILES)))
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"--baseline {name} is no folder, and cannot be had from the hub ({first})") from error
+        raise UserError(f"{argument} {name} is no folder, and cannot be had from the hub ({first})") from error
 
 
-def _tokenizer(folder: Path) -> Any:
+def _tokenizer(folder: Path, argument: str) -> Any:
     """The tokenizer in a checkpoint's folder, or None where it has none (a student beside its run)."""
     from transformers import AutoTokenizer
 
@@ -70,4 +70,4 @@ def _tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder)
     except Exception as error:  # tokenizers fail in many ways
-        raise UserError(f"--baseline {folder}: its tokenizer cannot be loaded ({type(error).__name__})") from error
+        raise UserError(f"{argument} {folder}: its tokenizer cannot be loaded ({type(error).__name__})") from error

@@ -21,11 +21,14 @@ def rating_sheet(samples: Mapping[str, Any], seed: int = 0) -> tuple[str, str]:
     rng = random.Random(seed)
     rows = list(samples["rows"])
     rng.shuffle(rows)
+    swapped = [i % 2 == 1 for i in range(len(rows))]  # as often on either side
+    rng.shuffle(swapped)
     sheet: list[Sequence[str]] = [("id", "prompt", "A", "B", "better", "remarks")]
     key: list[Sequence[str]] = [("id", "A", "B", "domain")]
     for number, row in enumerate(rows, 1):
         sides = ["student", "teacher" if row.get("teacher") is not None else "text"]
-        rng.shuffle(sides)
+        if swapped[number - 1]:
+            sides.reverse()
         sheet.append((str(number), row["prompt"], row[sides[0]], row[sides[1]], "", ""))
         key.append((str(number), *sides, row.get("domain") or ""))
     return _csv(sheet), _csv(key)

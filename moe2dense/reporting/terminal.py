@@ -45,7 +45,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if transfer.get("worst"):
             console.print(_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5], console.width >= 96))
     if report.get("samples"):
-        console.print(_written(report))
+        console.print(written_table(report["samples"]))
     for finding in report.get("diagnosis") or []:
         color = "red" if finding["severity"] == "error" else "yellow"
         console.print(Text(f"{finding['title']}: ", style=color) + Text(f"{finding['finding']} {finding['remedy']}"))
@@ -139,8 +139,8 @@ def bars(shares: Sequence[float | None], most: int = 64) -> str:
     return "".join("·" if v is None else BLOCKS[1 + min(7, max(0, int(v * 8)))] for v in shares)
 
 
-def _written(report: Report) -> Table:
-    samples = report["samples"]
+def written_table(samples: dict[str, Any]) -> Table:
+    """How likely teacher, student and judge find what was written, as a rich table."""
     readers = [("by teacher", "teacher"), ("by student", "student")]
     readers += [("by judge", "judge")] if samples.get("judge") else []
     table = _table("NLL of what they wrote", "", *(name for name, _ in readers), "distinct bigrams")
