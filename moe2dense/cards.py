@@ -14,6 +14,12 @@ from typing import Any, TypeVar
 from moe2dense.errors import UserError
 
 _PACKAGE = Path(__file__).parent
+HEADS = {
+    "self_attn.q_proj": "query rows",
+    "self_attn.k_proj": "group rows",
+    "self_attn.v_proj": "group rows",
+    "self_attn.o_proj": "query columns",
+}
 T = TypeVar("T")
 
 
@@ -79,6 +85,9 @@ class StudentCard:
         default_factory=dict
     )  # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
     tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
+    heads: dict[str, str] = field(
+        default_factory=lambda: dict(HEADS)
+    )  # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
     loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
     notes: str = ""
 

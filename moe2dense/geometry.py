@@ -27,6 +27,8 @@ class Geometry:
     active_parameters: int
     expert_parameters: int  # one expert of one layer
     max_positions: int
+    num_attention_heads: int = 1
+    num_key_value_heads: int = 1
 
     @property
     def active_width(self) -> int:
@@ -82,4 +84,6 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
         active_parameters=total - len(moe) * (experts_total - top_k) * per_expert,
         expert_parameters=per_expert,
         max_positions=getattr(config, "max_position_embeddings", 2048),
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
     )

@@ -1,5 +1,6 @@
 """The student's tensors: an empty host, what is copied from the teacher, and FFNs put in their place."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -33,27 +34,55 @@ def empty_student(target: Target) -> "PreTrainedModel":
     return model
 
 
-def copy_tensors(model: "PreTrainedModel", target: Target, teacher: "Teacher", cut: "Cut | None" = None) -> None:
-    """Fill everything outside the FFNs from the teacher, in the channels and layers that `cut` keeps.
+class CarriedOver:
+    """What the student takes from the teacher as it is: everything outside its FFNs, read when it is needed, in what `cut` keeps.
 
     Raises UserError for a tensor of either side that has no counterpart.
     """
-    sources = tensor_map(target.card, model, set(teacher.shapes))
-    if cut:
-        sources = {name: cut.source(source) for name, source in sources.items()}
-    for name, source in sources.items():
-        value = teacher.tensor(source).to("cpu", torch.float32)
-        want = model.get_parameter(name).shape
-        if cut:
-            value = cut.tensor(value, want)
+
+    def __init__(self, model: "PreTrainedModel", target: Target, teacher: "Teacher", cut: "Cut | None" = None):
+        self.model, self.target, self.teacher, self.cut = model, target, teacher, cut
+        sources = tensor_map(target.card, model, set(teacher.shapes))
+        self.sources = {name: cut.source(source) if cut else source for name, source in sources.items()}
+        name = adapter.decoder(model)[0]
+        self.layers_prefix = f"{name}.layers." if name else "layers."
+        check_teacher_used(set(self.sources.values()), target, teacher, cut)
+
+    def in_layer(self, name: str, index: int | None = None) -> bool:
+        """Whether a student's tensor belongs to a layer, or to layer `index`."""
+        return name.startswith(self.layers_prefix if index is None else f"{self.layers_prefix}{index}.")
+
+    def fill(self, wanted: Callable[[str], bool]) -> None:
+        """Read the student's tensors whose names are `wanted`."""
+        for name, source in self.sources.items():
+            if wanted(name):
+                assign(self.model, name, self._read(name, source))
+
+    def fill_missing(self) -> None:
+        """Read what lies outside the layers and is not in memory."""
+        self.fill(lambda name: not self.in_layer(name) and self.model.get_parameter(name).is_meta)
+
+    def outside(self) -> dict[str, Tensor]:
+        """What lies outside the layers, by name; tied tensors once."""
+        return {name: self.model.get_parameter(name).data for name in self.sources if not self.in_layer(name)}
+
+    def _read(self, name: str, source: str) -> Tensor:
+        value = self.teacher.tensor(source).to("cpu", torch.float32)
+        want = self.model.get_parameter(name).shape
+        if self.cut:
+            value = self.cut.tensor(source, value, want)
         if value.shape != want:
             raise UserError(
                 f"the student's tensor {name!r} has shape {list(want)} and its source {source!r} {list(value.shape)}; "
-                f"correct the student card {target.card.name!r}"
+                f"correct the student card {self.target.card.name!r}"
             )
-        assign(model, name, value.clone())
-    model.tie_weights()
-    check_teacher_used(set(sources.values()), target, teacher, cut)
+        return value.clone()
+
+
+def unload(module: nn.Module) -> None:
+    """Give a module's tensors back; their shapes stay."""
+    for name, value in adapter.saved_tensors(module).items():
+        assign(module, name, torch.empty_like(value, device="meta"))
 
 
 def check_teacher_used(used: set[str], target: Target, teacher: "Teacher", cut: "Cut | None") -> None:

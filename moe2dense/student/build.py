@@ -1,6 +1,8 @@
-"""build_student: one walk beside the teacher, in which the student's layers are made, fitted and run, one after the other."""
+"""build_student: one walk beside the teacher, in which the student's layers are made, fitted and run, one after the other.
 
-import math
+With a folder to keep them in, finished layers are written there and given back, so that memory holds one of the student's layers at a time.
+"""
+
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -12,21 +14,24 @@ from torch import Tensor
 
 from moe2dense.config import WalkConfig
 from moe2dense.errors import UserError
-from moe2dense.student.assemble import copy_tensors, empty_student, put_ffn
+from moe2dense.student.assemble import CarriedOver, empty_student, unload
 from moe2dense.student.carry import Carrier
-from moe2dense.student.ffn.local import Fit, fit, local, relative_error
-from moe2dense.student.ffn.refit import refit
-from moe2dense.student.methods import Block, make_ffn, parse_method, pool_limit
+from moe2dense.student.footprint import polish_bytes
+from moe2dense.student.host import dense_config
+from moe2dense.student.layerwise import Walk, build_layer
+from moe2dense.student.methods import parse_method
 from moe2dense.student.polish import polish
-from moe2dense.student.prune import Cut, cut_for, mean_gate, norm_factor, scale_norms
+from moe2dense.student.prune import Cut, cut_for, norm_factor, scale_norms
 from moe2dense.student.resume import LayerStore
 from moe2dense.student.sibling import pretrained_sibling
 from moe2dense.student.single import dense_target, single_expert
+from moe2dense.student.store import save_parts, save_student
 from moe2dense.student.target import Target, resolve_target
-from moe2dense.student.types import LayerFate, Student, dense
+from moe2dense.student.types import Student
 from moe2dense.teacher.capture import Observer, RoutingStats
 from moe2dense.teacher.load import Teacher, masks
 from moe2dense.teacher.stream import LayerPass
+from moe2dense.units import show_bytes
 
 if TYPE_CHECKING:
     from moe2dense.data import Blocks
@@ -36,23 +41,13 @@ Progress = Callable[..., None]
 
 
 @dataclass
-class Walk:
-    """The state of a walk: the student so far, its hidden states, and what is asked of each layer."""
+class Building(Walk):
+    """A walk that makes a whole student."""
 
-    teacher: Teacher
-    carrier: Carrier
-    target: Target
-    base: str
-    steps: list[str]
-    config: WalkConfig
-    seed: int
-    held: Tensor  # [N] bool: blocks kept back from every fit, to choose the step
-    real: Tensor  # [T] bool
-    stats: RoutingStats
-    hidden: Tensor  # [N, S, H] the student's
-    cut: Cut | None = None  # channels and layers that a pruned student keeps
-    fate: list[LayerFate | None] = field(default_factory=list)
-    history: list[dict[str, Any]] = field(default_factory=list)
+    carried: CarriedOver = field(kw_only=True)
+    cut: Cut | None = None  # channels, layers and heads that a pruned student keeps
+    store: LayerStore | None = None  # where finished layers go
+    final: Tensor | None = None  # [N, S, H] the teacher's final hidden states
 
 
 def build_student(
@@ -70,38 +65,113 @@ def build_student(
 
     init: `walk`, or a method with steps, such as `concat`, `obs+refit` or `obs+refit+local` (moe2dense.student.methods).
     out: folder in which finished layers are kept, so that a walk that was interrupted continues at the last one.
-    A target that is a pretrained dense checkpoint is returned as it is, without a walk.
+    A target that is a pretrained dense checkpoint is returned as it is, without a walk (with `graft`, see moe2dense.student.graft).
     Every layer is fitted to what the teacher's layer returns, given the student's own hidden states so far (error-compensated targets).
     Raises UserError for an unknown method, a student that the teacher's tensors cannot fill, or no data.
     """
     config = config or WalkConfig()
-    base, steps = parse_method(init)
+    target = _target_of(teacher, to, data, init, config)
+    if target.checkpoint:
+        return pretrained_sibling(target, teacher, data, init, config, seed, progress)
+    state = _walk(teacher, target, data, init, out, config, seed, observers, progress)
+    return _whole(state, init, data, progress)
+
+
+def build_to_folder(
+    teacher: Teacher,
+    to: str | Target,
+    data: "Blocks",
+    folder: str | Path,
+    out: str | Path,
+    init: str = "walk",
+    config: WalkConfig | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Path:
+    """As `build_student`, written to `folder` (see `store.load_student`); the student is in memory as a whole only while it is polished."""
+    config = config or WalkConfig()
+    target = _target_of(teacher, to, data, init, config)
+    if target.checkpoint:
+        return save_student(pretrained_sibling(target, teacher, data, init, config, seed, progress), folder)
+    state = _walk(teacher, target, data, init, out, config, seed, (), progress)
+    if polishes(state.steps, config) and _fits(state):
+        return save_student(_whole(state, init, data, progress), folder)
+    state.history += _unpolished(state)
+    about = Student(state.carrier.model, target.card, state.fate, str(teacher.path), init, data.tokens, state.history)
+    assert state.store is not None
+    return save_parts(about, folder, _parts(state))
+
+
+def polishes(steps: Sequence[str], config: WalkConfig) -> bool:
+    """Whether the student is fitted end to end once its layers are built."""
+    return "polish" in steps and config.polish_epochs > 0
+
+
+def _target_of(teacher: Teacher, to: str | Target, data: "Blocks", init: str, config: WalkConfig) -> Target:
+    parse_method(init)
     if len(data) == 0:
         raise UserError("data has no blocks; the walk needs some text")
     if isinstance(to, Target):
-        target = to
-    elif teacher.card is None:
-        target = dense_target(to, teacher.config)
-    else:
-        target = resolve_target(to, teacher.config, teacher.card)
-    if target.checkpoint:
-        return pretrained_sibling(target, teacher)
+        return to
+    if teacher.card is None:
+        return dense_target(to, teacher.config)
+    return resolve_target(to, teacher.config, teacher.card, config.prune, config.host)
+
+
+def _fits(state: Building) -> bool:
+    return polish_bytes(state.target.parameters) <= state.teacher.budget
+
+
+def _unpolished(state: Building) -> list[dict[str, Any]]:
+    """A record that says why the end-to-end fit was left out; empty where it was not asked for."""
+    if not polishes(state.steps, state.config):
+        return []
+    need, have = show_bytes(polish_bytes(state.target.parameters)), show_bytes(state.teacher.budget)
+    return [{"polish_skipped": f"training the student end to end takes {need}, --memory is {have}"}]
+
+
+def _start(
+    teacher: Teacher, target: Target, data: "Blocks", init: str, out: str | Path | None, config: WalkConfig, seed: int
+) -> Building:
+    """Everything before the first layer: the empty student, what it keeps of the teacher, and its embedded tokens."""
+    cut = cut_for(target, teacher, data, config.depth)
+    if cut and len(cut.layers) < len(teacher.body.layers):
+        sizes = dense_config(teacher.config.get_text_config(), target.card, target.width, cut.layers, **target.geometry)
+        target = replace(target, config=sizes)
     model = empty_student(target)
-    cut = cut_for(target.geometry, teacher, data, len(teacher.body.layers))
-    copy_tensors(model, target, teacher, cut)
+    carried = CarriedOver(model, target, teacher, cut)
+    carried.fill(lambda name: not carried.in_layer(name) and not name.startswith("lm_head."))
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
     carrier = Carrier(model, target.card, data.input_ids, mask, positions)
-    stats = RoutingStats(neurons=True)
+    base, steps = parse_method(init)
     real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
-    state = Walk(
-        teacher, carrier, target, base, steps, config, seed,
-        held_out(len(data), config.hold_out, seed), real.reshape(-1).bool(), stats, carrier.embed(), cut,
+    state = Building(
+        teacher, carrier, target, base, steps, config, seed, held_out(len(data), config.hold_out, seed),
+        real.reshape(-1).bool(), RoutingStats(neurons=True), carrier.embed(), carried=carried, cut=cut,
     )  # fmt: skip
-    store = LayerStore(out, data, init, config, seed, target) if out else None
+    if out:
+        state.store = LayerStore(out, data, init, config, seed, target)
+        unload(carrier.body.embed_tokens)
+    return state
+
+
+def _walk(
+    teacher: Teacher,
+    target: Target,
+    data: "Blocks",
+    init: str,
+    out: str | Path | None,
+    config: WalkConfig,
+    seed: int,
+    observers: Sequence[Observer],
+    progress: Progress | None,
+) -> Building:
+    """Build every layer. Afterwards those of a walk with a store are on disk and not in memory."""
+    state = _start(teacher, target, data, init, out, config, seed)
+    stats, cut, last = state.stats, state.cut, 1.0
     stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
     for observer in observers:
         observer.begin(teacher, data.tokens)
-    total, last = len(carrier.body.layers), 1.0
     for made in map(on_cpu, stream):
         if teacher.card is None:
             made = single_expert(made, stats)
@@ -109,22 +179,50 @@ def build_student(
             last = norm_factor(made.hidden_out, cut.keep, made.token_mask)
             if made.index not in cut.layers:
                 continue  # the next layer's target makes up for it
-        record = _layer(state, cut.layer(made) if cut else made, store)
+        record = _layer(state, made)
         if progress:
-            progress("walk", len(state.fate), total, **{k: v for k, v in record.items() if k != "layer"})
+            numbers = {k: v for k, v in record.items() if k != "layer"}
+            progress("walk", len(state.fate), len(state.carrier.body.layers), **numbers)
     for observer in observers:
         observer.end()
     if cut:
-        scale_norms(carrier.final_norms(), len(cut.keep), last)
-    if "polish" in steps and config.polish_epochs > 0:
-        assert stream.hidden_states is not None
-        state.history.append(
-            polish(model, teacher, carrier, stream.hidden_states.to("cpu", torch.float32), state, progress)
-        )
+        scale_norms(state.carrier.final_norms(), len(cut.keep), last)
+    state.hidden = torch.empty(0)
+    if stream.hidden_states is not None and polishes(state.steps, config) and _fits(state):
+        state.final = stream.hidden_states.to("cpu", torch.float32)
+    return state
+
+
+def _whole(state: Building, init: str, data: "Blocks", progress: Progress | None) -> Student:
+    """The student with all its layers in memory, polished where that is asked for and fits."""
+    model, layers = state.carrier.model, state.carrier.body.layers
+    if state.store:
+        for index, layer in enumerate(layers):
+            state.store.read(index, layer)
+    state.carried.fill_missing()
+    model.tie_weights()
+    if state.final is not None:
+        state.history.append(polish(model, state.teacher, state.carrier, state.final, state, progress))
+    else:
+        state.history += _unpolished(state)
     missing = [name for name, p in model.named_parameters() if p.is_meta]
     assert not missing, f"the student's tensor {missing[0]} was neither copied nor built"
     model.requires_grad_(True)
-    return Student(model, target.card, state.fate, str(teacher.path), init, data.tokens, state.history)
+    card, path = state.target.card, str(state.teacher.path)
+    return Student(model, card, state.fate, path, init, data.tokens, state.history)
+
+
+def _parts(state: Building) -> Any:
+    """The finished student's tensors by name: what lies outside the layers, then layer by layer, each given back afterwards."""
+    model, prefix = state.carrier.model, state.carried.layers_prefix
+    assert state.store is not None
+    state.carried.fill_missing()
+    yield state.carried.outside()
+    unload(model)
+    for index, layer in enumerate(state.carrier.body.layers):
+        state.store.read(index, layer)
+        yield {f"{prefix}{index}.{name}": value for name, value in layer.state_dict().items()}
+        unload(layer)
 
 
 def held_out(blocks: int, share: float, seed: int) -> Tensor:
@@ -145,120 +243,25 @@ def on_cpu(made: LayerPass) -> LayerPass:
     return replace(made, token_mask=made.token_mask.cpu(), **moved)
 
 
-def _layer(state: Walk, made: LayerPass, store: LayerStore | None) -> dict[str, Any]:
-    """Make the student's layer, run the student's hidden states through it, and say how well it does."""
-    begun, index, carrier = time.monotonic(), len(state.fate), state.carrier
-    kept = store.read(index, carrier.body.layers[index]) if store else None
+def _layer(state: Building, made: LayerPass) -> dict[str, Any]:
+    """Make the student's layer, run the student's hidden states through it, keep it on disk where there is a store."""
+    begun, index, carrier, cut = time.monotonic(), len(state.fate), state.carrier, state.cut
+    layer = carrier.body.layers[index]
+    kept = state.store.read(index, layer) if state.store else None
     if kept is None:
-        fate, record = _build(state, made)
+        state.carried.fill(lambda name: state.carried.in_layer(name, index))
+        if cut:
+            made = cut.layer(made)
+            scale_norms(layer, len(cut.keep), made.__dict__.get("norm_factor", 1.0))
+        fate, record = build_layer(state, made, index)
         record["seconds"] = round(time.monotonic() - begun, 2)
-        if store:
-            store.write(index, carrier.body.layers[index], fate, record)
+        if state.store:
+            state.store.write(index, layer, fate, record)
     else:
         fate, record = kept
     state.hidden = carrier.run(index, state.hidden)
+    if state.store:
+        unload(layer)
     state.fate.append(fate)
     state.history.append(record)
     return record
-
-
-def block_of(state: Walk, made: LayerPass, x: Tensor, target: Tensor) -> Block:
-    """What the methods are told of a layer."""
-    fixed = [] if made.sparse else [dense(made.dense)]
-    probability = None
-    if made.sparse:
-        fixed = [dense(part.weights, mean_gate(part.gate, made)) for part in made.shared]
-        assert made.router_logits is not None
-        probability = made.router_logits[made.token_mask].float().softmax(-1).sum(0)
-    gating = fixed[0].gating if fixed else made.experts[0].gating if made.experts else None
-    block = Block(
-        width=state.target.width, hidden_size=x.shape[1], x=x, target=target, fixed=fixed,
-        experts=made.experts or (), stats=state.stats[made.index] if made.sparse else None, probability=probability,
-        input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
-        seed=state.seed * 1000 + made.index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
-        pool_limit=pool_limit(state.teacher.budget // 2, state.target.width),
-    )  # fmt: skip
-    return replace(block, gating=gating) if gating else block
-
-
-def _build(state: Walk, made: LayerPass) -> tuple[LayerFate | None, dict[str, Any]]:
-    """Method, refit, local fit and layer fit of one layer, in this order; every step that fits keeps the better of before and after."""
-    carrier, index, config = state.carrier, len(state.fate), state.config
-    if state.cut:
-        scale_norms(carrier.body.layers[index], len(state.cut.keep), made.__dict__["norm_factor"])
-    entered, rest = carrier.before_ffn(index, state.hidden)
-    real, shape = state.real, made.hidden_in.shape
-    x = entered.reshape(-1, shape[2])[real]
-    if carrier.card.join == "post_norm":
-        wanted = made.y[real]  # what is normed afterwards; the layer fit works through the norm
-    else:
-        wanted = (made.hidden_out - rest).reshape(-1, shape[2])[real] / carrier.multiplier()
-    held = state.held.repeat_interleave(shape[1])[real]
-    with torch.no_grad():
-        block = block_of(state, made, x, wanted)
-        ffn, fate = make_ffn(block, state.base)
-        record: dict[str, Any] = {"layer": index, "error_init": relative_error(ffn, x, wanted)}
-        if "refit" in state.steps:
-            ffn = refit(ffn, x, wanted, config.ridge)
-            record["error_refit"] = relative_error(ffn, x, wanted)
-    if "local" in state.steps and bool(held.any()):
-        ffn, done = local(
-            ffn, x, wanted, held, config.local_steps, config.local_lr, config.local_batch, state.seed + index
-        )
-        record |= _fit_record("local", done)
-    put_ffn(carrier.ffn(index), carrier.card, ffn)
-    if "layer" in state.steps and config.layer_steps and bool(state.held.any()):
-        record |= _fit_record("layer", fit_layer(state, made, index))
-    record["error"] = float(_layer_error(state, made, index, torch.ones_like(state.held)))
-    return fate, {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
-
-
-def _fit_record(name: str, done: Fit) -> dict[str, Any]:
-    return {f"{name}_before": done.before, f"{name}_after": done.after, f"{name}_best_step": done.best_step}
-
-
-@torch.no_grad()
-def _layer_error(state: Walk, made: LayerPass, index: int, blocks: Tensor) -> float:
-    """|student's layer output - teacher's|^2 over the change that the teacher's layer makes, on the real tokens of `blocks` [N] bool."""
-    carrier, missed, size = state.carrier, 0.0, 0.0
-    real = state.real.view(made.hidden_in.shape[:2])
-    for rows in carrier.chunks():
-        picked = torch.arange(rows.start, rows.stop)[blocks[rows]]
-        if len(picked) == 0:
-            continue
-        got = carrier.call(index, state.hidden[picked], picked)
-        weight = real[picked].unsqueeze(-1)
-        missed += float(((got - made.hidden_out[picked]).pow(2) * weight).sum())
-        size += float(((made.hidden_out[picked] - made.hidden_in[picked]).pow(2) * weight).sum())
-    return missed / max(size, 1e-30) if size else math.nan
-
-
-def fit_layer(state: Walk, made: LayerPass, index: int) -> Fit:
-    """Train the whole decoder layer (attention and norms too) towards what the teacher's layer returns on the student's own hidden states."""
-    carrier, config = state.carrier, state.config
-    layer = carrier.body.layers[index]
-    rows = torch.nonzero(~state.held).flatten()
-    real = state.real.view(made.hidden_in.shape[:2])
-    scale = (made.hidden_out - made.hidden_in).pow(2).mean().clamp_min(1e-30)
-
-    def loss(pick: Tensor) -> Tensor:
-        blocks = rows[pick]
-        missed = (carrier.call(index, state.hidden[blocks], blocks) - made.hidden_out[blocks]).pow(2)
-        weight = real[blocks].unsqueeze(-1)
-        return (missed * weight).sum() / (weight.sum().clamp_min(1) * missed.shape[-1]) / scale
-
-    def check() -> float:
-        return _layer_error(state, made, index, state.held)
-
-    batch = max(1, config.layer_batch // made.hidden_in.shape[1])
-    return fit(
-        list(layer.parameters()),
-        loss,
-        check,
-        len(rows),
-        config.layer_steps,
-        config.layer_lr,
-        batch,
-        state.seed + index,
-        clip=1.0,
-    )

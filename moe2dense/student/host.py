@@ -1,6 +1,7 @@
 """The dense host architecture: its config and which teacher tensor each of its tensors comes from."""
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from moe2dense.cards import StudentCard
@@ -20,6 +21,7 @@ _NOT_COPIED = {
     "_name_or_path",
 }
 _HEAD_FIELDS = {"hidden_size", "num_attention_heads"}
+_PER_LAYER = ("layer_types", "no_rope_layers")  # config fields that list something for each layer
 
 
 def head_dim(config: "PreTrainedConfig") -> int:
@@ -55,9 +57,13 @@ def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any
     return list(range(_teacher_field(teacher, match[1], card))) if match else _teacher_field(teacher, value[1:], card)
 
 
-def dense_config(teacher: "PreTrainedConfig", card: StudentCard, width: int, **geometry: Any) -> "PreTrainedConfig":
+def dense_config(
+    teacher: "PreTrainedConfig", card: StudentCard, width: int, layers: Sequence[int] | None = None, **geometry: Any
+) -> "PreTrainedConfig":
     """The host's config: what the card copies from the teacher, the FFN width, then `geometry` (pruned or named sizes).
 
+    All layers share one FFN width: no host here has room for one per layer, and neurons padded with zeros would save nothing.
+    layers: which of the teacher's the student has, where it has fewer; the first ones unless told.
     Raises UserError when the card names a field that the teacher's config does not have.
     """
     from transformers import AutoConfig
@@ -75,9 +81,10 @@ def dense_config(teacher: "PreTrainedConfig", card: StudentCard, width: int, **g
     if _HEAD_FIELDS & geometry.keys():
         fields["head_dim"] = head_dim(teacher)
     fields |= {card.width: width} | geometry
-    per_layer = fields.get("layer_types")
-    if per_layer and len(per_layer) != fields["num_hidden_layers"]:
-        fields["layer_types"] = list(per_layer)[: fields["num_hidden_layers"]]
+    for name in _PER_LAYER:
+        each = fields.get(name)
+        if each and len(each) != fields["num_hidden_layers"]:
+            fields[name] = [each[i] for i in layers or range(fields["num_hidden_layers"])]
     config = AutoConfig.for_model(card.model_type, **fields)
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[card.model_type]
     config.architectures = [architecture] if isinstance(architecture, str) else [architecture[0]]

@@ -1,8 +1,7 @@
 """How a layer's FFN is made, by name: `--init BASE[+refit][+local]...`; `walk` is the whole recipe."""
 
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -76,11 +75,6 @@ class Block:
                 output_energy(self.stats.neuron_energy[e], self.experts[e].down) for e in range(len(self.experts))
             ]
         return self._energies
-
-
-def pool_limit(budget: int, width: int) -> int:
-    """Most neurons whose elimination fits in `budget` bytes: five float32 matrices of that side; never fewer than `width`."""
-    return max(width, math.isqrt(max(budget, 0) // (5 * 4)))
 
 
 Method = Callable[[Block, int], tuple[DenseFFN, Tensor, Tensor]]  # routed budget -> FFN, source expert, source neuron
@@ -169,10 +163,9 @@ def _obs(block: Block, width: int) -> tuple[DenseFFN, Tensor, Tensor]:
         target = target - fixed(block.x[tokens])
     if pool.width <= width:
         return pool, expert, neuron
-    gram, cross = grams(pool, block.x[tokens], target)
-    gram, cross = gram[: pool.width, : pool.width], cross[: pool.width]
+    gram, cross = grams(replace(pool, down_bias=None), block.x[tokens], target)
     step = max(1, pool.width // 256)
-    keep = eliminate(gram, cross, pool.down.T, min(width, pool.width), block.config.ridge, step)
+    keep = eliminate(gram, cross, pool.down.T, min(width, pool.width), block.config.ridge, step, overwrite=True)
     return dense(pool, rows=keep), expert[keep], neuron[keep]
 
 

@@ -18,8 +18,16 @@ from moe2dense.student.ffn.local import fit
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from moe2dense.student.build import Progress, Walk
+    from moe2dense.student.build import Progress
+    from moe2dense.student.layerwise import Walk
     from moe2dense.teacher.load import Teacher
+
+
+def cpu_head(teacher: "Teacher") -> Head:
+    """The teacher's head in float32, where students are built."""
+    read = teacher.head
+    bias = None if read.bias is None else read.bias.cpu()
+    return Head(read.weight.to("cpu", torch.float32), bias, read.scale, read.softcap)
 
 
 def kl_of(
@@ -61,10 +69,7 @@ def polish(
     model.tie_weights()
     head, batch = model_head(model), max(1, config.polish_batch // carrier.ids.shape[1])
     steps = max(1, round(config.polish_epochs * len(rows) / batch))
-    done, read = 0, teacher.head
-    wanted = Head(
-        read.weight.to("cpu", torch.float32), None if read.bias is None else read.bias.cpu(), read.scale, read.softcap
-    )
+    done, wanted = 0, cpu_head(teacher)
 
     def loss(pick: Tensor) -> Tensor:
         nonlocal done

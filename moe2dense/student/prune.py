@@ -1,17 +1,21 @@
-"""Students smaller than the teacher outside its FFNs: fewer channels of the residual stream, or fewer layers.
+"""Students smaller than the teacher outside its FFNs: fewer channels of the residual stream, fewer layers, or fewer attention heads.
 
 The channels that stay are those with the largest mean activation behind the norms (Minitron: Muralidharan et al., arXiv 2407.14679); layers are
-ranked by how much they turn the residual stream, 1 - cos (layer influence: Men et al., ShortGPT, arXiv 2403.03853).
+ranked by how much they turn the residual stream, 1 - cos (layer influence: Men et al., ShortGPT, arXiv 2403.03853). For heads see `heads`.
 """
 
+import contextlib
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity
 
+from moe2dense.errors import UserError
+from moe2dense.student.heads import HeadEnergy, KeptHeads, best_heads, split_layer
 from moe2dense.student.types import Experts, GatedFFN
 from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.experts import SharedFFN
@@ -19,9 +23,11 @@ from moe2dense.teacher.stream import LayerPass
 
 if TYPE_CHECKING:
     from moe2dense.data import Blocks
+    from moe2dense.student.target import Target
     from moe2dense.teacher.load import Teacher
 
 # N blocks, S block length, T = N * S tokens, H hidden, C channels kept, L layers
+DEPTH = ("influence", "alternate")
 
 
 class Importance(Observer):
@@ -39,10 +45,12 @@ class Importance(Observer):
         self.influence.append(1 - float(cosine_similarity(before, after, dim=-1).double().mean()))
 
 
-def importance(teacher: "Teacher", data: "Blocks") -> Importance:
-    """Scores of channels and layers from one pass over `data`."""
+def importance(teacher: "Teacher", data: "Blocks", heads: HeadEnergy | None = None) -> Importance:
+    """Scores of channels and layers, and of attention heads where `heads` is given, from one pass over `data`."""
     found = Importance()
-    teacher.run(data.input_ids, data.attention_mask, data.document_ids, observers=[found], logits=False)
+    with heads.watching(teacher) if heads else contextlib.nullcontext():
+        observers = [found, *([heads] if heads else [])]
+        teacher.run(data.input_ids, data.attention_mask, data.document_ids, observers=observers, logits=False)
     return found
 
 
@@ -62,25 +70,33 @@ def alternate_layers(layers: int, count: int) -> list[int]:
 
 @dataclass(frozen=True)
 class Cut:
-    """What of the teacher the student keeps: channels [C] of the residual stream and layers, both ascending."""
+    """What of the teacher the student keeps: channels [C] of the residual stream and layers, both ascending, and heads by teacher layer."""
 
     keep: Tensor
     layers: tuple[int, ...]
+    heads: dict[int, KeptHeads] = field(default_factory=dict)
+    rules: Mapping[str, str] = field(default_factory=dict)  # the host card's `heads`
 
     def source(self, name: str) -> str:
         """The name in the teacher of a student's tensor: its layer is counted among those that are kept."""
         return re.sub(r"\blayers\.(\d+)\.", lambda m: f"layers.{self.layers[int(m[1])]}.", name)
 
-    def tensor(self, value: Tensor, shape: torch.Size) -> Tensor:
-        """A teacher's tensor cut to the student's `shape`: along every dimension whose size differs, the kept channels stay."""
+    def tensor(self, source: str, value: Tensor, shape: torch.Size) -> Tensor:
+        """A teacher's tensor cut to the student's `shape`: kept heads by the host's rules, then along every dimension whose size
+        still differs the kept channels."""
+        place = split_layer(source)
+        if place and place[0] in self.heads:
+            value = self.heads[place[0]].cut(place[1], value, self.rules)
         for dim, (mine, theirs) in enumerate(zip(shape, value.shape, strict=True)):
             if mine != theirs:
-                assert mine == len(self.keep), f"no rule takes {list(value.shape)} to {list(shape)}"
+                assert mine == len(self.keep), f"no rule takes {source} from {list(value.shape)} to {list(shape)}"
                 value = value.index_select(dim, self.keep)
         return value
 
     def layer(self, made: LayerPass) -> LayerPass:
         """A layer's pass as the student sees it: residual stream, block and experts in the kept channels."""
+        if len(self.keep) == made.hidden_in.shape[-1]:
+            return made
         cut: dict[str, Any] = {
             name: getattr(made, name)[..., self.keep] for name in ("hidden_in", "hidden_out", "x", "y")
         }
@@ -116,18 +132,34 @@ def mean_gate(gate: Tensor | None, made: LayerPass) -> float:
     return 1.0 if gate is None else float(torch.sigmoid(made.x[made.token_mask] @ gate.to(made.x)).mean())
 
 
-def cut_for(geometry: dict[str, Any], teacher: "Teacher", data: "Blocks", layers: int) -> Cut | None:
-    """What to keep for a target's `geometry` (hidden_size, num_hidden_layers); None where it takes nothing away.
+def cut_for(target: "Target", teacher: "Teacher", data: "Blocks", depth: str = "influence") -> Cut | None:
+    """What to keep for a target's `geometry` (hidden_size, num_hidden_layers, num_attention_heads, num_key_value_heads); None where it
+    takes nothing away.
 
-    Costs one pass of the teacher over `data`.
+    depth: which layers stay, those of most influence or `alternate` ones. Costs one pass of the teacher over `data`, unless alternate layers
+    are all that is asked for. Raises UserError for another `depth`.
     """
-    width, depth = geometry.get("hidden_size", teacher.hidden_size), geometry.get("num_hidden_layers", layers)
-    if width >= teacher.hidden_size and depth >= layers:
+    if depth not in DEPTH:
+        raise UserError(f"walk.depth is {depth!r}; choose one of {', '.join(DEPTH)}")
+    geometry, layers, shape = target.geometry, len(teacher.body.layers), target.teacher
+    width, count = geometry.get("hidden_size", teacher.hidden_size), geometry.get("num_hidden_layers", layers)
+    queries = geometry.get("num_attention_heads", shape.num_attention_heads)
+    groups = geometry.get("num_key_value_heads", shape.num_key_value_heads)
+    fewer_heads = (queries, groups) != (shape.num_attention_heads, shape.num_key_value_heads)
+    if width >= teacher.hidden_size and count >= layers and not fewer_heads:
         return None
-    found = importance(teacher, data)
-    assert found.channels is not None
-    keep = found.channels.topk(width).indices.sort().values
-    return Cut(keep, tuple(best_layers(found.influence, depth)))
+    keep, kept = torch.arange(teacher.hidden_size), tuple(alternate_layers(layers, count))
+    heads: dict[int, KeptHeads] = {}
+    if width < teacher.hidden_size or fewer_heads or (count < layers and depth == "influence"):
+        energy = HeadEnergy(shape.num_attention_heads, target.card.heads) if fewer_heads else None
+        found = importance(teacher, data, energy)
+        assert found.channels is not None
+        keep = found.channels.topk(width).indices.sort().values
+        if depth == "influence":
+            kept = tuple(best_layers(found.influence, count))
+        if energy:
+            heads = {i: best_heads(e, shape.num_key_value_heads, queries, groups) for i, e in energy.energy.items()}
+    return Cut(keep, kept, heads, target.card.heads)
 
 
 class CutFFN:

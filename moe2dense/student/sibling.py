@@ -1,5 +1,6 @@
-"""A student that starts from a pretrained dense model with the teacher's tokenizer: its weights are kept as they are."""
+"""A student that starts from a pretrained dense model with the teacher's tokenizer: its weights are kept, or grafted on where asked for."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -9,11 +10,21 @@ from moe2dense.student.target import Target
 from moe2dense.student.types import Student
 
 if TYPE_CHECKING:
+    from moe2dense.config import WalkConfig
+    from moe2dense.data import Blocks
     from moe2dense.teacher.load import Teacher
 
 
-def pretrained_sibling(target: Target, teacher: "Teacher") -> Student:
-    """The dense checkpoint that `target` names, as a student to distil into.
+def pretrained_sibling(
+    target: Target,
+    teacher: "Teacher",
+    data: "Blocks",
+    init: str,
+    config: "WalkConfig",
+    seed: int = 0,
+    progress: Callable[..., None] | None = None,
+) -> Student:
+    """The dense checkpoint that `target` names, as a student to distil into; with `config.graft` see moe2dense.student.graft.
 
     Raises UserError when its tokenizer differs from the teacher's: logits of different vocabularies cannot be compared, and then training
     on text that the teacher wrote is the way.
@@ -34,7 +45,7 @@ def pretrained_sibling(target: Target, teacher: "Teacher") -> Student:
     except (OSError, ValueError) as error:
         raise UserError(f"--to {target.checkpoint} cannot be loaded: {str(error).splitlines()[0]}") from error
     model.eval().requires_grad_(True)
-    return Student(
+    student = Student(
         model,
         target.card,
         [None] * model.config.get_text_config().num_hidden_layers,
@@ -42,3 +53,8 @@ def pretrained_sibling(target: Target, teacher: "Teacher") -> Student:
         "checkpoint",
         0,
     )
+    if not config.graft:
+        return student
+    from moe2dense.student.graft import graft
+
+    return graft(student, target, teacher, data, init, config, seed, progress)

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,36 @@ def _fate_tensors(fate: list[LayerFate | None]) -> dict[str, torch.Tensor]:
 
 def save_student(student: Student, folder: str | Path) -> Path:
     """Write a student to `folder` (replaced whole, through a temporary name). Raises UserError when it cannot be written."""
+
+    def write(temporary: Path) -> None:
+        with quiet():
+            student.model.save_pretrained(temporary)
+
+    return _save(student, folder, write)
+
+
+def save_parts(student: Student, folder: str | Path, parts: Iterable[dict[str, torch.Tensor]]) -> Path:
+    """As `save_student` for a model that is not in memory: its tensors come in `parts`, by name, each a file of the checkpoint."""
+
+    def write(temporary: Path) -> None:
+        temporary.mkdir(parents=True)
+        places: dict[str, str] = {}
+        size = 0
+        for number, tensors in enumerate(parts):
+            name = f"model-part-{number:05d}.safetensors"
+            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary / name, {"format": "pt"})
+            size += sum(t.nbytes for t in tensors.values())
+            places |= dict.fromkeys(tensors, name)
+        index = {"metadata": {"total_size": size}, "weight_map": places}
+        (temporary / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        student.model.config.save_pretrained(temporary)
+        if student.model.generation_config is not None:
+            student.model.generation_config.save_pretrained(temporary)
+
+    return _save(student, folder, write)
+
+
+def _save(student: Student, folder: str | Path, write: Callable[[Path], None]) -> Path:
     folder = Path(folder)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     about = {
@@ -41,8 +72,7 @@ def save_student(student: Student, folder: str | Path) -> Path:
     }
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        with quiet():
-            student.model.save_pretrained(temporary)
+        write(temporary)
         save_file(_fate_tensors(student.fate), temporary / "fate.safetensors")
         (temporary / "student.json").write_text(json.dumps(about, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)

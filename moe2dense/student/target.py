@@ -9,6 +9,7 @@ from moe2dense.cards import StudentCard, TeacherCard, nearest, student_cards, st
 from moe2dense.errors import UserError
 from moe2dense.geometry import Geometry, teacher_geometry
 from moe2dense.student.host import count_parameters, dense_config, empty_model
+from moe2dense.student.shapes import pruned_shape
 from moe2dense.units import parse_count, show_count
 
 if TYPE_CHECKING:
@@ -16,7 +17,6 @@ if TYPE_CHECKING:
 
 WHOLE_EXPERT_TOLERANCE = 0.05  # a width of whole experts is preferred within this share of the budget
 WIDTH_MULTIPLE = 64
-CHANNEL_MULTIPLE = 32
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,8 @@ def width_for(budget: int, base: int, slope: int, shape: Geometry) -> int:
     return max(0, int((budget - base) // slope) // WIDTH_MULTIPLE * WIDTH_MULTIPLE)
 
 
-def _budget(to: str, shape: Geometry) -> int:
+def parameter_budget(to: str, shape: Geometry) -> int:
+    """`to` in parameters: a count, or a share of the teacher. Raises UserError for anything else and for what is not smaller."""
     if to.strip().endswith("%"):
         try:
             share = float(to.strip()[:-1]) / 100
@@ -83,10 +84,13 @@ def named_targets() -> list[str]:
     return [name for name, card in student_cards().items() if card.host]
 
 
-def resolve_target(to: str, config: "PreTrainedConfig", card: TeacherCard) -> Target:
+def resolve_target(
+    to: str, config: "PreTrainedConfig", card: TeacherCard, prune: str = "auto", host: str = ""
+) -> Target:
     """The student that `--to` asks for, for a teacher of this config.
 
-    Raises UserError: unknown form, not smaller than the teacher, too small for this teacher, a named target whose sizes
+    prune: what goes besides neurons (see `shapes.pruned_shape`); auto only where these are not enough. host: name of a student card in
+    place of the one that the teacher's card names. Raises UserError: unknown form, not smaller than the teacher, too small for this teacher, a named target whose sizes
     contradict the teacher's.
     """
     config = config.get_text_config()
@@ -94,47 +98,28 @@ def resolve_target(to: str, config: "PreTrainedConfig", card: TeacherCard) -> Ta
     if to in student_cards() and student_cards()[to].host:
         return _named(to, config, shape)
     if Path(to).is_dir() or "/" in to:
-        return _checkpoint(to, config, shape, student_host(card.host))
-    host = student_host(card.host)
+        return _checkpoint(to, config, shape)
+    dense_host = student_host(host or card.host)
     if to and to[0].isalpha():
         raise UserError(
             f"--to {to!r} is no known target{nearest(to, named_targets())}; give a size (7b, 350m), a share (25%), "
             f"a named target ({', '.join(named_targets())}) or the path of a dense checkpoint"
         )
-    budget = _budget(to, shape)
-    base, slope = width_line(config, host, {})
+    budget = parameter_budget(to, shape)
+    base, slope = width_line(config, dense_host, {})
     width = width_for(budget, base, slope, shape)
-    if width == 0:
-        return _pruned(to, budget, config, shape, host, base)
+    if width == 0 or prune != "auto":
+        found = pruned_shape(budget, config, shape, dense_host, prune)
+        if found is None:
+            raise UserError(
+                f"--to {to} ({show_count(budget)} parameters) is too small for this teacher: {show_count(base)} lie outside its FFNs, and "
+                f"a quarter of its hidden size, half of its layers or half of its heads is the least that is kept; choose a larger target"
+            )
+        if found.geometry or width == 0:
+            return _target(to, config, shape, dense_host, found.width, found.geometry, budget)
     if base + slope * width >= shape.parameters:
         raise UserError(f"--to {to} gives a student as large as the teacher; choose a smaller target")
-    return _target(to, config, shape, host, width, {}, budget)
-
-
-def _pruned(to: str, budget: int, config: "PreTrainedConfig", shape: Geometry, host: StudentCard, base: int) -> Target:
-    """A student below what the teacher has outside its FFNs: fewer channels of the residual stream, or fewer layers too.
-
-    Of the shapes whose FFN keeps an expert's proportion to the residual stream, the one that keeps most of both.
-    """
-    layers, hidden = shape.num_hidden_layers, shape.hidden_size
-    found: tuple[float, dict[str, Any], int] | None = None
-    for depth in range(layers, layers // 2, -1):
-        for channels in range(hidden // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE, hidden // 4, -CHANNEL_MULTIPLE):
-            kept = depth * channels / (layers * hidden)
-            if found and kept <= found[0]:
-                break
-            geometry = {"hidden_size": channels, "num_hidden_layers": depth}
-            geometry = {k: v for k, v in geometry.items() if v != getattr(config, k)}
-            own, slope = width_line(config, host, geometry)
-            width = int((budget - own) // slope) // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE
-            if width >= shape.expert_width * channels / hidden:
-                found = kept, geometry, width
-    if found is None:
-        raise UserError(
-            f"--to {to} ({show_count(budget)} parameters) is too small for this teacher: {show_count(base)} lie outside its "
-            f"FFNs, and a quarter of its hidden size or half of its layers is the least that is kept; choose a larger target"
-        )
-    return _target(to, config, shape, host, found[2], found[1], budget)
+    return _target(to, config, shape, dense_host, width, {}, budget)
 
 
 def _target(
@@ -164,7 +149,7 @@ def _named(to: str, config: "PreTrainedConfig", shape: Geometry) -> Target:
     return dataclasses.replace(target, label=card.title)
 
 
-def _checkpoint(to: str, config: "PreTrainedConfig", shape: Geometry, host: StudentCard) -> Target:
+def _checkpoint(to: str, config: "PreTrainedConfig", shape: Geometry) -> Target:
     from transformers import AutoConfig
 
     try:

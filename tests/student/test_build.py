@@ -16,8 +16,9 @@ from moe2dense.geometry import teacher_geometry
 from moe2dense.student.build import build_student, held_out, on_cpu
 from moe2dense.student.carry import Carrier
 from moe2dense.student.ffn.randomized import random_ffn
+from moe2dense.student.footprint import pool_bytes, pool_limit
 from moe2dense.student.host import dense_config
-from moe2dense.student.methods import Block, make_ffn, pool_limit
+from moe2dense.student.methods import Block, make_ffn
 from moe2dense.student.target import Target
 from moe2dense.student.types import MIXED, NEW, SHARED, dense
 from moe2dense.teacher.capture import LayerStats
@@ -226,7 +227,8 @@ def test_elimination_works_on_the_neurons_of_most_energy_when_memory_is_short(tm
     assert chosen(0) == chosen(36) == chosen(999) and len(chosen(0)) == 12
     assert chosen(20) <= chosen(0, "select", 20) and chosen(20) != chosen(0, "select")
     assert chosen(12) == chosen(0, "select")
-    assert pool_limit(5 * 4 * 1000**2, 10) == 1000 and pool_limit(0, 77) == 77
+    fits = pool_limit(20_000_000, 10, 64)
+    assert pool_bytes(fits, 64) <= 20_000_000 < pool_bytes(fits + 1, 64) and pool_limit(0, 77, 64) == 77
 
 
 def test_a_pretrained_sibling_keeps_its_weights_and_needs_the_same_tokenizer(tiny, tmp_path, tokenizer):

@@ -4,19 +4,31 @@ import torch
 from torch import Tensor
 
 
-def eliminate(gram: Tensor, cross: Tensor, start: Tensor, width: int, ridge: float = 1e-3, block: int = 1) -> Tensor:
+def eliminate(
+    gram: Tensor,
+    cross: Tensor,
+    start: Tensor,
+    width: int,
+    ridge: float = 1e-3,
+    block: int = 1,
+    overwrite: bool = False,
+) -> Tensor:
     """Indices [width], ascending, of the neurons left after dropping, again and again, those that the fit misses least.
 
     The fit is that of `refit.ridge_solve`: W minimises |T - H W|^2 + lambda |W - W0|^2. Forcing W_i = 0 raises that minimum by
     |W_i|^2 / [A^-1]_ii with A = H'H + lambda I (optimal brain surgeon, Hassibi and Stork 1993; for experts in output space HEAPr,
     arXiv 2509.22299), after which W and A^-1 are downdated exactly. `block` neurons are dropped per step; 1 is the exact greedy order.
 
-    gram [P, P], cross [P, H], start [P, H] (W0).
+    gram [P, P], cross [P, H], start [P, H] (W0); lambda is `ridge` times the Gram's mean diagonal. `overwrite`: the memory of `gram` and `cross` may be used.
     """
-    strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    damped = gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    weights = inverse @ (cross + strength * start)
+    least = 10 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5  # below it rounding leaves no positive definite matrix
+    strength = max(ridge, least) * gram.diagonal().mean().clamp_min(1e-12)
+    inverse = gram if overwrite else gram.clone()
+    inverse.diagonal().add_(strength)
+    torch.linalg.cholesky(inverse, out=inverse)
+    weights = torch.addcmul(cross, start, strength.expand_as(start), out=cross if overwrite else None)
+    weights = torch.cholesky_solve(weights, inverse)
+    torch.cholesky_inverse(inverse, out=inverse)
     index = torch.arange(len(gram), device=gram.device)  # of what is still stored
     alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
     left = len(gram)

@@ -12,10 +12,11 @@ def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Ten
     W = W0 + (H'H + lambda I)^-1 (H'T - H'H W0), with lambda = `ridge` times the mean of the Gram's diagonal: directions that the data never
     lit up keep W0. Solved in float64 (Cholesky).
     """
-    gram, cross, start64 = gram.double(), cross.double(), start.double()
-    strength = ridge * gram.diagonal().mean().clamp_min(1e-12)
-    factor = torch.linalg.cholesky(gram + strength * torch.eye(len(gram), dtype=gram.dtype, device=gram.device))
-    return (start64 + torch.cholesky_solve(cross - gram @ start64, factor)).to(start)
+    damped, start64 = gram.to(torch.float64, copy=True), start.double()
+    missed = cross.double() - damped @ start64
+    damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(1e-12))
+    torch.linalg.cholesky(damped, out=damped)
+    return (start64 + torch.cholesky_solve(missed, damped)).to(start)
 
 
 def grams(ffn: DenseFFN, x: Tensor, target: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
