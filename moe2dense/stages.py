@@ -79,6 +79,8 @@ def check_settings(settings: RunConfig) -> None:
         ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
         ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),
         ("--quantize", settings.export.quantize, ["", "int8", "int4"]),
+        ("walk.prune", settings.walk.prune, ["auto", "width", "depth", "heads"]),
+        ("walk.depth", settings.walk.depth, ["influence", "alternate"]),
     ):
         if value not in known:
             raise UserError(f"{flag} must be one of {', '.join(k for k in known if k)}; found {value!r}")
@@ -133,7 +135,7 @@ def _split_of(path: str, split: str) -> str:
 def walk(job: Job) -> "Student":
     """Build the student layer by layer beside the teacher."""
     from moe2dense.regimes.texts import lesson_teacher
-    from moe2dense.student.build import build_student
+    from moe2dense.student.build import build_to_folder
     from moe2dense.student.store import load_student, save_student
 
     folder = job.run.folder / "walk"
@@ -141,25 +143,27 @@ def walk(job: Job) -> "Student":
         return load_student(folder / "student")
     settings = job.settings
     with job.timed("walk") as entry:
-        student = build_student(
+        build_to_folder(
             lesson_teacher(job),
             to=job.target,
             data=job.text.walk,
-            init=settings.walk.init,
+            folder=folder / "student",
             out=folder,
+            init=settings.walk.init,
             config=settings.walk,
             seed=settings.seed,
             progress=lambda name, *counts, **numbers: job.progress(
                 name, *counts, **{k: v for k, v in numbers.items() if k == "error"}
             ),
         )
+        student = load_student(folder / "student")  # as a resumed run does, so that both train the same module
         if (
             job.leader is not None
         ):  # where the neurons of a dense leader come from says nothing of the teacher's experts
             student.fate, student.teacher_path = [None] * len(student.fate), str(job.teacher.path)
-        save_student(student, folder / "student")
+            save_student(student, folder / "student")
         entry |= {"tokens": student.walk_tokens, "history": student.history}
-    return load_student(folder / "student")  # as a resumed run does, so that both train the same module
+    return student
 
 
 def reference_for(job: Job, which: str) -> "Reference":
