@@ -106,16 +106,26 @@ def load_blocks(
         path = parse_mixture(path)
     if isinstance(path, dict):
         return _mixture(path, tokenizer, block, split, tokens, seed, document_masks)
+    return blocks_of(passages(path, split, seed), tokenizer, block, f"{str(path)!r} ({split})", tokens, document_masks)
+
+
+def blocks_of(
+    rows: Iterable[dict[str, Any]],
+    tokenizer: Any,
+    block: int,
+    what: str,
+    tokens: int | None = None,
+    document_masks: str = "auto",
+) -> Blocks:
+    """Records as blocks of exactly `block` tokens, in their order; see `load_blocks`. what: how errors call the data."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token), which separates passages in a block")
     limit = None if tokens is None else max(1, tokens // block)
-    documents = _documents(passages(path, split, seed), tokenizer, path)
+    documents = _documents(iter(rows), tokenizer, what)
     blocks = _pack(documents, block, limit, document_masks, tokenizer.eos_token_id)
     if isinstance(blocks, int):
         found = f"{blocks} tokens, fewer than one block of {block}" if blocks else "no text"
-        raise UserError(
-            f"data {str(path)!r} ({split}) has {found}; {HOW if not blocks else 'pass more or a smaller --block'}"
-        )
+        raise UserError(f"data {what} has {found}; {HOW if not blocks else 'pass more or a smaller --block'}")
     return blocks
 
 
@@ -126,7 +136,7 @@ class _Document:
     domain: str
 
 
-def _documents(rows: Iterator[dict[str, Any]], tokenizer: Any, path: str | Path) -> Iterator[_Document]:
+def _documents(rows: Iterator[dict[str, Any]], tokenizer: Any, what: str) -> Iterator[_Document]:
     """Passages as tokens, tokenised in batches. Empty ones are skipped."""
     count = 0
     while batch := list(islice(rows, 64)):
@@ -143,7 +153,7 @@ def _documents(rows: Iterator[dict[str, Any]], tokenizer: Any, path: str | Path)
                 plain.append(row)
             elif row.get("text") is not None:
                 kind = type(row["text"]).__name__
-                raise UserError(f"data {str(path)!r}: `text` must be a string; record {count} has {kind}")
+                raise UserError(f"data {what}: `text` must be a string; record {count} has {kind}")
         plain = [row for row in plain if row["text"].strip()]
         if plain:
             ids = tokenizer([row["text"] for row in plain], add_special_tokens=False)["input_ids"]

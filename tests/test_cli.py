@@ -20,11 +20,11 @@ FLAGS = {
     "inspect": "block data json memory teacher-card tokens",
     "targets": "analyze block data device draws experts features format json k memory out seed teacher-card temperature"
     " token-weights tokens",
-    "distill": "alpha block config data device epochs lora loss lr memory out report-to resume seed targets teacher"
+    "distill": "alpha block completions config cross-tokenizer data device endpoint endpoint-model epochs lora loss lr memory out report-to resume seed targets teacher"
     " teacher-card temperature tokens valid",
     "generate": "beams block config data device duplicates experts learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
     " same-script seed teacher-card temperature tokens top-p",
-    "eval": "baseline block data device json memory seed split teacher teacher-card tokens",
+    "eval": "allow-loss baseline block data device json judge limit memory out samples seed split tasks teacher teacher-card tokens",
     "report": "json",
     "export": "data dtype format max-kl out overwrite public push-to-hub quantize shard-size tokenizer yes",
     "doctor": "json",

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 _HELD_OUT = 96  # blocks, at most
 
@@ -11,10 +11,14 @@ def distill_checkpoint(
     student: str,
     /,
     *,
-    data: str,
+    data: str | None = None,
     out: Path,
     teacher: str | None = None,
     targets: Path | None = None,
+    completions: Path | None = None,
+    endpoint: str | None = None,
+    endpoint_model: str = "",
+    cross_tokenizer: Literal["text", "uld", "aligned"] = "text",
     tokens: str | None = None,
     valid: str | None = None,
     loss: str | None = None,
@@ -41,6 +45,10 @@ def distill_checkpoint(
     out: folder of the result
     teacher: folder of a checkpoint, hub id, or known name
     targets: folder of stored targets, in the teacher's place; a twentieth of them is held out for validation
+    completions: .jsonl file of a teacher's answers (prompt and completion, or messages), when nothing else of it is known
+    endpoint: URL of an OpenAI-compatible server that answers the prompts in --data, such as http://localhost:8000/v1
+    endpoint_model: the name the server knows the model by
+    cross_tokenizer: for a teacher with another tokenizer: train on text it writes, or on its distributions by uld or aligned tokens
     tokens: how many teacher positions; with --targets those of the store
     valid: held-out text, where the data has none of its own
     loss: distillation loss; see `moe2dense list losses`
@@ -65,27 +73,41 @@ def distill_checkpoint(
     from moe2dense.progress import progress_for
     from moe2dense.schedules import temperature_settings
     from moe2dense.training import distill
+    from moe2dense.verbs.answers import hard_labels, show_nll
     from moe2dense.verbs.common import open_student, student_folder
 
-    if (teacher is None) == (targets is None):
-        raise UserError("give either --teacher, or --targets with what `moe2dense targets` stored")
+    if sum(x is not None for x in (teacher, targets, completions, endpoint)) != 1:
+        raise UserError(
+            "give either --teacher, or --targets with what `moe2dense targets` stored; or --completions, or --endpoint"
+        )
+    if data is None and completions is None:
+        raise UserError("--data is missing: text to train on, or prompts for the endpoint")
     if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} exists; continue it with --resume, or choose another --out")
     flags = {"loss": loss, "alpha": alpha, "lr": lr, "epochs": epochs, "lora": lora, "report_to": report_to}
-    settings = _settings(config, flags | temperature_settings(temperature), tokens)
+    settings, write = _settings(config, flags | temperature_settings(temperature), tokens)
     model = open_student(student)
     source = model.teacher_path or str(student_folder(student))
     console = Console()
+    held = None
     with progress_for(console) as progress:
-        text = _text(
-            source, data, valid, model, teacher, targets, tokens, block, seed,
-            {"memory": memory, "device": device, "card": teacher_card},
-        )  # fmt: skip
+        if completions is not None or endpoint is not None:
+            where = completions or (endpoint, endpoint_model, data, out / "answers")
+            text, held = _answers(where, source, model, write, tokens, block, seed, console, progress)
+            settings = hard_labels(settings)
+        else:
+            text, settings = _text(
+                source, data, valid, model, teacher, targets, tokens, block, seed,
+                {"memory": memory, "device": device, "card": teacher_card}, settings, write, cross_tokenizer, out, console, progress,
+            )  # fmt: skip
+        before = show_nll(model.model, held)
         done = distill(
             model, tokens=text["data"].tokens, config=settings, seed=seed, out=out, resume=resume, progress=progress,
             **text,
         )  # fmt: skip
     written = export(model, out / "model", tokenizer=source, overwrite=resume)
+    if before:
+        console.print(f"{before} before training, {show_nll(model.model, held).split(': ')[1]} after")
     console.print(f"{done.steps} steps over {done.tokens} tokens; model: {written.path}")
 
 
@@ -97,18 +119,42 @@ def _settings(config: Path | None, flags: dict[str, Any], tokens: str | None) ->
     base = merge(RunConfig(), read_toml(config), f"--config {config}") if config else RunConfig()
     flags = {f"train.{k}": v for k, v in flags.items()}
     settings = merge_flags(base, flags | {"train.tokens": parse_count(tokens, "--tokens") if tokens else None})
-    return dataclasses.replace(settings.train, targets="")
+    return dataclasses.replace(settings.train, targets=""), settings.write
 
 
-def _text(source, data, valid, student, teacher, targets, tokens, block, seed, options) -> dict[str, Any]:
-    """What `distill` reads: training blocks, held-out blocks, and the teacher or the targets of both."""
+def _answers(where: Any, source, student, write, tokens, block, seed, console, progress) -> tuple[dict[str, Any], Any]:
+    """What `distill` reads when only a teacher's answers are known, and the held-out ones."""
+    from transformers import AutoTokenizer
+
+    from moe2dense.units import parse_count
+    from moe2dense.verbs.answers import from_completions, from_endpoint
+
+    count = parse_count(tokens, "--tokens") if tokens else None
+    size = block or min(2048, student.model.config.max_position_embeddings)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    if isinstance(where, Path):
+        train, held = from_completions(where, tokenizer, size, count, seed, console)
+    else:
+        url, name, data, folder = where
+        train, held = from_endpoint(
+            url, name, data, folder, write, tokenizer, size, count, seed, console, progress
+        )  # fmt: skip
+    return {"data": train}, held
+
+
+def _text(
+    source, data, valid, student, teacher, targets, tokens, block, seed, options, settings, write, cross, out, console, progress
+) -> tuple[dict[str, Any], Any]:  # fmt: skip
+    """(what `distill` reads: training blocks, held-out blocks, and the teacher or the targets of both; its settings)."""
     from transformers import AutoTokenizer
 
     from moe2dense.data import load_blocks
     from moe2dense.evaluation import reference
     from moe2dense.targets import open_targets
     from moe2dense.units import parse_count
+    from moe2dense.verbs.answers import across
     from moe2dense.verbs.common import open_teacher
+    from moe2dense.vocabulary import compare_vocabularies
 
     count = parse_count(tokens, "--tokens") if tokens else None
     longest = min(2048, student.model.config.max_position_embeddings)
@@ -119,8 +165,12 @@ def _text(source, data, valid, student, teacher, targets, tokens, block, seed, o
         found: dict[str, Any] = {"data": train[:kept], "targets": open_targets(targets, train[:kept])}
         if kept < len(train):
             found |= {"valid": train[kept:], "valid_targets": open_targets(targets, train[kept:], verify=False)}
-        return found
+        return found, settings
     model = open_teacher(teacher, **options)
+    compared = compare_vocabularies(model.tokenizer(), tokenizer)
+    if not compared.same:
+        say = f"the teacher's tokenizer is not the student's: {compared.difference}"
+        return across(say, cross, model, tokenizer, data, train, out, settings, write, seed, console, progress)
     held = load_blocks(
         valid or data,
         model.tokenizer(),
@@ -129,4 +179,4 @@ def _text(source, data, valid, student, teacher, targets, tokens, block, seed, o
         tokens=_HELD_OUT * train.input_ids.shape[1],
         seed=seed,
     )
-    return {"data": train, "teacher": model, "valid": held, "valid_targets": reference(model, held)}
+    return {"data": train, "teacher": model, "valid": held, "valid_targets": reference(model, held)}, settings

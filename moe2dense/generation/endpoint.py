@@ -1,0 +1,213 @@
+"""Answers of an OpenAI-compatible server, one HTTP request each, kept as they come in.
+
+answers.jsonl in the folder holds every whole answer; a half-written last line is dropped when the collection goes on.
+"""
+
+import http.client
+import json
+import os
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from moe2dense.errors import UserError
+from moe2dense.generation.prompts import Prompt
+from moe2dense.run import atomic_write
+
+ANSWERS = "answers.jsonl"
+_FINAL = (400, 401, 403, 404, 405, 422)  # answers that another try does not change
+
+
+class _Failed(Exception):
+    """One try failed; `final` when another would too."""
+
+    def __init__(self, why: str, final: bool = False):
+        super().__init__(why)
+        self.final = final
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """url: .../v1, or the whole path of its completions or chat/completions; model: the name it is asked for.
+
+    timeout: seconds for one whole answer; tries: of each request; wait: seconds before the second try, doubled after that.
+    """
+
+    url: str
+    model: str
+    max_tokens: int = 256
+    temperature: float = 1.0
+    top_p: float = 1.0
+    timeout: float = 120.0
+    tries: int = 4
+    wait: float = 1.0
+    parallel: int = 8
+
+    def __post_init__(self) -> None:
+        if not self.url.startswith(("http://", "https://")):
+            raise UserError(f"--endpoint must be an http(s) URL such as http://localhost:8000/v1; found {self.url!r}")
+        if not self.model:
+            raise UserError("--endpoint needs --endpoint-model, the name the server knows the model by")
+
+    def answer(self, prompt: Prompt) -> str:
+        """The text that follows a prompt, or the reply to a conversation. Raises _Failed after the last try."""
+        delay = self.wait
+        for attempt in range(1, self.tries + 1):
+            try:
+                return self._ask(prompt)
+            except _Failed as error:
+                if error.final or attempt == self.tries:
+                    raise
+                time.sleep(delay)
+                delay *= 2
+        raise AssertionError("unreachable: tries is at least 1")
+
+    def _request(self, prompt: Prompt) -> tuple[urllib.request.Request, bool]:
+        url = self.url.rstrip("/")
+        chat = url.endswith("/chat/completions") or (bool(prompt.messages) and not url.endswith("/completions"))
+        if not url.endswith("/completions"):
+            url += "/chat/completions" if chat else "/completions"
+        body: dict[str, Any] = {"model": self.model, "max_tokens": self.max_tokens, "stream": False}
+        body |= {"temperature": self.temperature, "top_p": self.top_p}
+        if chat:
+            body["messages"] = prompt.messages or [{"role": "user", "content": prompt.text}]
+        else:
+            body["prompt"] = prompt.text
+        headers = {"Content-Type": "application/json"}
+        if key := os.environ.get("OPENAI_API_KEY"):
+            headers["Authorization"] = f"Bearer {key}"
+        return urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST"), chat
+
+    def _ask(self, prompt: Prompt) -> str:
+        request, chat = self._request(prompt)
+        raw = self._fetch(request)
+        try:
+            choice = json.loads(raw)["choices"][0]
+            text = choice["message"]["content"] if chat else choice["text"]
+        except (ValueError, LookupError, TypeError):
+            raise _Failed(f"an answer that is no completion: {raw[:60].decode(errors='replace')!r}") from None
+        if not isinstance(text, str):
+            raise _Failed(f"an answer without text: {raw[:60].decode(errors='replace')!r}")
+        return text
+
+    def _fetch(self, request: urllib.request.Request) -> bytes:
+        """The body of one response, whole, within the timeout however slowly it drips."""
+        deadline = time.monotonic() + self.timeout
+        parts: list[bytes] = []
+        try:
+            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+                while part := response.read1(65536):
+                    parts.append(part)
+                    if time.monotonic() > deadline:
+                        raise TimeoutError
+                if response.length:  # bytes that were promised and never came
+                    raise http.client.IncompleteRead(b"".join(parts), response.length)
+        except urllib.error.HTTPError as error:
+            said = error.read(200).decode(errors="replace").strip().splitlines()
+            raise _Failed(f"HTTP {error.code}: {said[0] if said else error.reason}", error.code in _FINAL) from None
+        except TimeoutError:
+            raise _Failed(f"no whole answer within {self.timeout:g} s") from None
+        except http.client.IncompleteRead as error:
+            raise _Failed(f"half an answer ({len(error.partial)} bytes)") from None
+        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
+            reason = getattr(error, "reason", None) or error
+            if isinstance(reason, TimeoutError):
+                raise _Failed(f"no whole answer within {self.timeout:g} s") from None
+            raise _Failed(f"the connection failed: {reason}") from None
+        return b"".join(parts)
+
+
+def collect(
+    endpoint: Endpoint,
+    prompts: Iterable[Prompt],
+    folder: str | Path,
+    source: str,
+    enough: Callable[[list[dict[str, Any]]], bool] = lambda _: False,
+    progress: Callable[..., None] | None = None,
+) -> list[dict[str, Any]]:
+    """Records {"prompt", "completion"} or {"messages"} of the server's answers, in the order of the prompts, until `enough` says so.
+
+    Answers are kept in the folder one by one and asked for only once. Raises UserError when a request fails for good, naming what
+    is kept, when the folder holds answers of another model, or when every answer is empty.
+    """
+    folder = Path(folder)
+    kept = _begin(folder, {"endpoint": endpoint.url, "model": endpoint.model, "prompts": source})
+    numbered, found = enumerate(prompts), []
+    with open(folder / ANSWERS, "ab") as file:
+        while batch := list(islice(numbered, 4 * endpoint.parallel)):
+            missing = [(i, p) for i, p in batch if i not in kept]
+            for number, text in _ask_all(endpoint, missing, len(kept), folder):
+                kept[number] = text
+                file.write(json.dumps({"number": number, "answer": text}, ensure_ascii=False).encode() + b"\n")
+                file.flush()
+            os.fsync(file.fileno())
+            found += [_record(p, kept[i]) for i, p in batch if kept[i].strip()]
+            if progress:
+                progress("ask", batch[-1][0] + 1, batch[-1][0] + 1, answers=len(found))
+            if enough(found):
+                break
+    if not found:
+        raise UserError(
+            f"endpoint {endpoint.url}: all {len(kept)} answers of {endpoint.model!r} are empty; look at the prompts"
+        )
+    return found
+
+
+def _begin(folder: Path, identity: dict[str, str]) -> dict[int, str]:
+    """Answers that are there already; what remains of a line cut short is removed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    about = folder / "endpoint.json"
+    if about.exists() and json.loads(about.read_text()) != identity:
+        raise UserError(f"{folder} holds answers of another model or to other prompts; choose another --out")
+    atomic_write(about, json.dumps(identity, indent=1))
+    file = folder / ANSWERS
+    if not file.exists():
+        return {}
+    whole = file.read_bytes()
+    end = whole.rfind(b"\n") + 1
+    if end < len(whole):
+        atomic_write(file, whole[:end])
+    rows = [json.loads(line) for line in whole[:end].splitlines()]
+    return {row["number"]: row["answer"] for row in rows}
+
+
+def _ask_all(
+    endpoint: Endpoint, prompts: list[tuple[int, Prompt]], before: int, folder: Path
+) -> Iterator[tuple[int, str]]:
+    """(number, answer) as they arrive; after a failure those that are under way are still handed out."""
+    failed: _Failed | None = None
+    count = before
+    with ThreadPoolExecutor(endpoint.parallel) as pool:
+        running = {pool.submit(endpoint.answer, prompt): number for number, prompt in prompts}
+        for future in as_completed(running):
+            if future.cancelled():
+                continue
+            error = future.exception()
+            if isinstance(error, _Failed):
+                failed = failed or error
+                for other in running:
+                    other.cancel()
+            elif error is not None:
+                raise error
+            else:
+                count += 1
+                yield running[future], future.result()
+    if failed is not None:
+        tries = "" if failed.final else f" {endpoint.tries} times"
+        raise UserError(
+            f"endpoint {endpoint.url} failed{tries} ({failed}); {count} answers are kept in {folder}, "
+            "and the same command with --resume asks for the others"
+        )
+
+
+def _record(prompt: Prompt, text: str) -> dict[str, Any]:
+    domain = {"domain": prompt.domain} if prompt.domain else {}
+    if prompt.messages:
+        return {"messages": [*prompt.messages, {"role": "assistant", "content": text}]} | domain
+    return {"prompt": prompt.text, "completion": text} | domain
