@@ -46,7 +46,7 @@ class Job:
     @property
     def source(self) -> Any:
         """Whose layers and targets make the student."""
-        return self.leader or self.teacher
+        return self.teacher if self.leader is None else self.leader
 
     @property
     def target(self) -> "Target":

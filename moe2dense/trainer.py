@@ -55,7 +55,7 @@ class Trainer:
         match: Any = None,
         regime: Regime | None = None,
     ):
-        self.regime = regime or Regime()
+        self.regime = Regime() if regime is None else regime
         self.lesson, self.held, self.config, self.seed = lesson, held, config, seed
         self.block = lesson.blocks.input_ids.shape[1]
         self.per_step = max(1, config.batch // self.block)

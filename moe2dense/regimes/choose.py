@@ -69,7 +69,7 @@ def make_regime(
     if name == "mutual":
         if peer is None:
             raise UserError("the mutual regime needs a second student (peer)")
-        return companions.Mutual(getattr(peer, "model", peer), options)
+        return companions.Mutual(peer.model if hasattr(peer, "fate") else peer, options)
     return None
 
 

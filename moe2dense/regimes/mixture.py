@@ -72,6 +72,11 @@ class MixedTargets:
         asked = [(w, targets.batch(indices)) for w, targets in self.parts if w > 0]
         if len(asked) == 1:
             return asked[0][1]
+        asked = [
+            part
+            for w, rows in asked
+            for part in ([(w * v, r) for v, r in rows.parts] if isinstance(rows, MixedRows) else [(w, rows)])
+        ]
         for _, rows in asked:
             if not hasattr(rows, "logits_of"):
                 raise UserError(
