@@ -4,8 +4,11 @@ Needs the extra `eval`. A streamed teacher scores log-likelihoods in macro-batch
 requests as its memory budget takes; hub tasks need a network, local YAML files do not.
 """
 
+import contextlib
 import importlib.util
 import logging
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -73,18 +76,20 @@ def run_tasks(
 
     from moe2dense.harness_model import PrefillLM
 
-    run: Any = evaluator.simple_evaluate
     names, manager = read_tasks(tasks)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # or the harness's resampling forks a process for every core
+    settings = {"tasks": names, "task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
+    settings |= {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    run: Any = evaluator.simple_evaluate
     found: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
-            result = run(
-                model=PrefillLM(model, tokenizer, seed=seed), tasks=list(names), task_manager=manager, limit=limit,
-                log_samples=False, random_seed=seed, numpy_random_seed=seed, torch_random_seed=seed, fewshot_random_seed=seed,
-                bootstrap_iters=1000,
-            )  # fmt: skip
-        except (OSError, ConnectionError, ValueError) as error:
+            with contextlib.redirect_stdout(sys.stderr):  # it reports there; ours is for results
+                result = run(model=PrefillLM(model, tokenizer, seed=seed), **settings)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # of the task's data or its file; there are many kinds
             first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
                 f"--tasks {','.join(tasks)} cannot run ({first}); a task from the hub needs a network"

@@ -18,7 +18,7 @@ from moe2dense import metrics
 from moe2dense.bootstrap import Bootstrap, Estimate
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
-from moe2dense.evaluation import evaluate, frequency_groups, reference, retention
+from moe2dense.evaluation import evaluate, frequency_groups, reference, retention, split_domains
 
 V = 61
 SHAPE = dict(vocab_size=V, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -245,3 +245,22 @@ def test_stored_hidden_targets_stand_for_the_teacher(stored, tmp_path):
         write_targets(teacher, data, tmp_path / "u", format="topk")
         with pytest.raises(UserError, match="hidden"):
             evaluate(student, data=data, targets=open_targets(tmp_path / "u", data))
+
+
+def test_scores_without_some_domains_and_on_them_alone():
+    teacher, student = mixtral(0), llama(1)
+    data = blocks(9, 15, domains=("law", "code", "play"))
+    scores = evaluate(student, teacher, data, bootstrap=200)
+    kept, lost = split_domains(scores, ["code"])
+    for part, names in ((kept, ("law", "play")), (lost, ("code",))):
+        alone = evaluate(student, teacher, data[[i for i, d in enumerate(data.domains) if d in names]], bootstrap=0)
+        for name in ("kl", "nll", "agreement", "correlation", "ece", "entropy_gap"):
+            assert getattr(part, name) == pytest.approx(float(getattr(alone, name)), rel=1e-5), name
+        assert (part.tokens, part.blocks) == (alone.tokens, alone.blocks) and set(part.by_domain) == set(names)
+        assert part.kl.low < part.kl < part.kl.high
+        assert part.kl_NS.isnan().logical_not().sum() == part.tokens
+    assert kept.kl * kept.tokens + lost.kl * lost.tokens == pytest.approx(scores.kl * scores.tokens)
+    rare = scores.by_decile[0]
+    together = sum(p.by_decile[0]["kl"] * p.by_decile[0]["tokens"] for p in (kept, lost) if p.by_decile[0]["tokens"])
+    assert together == pytest.approx(rare["kl"] * rare["tokens"])
+    assert split_domains(scores, ["music"]) is None and split_domains(scores, ["law", "code", "play"]) is None

@@ -1,7 +1,9 @@
 """The whole conversion through the public entry, on the trained example teacher with a tiny budget."""
 
+import hashlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moe2dense as m2d
@@ -45,7 +47,8 @@ def quick(folder: Path, extra: str = "") -> Path:
 def done(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("convert")
     out = folder / "out"
-    return m2d.convert(str(tiny), to="3.2m", out=out, config=quick(folder))
+    options = {"allow_loss": "children", "baseline": [str(tiny)]}
+    return m2d.convert(str(tiny), to="3.2m", out=out, config=quick(folder), **options)
 
 
 def test_everything_is_there(done):
@@ -93,6 +96,31 @@ def test_the_table_makes_sense(done):
     assert rows["before"]["kl"]["value"] > 0
 
 
+def test_what_may_be_lost_is_apart_and_a_baseline_has_a_row(done):
+    report = json.loads((done.out / "report.json").read_text())
+    rows, apart = report["rows"], report["apart"]
+    assert rows["tiny-mixtral"]["kl"]["value"] == pytest.approx(0, abs=1e-4)  # the teacher as its own baseline
+    tokens = [apart["held_out"][part]["student"]["tokens"] for part in ("kept", "lost")]
+    assert sum(tokens) == rows["student"]["tokens"] and min(tokens) > 0
+    assert set(apart["held_out"]["lost"]["student"]["by_domain"]) == {"children"}
+    assert apart["ood"] is None and report["retention"]["kept"] != report["retention"]["overall"]
+    page = (done.out / "report.html").read_text()
+    assert "without children" in page and "may be lost" in page
+
+
+def test_texts_side_by_side_and_hashes(done):
+    report = json.loads((done.out / "report.json").read_text())
+    samples = report["samples"]
+    assert len(samples["rows"]) == 4 and all(r["student"] and r["teacher"] for r in samples["rows"])
+    assert samples["scores"]["student"]["teacher"] > 0
+    assert (done.out / "samples.csv").read_text().count("prompt") == 1
+    assert "student" in (done.out / "samples-key.csv").read_text()
+    hashes = report["run"]["hashes"]
+    assert hashes["model.safetensors"] == hashlib.sha256((done.model / "model.safetensors").read_bytes()).hexdigest()
+    assert {"teacher (sampled)", "train text", "valid text", "ood text"} <= set(hashes)
+    assert all(h in (done.out / "report.html").read_text() for h in hashes.values())
+
+
 def test_the_report_and_the_card_speak_of_this_run(done):
     page = (done.out / "report.html").read_text()
     assert "tiny-mixtral" in page
@@ -109,11 +137,33 @@ def test_inspect_eval_and_report_read_the_run(done, tiny, text, capsys):
     capsys.readouterr()
     assert main(["eval", str(done.model), "--teacher", str(tiny), "--data", str(text), "--tokens", "1k", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert found[str(done.model)]["kl"]["value"] > 0
+    assert found["rows"][str(done.model)]["kl"]["value"] > 0
     assert main(["eval", str(done.model), "--teacher", str(tiny), "--data", str(text), "--tokens", "1k"]) == 0
     shown = capsys.readouterr().out
     assert "KL by domain" in shown
     assert "±" in shown
+
+
+def test_eval_with_what_may_be_lost_a_judge_and_samples(done, tiny, text, tmp_path, capsys):
+    base = ["eval", str(done.model), "--teacher", str(tiny), "--data", str(text), "--tokens", "8k"]
+    assert main([*base, "--judge", str(tiny)]) == 2
+    assert "teacher's own weights" in capsys.readouterr().err
+    assert main([*base, "--judge", str(done.model)]) == 2
+    assert "student's own weights" in capsys.readouterr().err
+    assert main([*base, "--allow-loss", "dramma"]) == 2
+    error = capsys.readouterr().err
+    assert "did you mean 'drama'" in error and "fiction" in error and error.count("\n") == 1
+    judge = tmp_path / "judge"
+    shutil.copytree(done.model, judge)
+    state = load_file(judge / "model.safetensors")
+    save_file({k: v + 0.01 for k, v in state.items()}, judge / "model.safetensors", {"format": "pt"})
+    more = ["--allow-loss", "drama", "--samples", "2", "--judge", str(judge), "--out", str(tmp_path / "eval")]
+    assert main([*base, *more]) == 0
+    shown = capsys.readouterr().out
+    assert "drama alone: may be lost" in shown and "by judge" in shown
+    found = json.loads((tmp_path / "eval" / "eval.json").read_text())
+    assert found["samples"]["scores"]["student"]["judge"] > 0 and len(found["samples"]["rows"]) == 2
+    assert (tmp_path / "eval" / "samples.csv").is_file()
 
 
 def test_export_again(done, tmp_path, capsys):

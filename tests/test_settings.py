@@ -59,4 +59,13 @@ def test_every_option_is_plain():
             value = getattr(config, f.name)
             yield from leaves(value) if dataclasses.is_dataclass(value) else [value]
 
-    assert all(isinstance(v, (str, int, float, bool)) for v in leaves(RunConfig()))
+    assert all(isinstance(v, (str, int, float, bool)) or v == () for v in leaves(RunConfig()))
+
+
+def test_lists_of_names_survive_toml(tmp_path):
+    settings = merge(RunConfig(), {"evaluate": {"allow_loss": ["code", "drama"]}}, "--config")
+    assert settings.evaluate.allow_loss == ("code", "drama")
+    (tmp_path / "c.toml").write_text(write_config(settings))
+    assert read_config(tmp_path / "c.toml") == settings and differences(settings, settings) == []
+    with pytest.raises(UserError, match=r"evaluate\.baseline must be a list of names"):
+        merge(RunConfig(), {"evaluate": {"baseline": "one"}}, "--config")
