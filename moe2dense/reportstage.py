@@ -135,7 +135,7 @@ def score_training_text(job: Job, student: "Student", most: int = 24) -> "Scores
     """The student on a little of the text it was trained on, against the stored targets; None where these hold no hidden states."""
     from moe2dense.evaluation import Reference, evaluate
 
-    if not job.plan.tokens:
+    if not job.plan.tokens or job.leader is not None:  # a leader's targets are not the teacher's
         return None
     store = training_targets(job)
     if store is None or store.head is None:
