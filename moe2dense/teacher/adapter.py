@@ -23,6 +23,7 @@ from transformers.core_model_loading import (
 )
 
 from moe2dense.errors import UserError
+from moe2dense.teacher import bitsandbytes
 
 _SCALES = re.compile(r"(_scale_inv|_scales)$")  # FP8's and MXFP4's companions of a weight
 _BLOCKS = re.compile(r"_blocks$")  # MXFP4's packed values
@@ -39,7 +40,12 @@ class Source:
     expert: int | None = None  # None: all experts in one tensor, or not an expert
     part: int = 0  # of `parts` tensors that are put side by side: 0 gate, 1 up
     parts: int = 1
-    scale: str = ""  # companion with the scales of a block-scaled weight
+    scale: str = ""  # companion with the scales of a packed weight
+
+    @property
+    def from_bitsandbytes(self) -> bool:
+        """Packed as bitsandbytes does it; always a linear's own tensor, never several experts."""
+        return self.scale.endswith((".absmax", ".SCB"))
 
 
 @dataclass
@@ -126,8 +132,8 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> K
         if name is None:
             found.ignored.append(key)
             continue
-        if _SCALES.search(key) and (
-            _SCALES.sub("", key) in present or _SCALES.sub("", key) + "_blocks" in present
+        if bitsandbytes.owner(key) in present or (
+            _SCALES.search(key) and (_SCALES.sub("", key) in present or _SCALES.sub("", key) + "_blocks" in present)
         ):  # read along with its weight
             continue
         plain = _BLOCKS.sub("", name)
@@ -138,7 +144,7 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> K
         if target not in meta:
             found.ignored.append(key)
             continue
-        source = Source(key, scale=prefix + scale if scale else "")
+        source = Source(key, scale=prefix + scale if scale else bitsandbytes.scale_of(key, present))
         if pattern is not None:
             converter = next(c for c in converters if pattern in c.source_patterns)
             expert = _match_number(converter, pattern, apply_renamings(plain, renamings))

@@ -1,17 +1,35 @@
 """Before anything runs: every parameter has its tensors, in the shape and dtype the model needs. Nothing is read."""
 
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
+from moe2dense.teacher import bitsandbytes
 from moe2dense.teacher.adapter import Source
 
 if TYPE_CHECKING:
     from moe2dense.teacher.load import Teacher
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_METHODS = ("fp8", "mxfp4", "bitsandbytes")
+
+
+def check_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
+    """Raises UserError for a config whose weights are packed in a way that is not read here."""
+    if not quantization:
+        return
+    old = (
+        "bitsandbytes" if quantization.get("load_in_4bit") or quantization.get("load_in_8bit") else "an unnamed method"
+    )
+    method = quantization.get("quant_method") or old
+    if method not in _METHODS:
+        raise UserError(
+            f"teacher {path} is quantised with {method}, which cannot be read; "
+            f"give a checkpoint that is not quantised, or one in {', '.join(_METHODS)}"
+        )
 
 
 def check_coverage(teacher: "Teacher") -> None:
@@ -35,7 +53,8 @@ def check_coverage(teacher: "Teacher") -> None:
 
 def _check_dtype(teacher: "Teacher", source: Source) -> None:
     info = teacher.checkpoint[source.key]
-    packed = source.scale and info.dtype in (torch.uint8, *_FP8)
+    packed = info.dtype in (torch.uint8, *_FP8) if source.scale else False
+    packed = info.dtype == torch.int8 if source.scale.endswith(".SCB") else packed
     if packed or (info.dtype.is_floating_point and info.dtype not in _FP8):
         return
     found = str(info.dtype).removeprefix("torch.")
@@ -48,7 +67,9 @@ def _check_dtype(teacher: "Teacher", source: Source) -> None:
 def _check_shape(teacher: "Teacher", name: str, source: Source, want: Tensor) -> None:
     info = teacher.checkpoint[source.key]
     shape, wanted = info.shape, tuple(want.shape)
-    if info.dtype == torch.uint8:  # packed: [.., R, groups, 16 bytes], its last two dimensions are the input
+    if source.from_bitsandbytes:
+        shape = bitsandbytes.shape_of(teacher.checkpoint, source.key)
+    elif info.dtype == torch.uint8:  # packed: [.., R, groups, 16 bytes], its last two dimensions are the input
         shape, wanted = (*shape[:-2], shape[-2] * shape[-1] * 2), (*wanted[:-2], wanted[-1], wanted[-2])
     if source.expert is not None:
         wanted = (wanted[1] // source.parts, *wanted[2:])

@@ -16,7 +16,7 @@ from moe2dense.teacher import adapter
 from moe2dense.teacher.backends import choose_backend
 from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.checkpoint import Checkpoint
-from moe2dense.teacher.coverage import check_coverage
+from moe2dense.teacher.coverage import check_coverage, check_quantization
 from moe2dense.teacher.head import LMHead, logit_scale
 from moe2dense.teacher.layers import Layer, assign
 from moe2dense.teacher.memory import Arena, SpillFolder, memory_budget
@@ -62,6 +62,7 @@ class Teacher:
         key_map = adapter.map_keys(self.model, self.checkpoint.tensors, prefix)
         self.ignored = key_map.ignored
         quantization = getattr(config, "quantization_config", None)
+        check_quantization(path, quantization)
         self.weights = Weights(self.checkpoint, key_map, self.model, quantization)
         name, self.body = adapter.decoder(self.model)
         self.layers_prefix = f"{name}.layers." if name else "layers."

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
+from moe2dense.teacher import bitsandbytes
 from moe2dense.teacher.adapter import KeyMap, Source, convert
 from moe2dense.teacher.checkpoint import Checkpoint
 
@@ -52,6 +53,8 @@ class Weights:
 
     def _one(self, source: Source, expert: int | None = None, buffer: Tensor | None = None) -> Tensor:
         span = (0, None) if expert is None else (expert, expert + 1)
+        if source.from_bitsandbytes:
+            return bitsandbytes.read_weight(self.checkpoint, source.key)
         packed = source.scale != ""
         raw = self.checkpoint.read(source.key, *span, buffer=None if packed else buffer)
         if packed:
@@ -91,7 +94,8 @@ class Weights:
 
     def _blocks_are_rows(self, source: Source) -> bool:
         """MXFP4 packs the input dimension last, whatever the module's orientation."""
-        return bool(source.scale) and self.checkpoint[source.key].dtype == torch.uint8
+        mxfp4 = source.scale != "" and not source.from_bitsandbytes
+        return mxfp4 and self.checkpoint[source.key].dtype == torch.uint8
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         """Rows [start, stop) of a plain parameter, such as an embedding table."""
