@@ -1,0 +1,177 @@
+"""Every recipe of examples/recipes at equal teacher tokens: KL, NLL, KL on other text and seconds, best first.
+
+    python benchmarks/recipes.py --data FOLDER                          # all recipes, default 98,304 teacher tokens each
+    python benchmarks/recipes.py --data FOLDER --only default,hinton    # in parts: results are added to --results
+    python benchmarks/recipes.py --show                                 # the table of what was measured so far
+    python benchmarks/recipes.py --data FOLDER --only default --set teacher.quantize=int4 --seeds 3
+    python benchmarks/recipes.py --data FOLDER --teachers int8,int4,nf4  # how far rounding the experts moves the targets themselves
+
+Teacher tokens are positions the teacher was run on, the walk's included; text that the teacher writes comes on top and is shown as `written`.
+Recipes that start from the same walk share it: it is built once and its seconds count for each. Text is judged on --blocks blocks.
+"""
+
+import argparse
+import dataclasses
+import json
+import shutil
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from moe2dense import stages
+from moe2dense.data import load_blocks
+from moe2dense.evaluation import evaluate, reference
+from moe2dense.planning import make_plan
+from moe2dense.regimes.progressive import last_stage
+from moe2dense.regimes.texts import prepare_text
+from moe2dense.run import open_run
+from moe2dense.settings import configure, merge_flags
+from moe2dense.teacher.load import load_teacher
+
+ROOT = Path(__file__).parent.parent
+RECIPES = ROOT / "examples" / "recipes"
+
+
+def settings_of(recipe: Path, args: argparse.Namespace, seed: int, out: Path) -> Any:
+    """The recipe at this benchmark's tokens, text and seed."""
+    flags: dict[str, Any] = {"data.path": args.data, "data.valid": args.data, "data.ood": args.data, "out": str(out)}
+    flags |= {"seed": seed, "data.eval_blocks": args.blocks, "teacher.memory": "1GB"}
+    settings = configure(args.teacher, args.to, recipe, flags)
+    if settings.train.tokens:
+        settings = merge_flags(settings, {"train.tokens": args.tokens})
+    for pair in args.set:
+        key, _, value = pair.partition("=")
+        settings = merge_flags(settings, {key: json.loads(value) if value[:1] in '0123456789"[' else value})
+    return merge_flags(settings, {"train.eval_every": 10**9, "train.save_every": 10**9})
+
+
+def walk_key(settings: Any, args: argparse.Namespace) -> str:
+    """What tells walks apart."""
+    what = [
+        dataclasses.asdict(settings.walk),
+        settings.seed,
+        settings.teacher.quantize,
+        args.data,
+        args.teacher,
+        args.to,
+    ]
+    return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
+
+
+def measure(
+    recipe: Path, args: argparse.Namespace, seed: int, teacher: Any, references: dict[str, Any]
+) -> dict[str, Any]:
+    """One recipe with one seed."""
+    with tempfile.TemporaryDirectory() as folder:
+        settings = settings_of(recipe, args, seed, Path(folder) / "run")
+        stages.check_settings(settings)
+        plan = make_plan(settings)
+        text = stages.load_text(settings, plan, teacher.tokenizer())
+        with open_run(settings.out, settings) as run:
+            job = stages.Job(run, settings, plan, teacher, text, lambda *_, **__: None, references)
+            cached = Path(args.cache) / walk_key(settings, args)
+            if not settings.stages and (cached / "entry.json").is_file():
+                shutil.copytree(cached / "walk", run.folder / "walk")
+                run.finish("walk", **json.loads((cached / "entry.json").read_text()))
+            begun = time.monotonic()
+            job = last_stage(job)
+            student = stages.walk(job)
+            entry = job.run.finished("walk") or {}
+            if not settings.stages and not (cached / "entry.json").is_file():
+                shutil.copytree(run.folder / "walk", cached / "walk", dirs_exist_ok=True)
+                (cached / "entry.json").write_text(json.dumps({k: v for k, v in entry.items() if k != "finished"}))
+                begun += entry["seconds"]
+            if plan.tokens:
+                prepare_text(job, student)
+                student = stages.train(job, student)
+            seconds = time.monotonic() - begun + (0 if settings.stages else entry["seconds"])
+            scores = stages.score(job, student)
+            written = (run.finished("write") or {}).get("tokens", 0)
+    return {
+        "recipe": recipe.stem, "set": args.set, "seed": seed, "tokens": plan.tokens or plan.walk_tokens, "written": written,
+        "kl": float(scores["valid"].kl), "nll": float(scores["valid"].nll), "ood_kl": float(scores["ood"].kl),
+        "teacher_nll": float(scores["valid"].teacher_nll), "seconds": round(seconds, 1), "train_seconds": round(seconds - entry["seconds"], 1),
+    }  # fmt: skip
+
+
+def rounded_teachers(args: argparse.Namespace) -> None:
+    """KL from the full teacher to the same teacher with rounded experts, on held-out text of both kinds."""
+    full = load_teacher(args.teacher, memory="1GB")
+    texts = {
+        split: load_blocks(args.data, full.tokenizer(), 256, split, tokens=args.blocks * 256)
+        for split in ("valid", "ood")
+    }
+    truths = {name: reference(full, blocks) for name, blocks in texts.items()}
+    print("| experts | KL to the full teacher | NLL | ood KL |\n|---|---|---|---|")
+    for bits in ["", *args.teachers.split(",")]:
+        teacher = load_teacher(args.teacher, memory="1GB", quantize=bits)
+        found = {name: evaluate(reference(teacher, blocks), truths[name]) for name, blocks in texts.items()}
+        numbers = [found["valid"].kl, found["valid"].nll, found["ood"].kl]
+        print(f"| {bits or 'as stored'} | " + " | ".join(f"{float(n):.4f}" for n in numbers) + " |", flush=True)
+
+
+def show(rows: list[dict[str, Any]]) -> str:
+    """The table, best first; several seeds as mean and range."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["recipe"], *row["set"]), []).append(row)
+
+    def cell(found: list[dict[str, Any]], key: str) -> str:
+        values = [r[key] for r in found]
+        spread = f" ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 else ""
+        return f"{statistics.mean(values):.4f}{spread}"
+
+    lines = ["| recipe | KL | NLL | ood KL | tokens | written | seconds |", "|---|---|---|---|---|---|---|"]
+    ranked = sorted(groups.items(), key=lambda kv: statistics.mean(r["kl"] for r in kv[1]))
+    for name, found in ranked:
+        cells = [" ".join(name), *(cell(found, k) for k in ("kl", "nll", "ood_kl")), str(found[0]["tokens"])]
+        cells += [str(found[0]["written"]), f"{statistics.mean(r['seconds'] for r in found):.0f}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=str(ROOT / "examples" / "tiny-mixtral"))
+    parser.add_argument("--to", default="3.2m")
+    parser.add_argument(
+        "--data", default=str(ROOT / "examples" / "text"), help="folder with train, valid and ood files"
+    )
+    parser.add_argument("--only", default="", help="recipes by name, comma-separated")
+    parser.add_argument("--tokens", type=int, default=98_304)
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--blocks", type=int, default=96)
+    parser.add_argument(
+        "--set", action="append", default=[], help="KEY=VALUE over the recipe, such as teacher.quantize=int4"
+    )
+    parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "moe2dense-walks"), help="built students")
+    parser.add_argument("--results", default="recipes.json")
+    parser.add_argument("--show", action="store_true", help="print the table of --results and stop")
+    parser.add_argument("--teachers", default="", help="measure rounded teachers (int8,int4,nf4) instead of recipes")
+    args = parser.parse_args()
+    if args.teachers:
+        return rounded_teachers(args)
+    results = Path(args.results)
+    rows: list[dict[str, Any]] = json.loads(results.read_text()) if results.is_file() else []
+    if not args.show:
+        names = args.only.split(",") if args.only else [p.stem for p in sorted(RECIPES.glob("*.toml"))]
+        teacher, references = load_teacher(args.teacher, memory="1GB"), {}
+        done = {(r["recipe"], *r["set"], r["seed"]) for r in rows}
+        for name in names:
+            for seed in range(args.seeds):
+                if (name, *args.set, seed) in done:
+                    continue
+                row = measure(RECIPES / f"{name}.toml", args, seed, teacher, references)
+                rows.append(row)
+                results.write_text(json.dumps(rows, indent=1) + "\n")
+                print(json.dumps(row), flush=True)
+    print(show(rows))
+    return None
+
+
+if __name__ == "__main__":
+    main()
