@@ -1,13 +1,18 @@
-"""What the training loop costs: tokens a second against a hand-written PyTorch loop, and bytes a token of each store.
+"""What the training loop costs and what its options are worth, on examples/tiny-mixtral and a Mistral of width 512.
 
-    python benchmarks/distill.py [--steps 12] [--rounds 5] [--kl 0]
+    python benchmarks/distill.py [--steps 12] [--rounds 5]      # tokens a second and bytes a token, four minutes on two cores
+    python benchmarks/distill.py --kl 491520 --data FOLDER      # validation KL after training on each format of targets
+    python benchmarks/distill.py --features 98304 --data FOLDER # and with each feature loss and token weight, from a walk
 
-Teacher: examples/tiny-mixtral, resident, asked at every step (online) by both loops; student: Mistral, width 512, random
-FFN. The loops take turns and the best round of each counts. `--kl TOKENS` also trains once per store format at equal
-tokens and prints the validation KL.
+Speed: the teacher is resident and asked at every step (online) by our loop, by a bare PyTorch loop and, where trl is
+installed, by its DistillationTrainer, whose generation is replaced with the fixed text; the student's FFN is random. The
+loops take turns and the best round of each counts. Every other table trains from the same student on the same tokens.
 """
 
 import argparse
+import copy
+import dataclasses
+import importlib.util
 import sys
 import tempfile
 import time
@@ -85,6 +90,45 @@ def our_loop(teacher, blocks: Blocks, targets, alpha: float = 0.0) -> float:
     )
 
 
+def trl_loop(teacher, blocks: Blocks, steps: int) -> float:
+    """TRL's distillation trainer on the same text, without its generation. Returns seconds."""
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            self.start = time.perf_counter()
+
+        def on_train_end(self, *_, **__):
+            self.seconds = time.perf_counter() - self.start
+
+    class FixedText(DistillationTrainer):
+        def _prepare_inputs(self, batch):
+            ids = blocks.input_ids[[row["index"] for row in batch]]
+            real = torch.ones_like(ids)
+            return {
+                "prompt_ids": ids[:, :1], "prompt_mask": real[:, :1], "completion_ids": ids[:, 1:],
+                "completion_mask": real[:, 1:], "num_items_in_batch": torch.tensor(float(ids[:, 1:].numel())),
+            }  # fmt: skip
+
+    tokenizer, clock = AutoTokenizer.from_pretrained(ROOT / "examples/tiny-mixtral"), Clock()
+    rows = Dataset.from_dict({"prompt": ["a"] * len(blocks), "index": list(range(len(blocks)))})
+    with tempfile.TemporaryDirectory() as folder:
+        settings = DistillationConfig(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=PER_STEP, beta=0.0, temperature=1.0,
+            learning_rate=1e-3, warmup_steps=1, lr_scheduler_type="cosine", adam_beta2=0.95, max_grad_norm=1.0,
+            optim="adamw_torch_fused", report_to="none", save_strategy="no", logging_steps=1, use_cpu=True, bf16=False,
+            gradient_checkpointing=False, disable_tqdm=True, remove_unused_columns=False,
+        )  # fmt: skip
+        trainer = FixedText(
+            model=make_student(teacher), teacher_model=teacher, args=settings, train_dataset=rows,
+            processing_class=tokenizer, callbacks=[clock],
+        )  # fmt: skip
+        trainer.train()
+    return clock.seconds
+
+
 def speed(teacher, blocks: Blocks, steps: int, rounds: int) -> None:
     blocks = blocks[: steps * PER_STEP]
     memory = hidden_targets(teacher, blocks)
@@ -93,10 +137,14 @@ def speed(teacher, blocks: Blocks, steps: int, rounds: int) -> None:
         runs = {
             "online, bare PyTorch loop": lambda: bare_loop(teacher, blocks, steps),
             "online, distill()": lambda: our_loop(teacher, blocks, ResidentTargets(teacher, blocks)),
+            "online, TRL's distillation trainer": lambda: trl_loop(teacher, blocks, steps),
             "hard labels alone, bare PyTorch loop": lambda: bare_loop(teacher, blocks, steps, labels_only=True),
             "hidden states in memory, distill()": lambda: our_loop(teacher, blocks, memory),
             "hidden states on disk, distill()": lambda: our_loop(teacher, blocks, stored),
         }
+        if importlib.util.find_spec("trl") is None:
+            print("trl is not installed; its row is left out")
+            del runs["online, TRL's distillation trainer"]
         seconds = {name: [] for name in runs}
         for _ in range(rounds):
             for name, run in runs.items():
@@ -108,29 +156,82 @@ def speed(teacher, blocks: Blocks, steps: int, rounds: int) -> None:
     print(
         f"\ndistill() online / bare loop  {best['online, bare PyTorch loop'] / best['online, distill()']:.3f}  (goal >= 0.97)"
     )
+    if "online, TRL's distillation trainer" in best:
+        ratio = best["online, TRL's distillation trainer"] / best["online, distill()"]
+        print(f"distill() online / TRL        {ratio:.3f}  (goal > 1)")
     ratio = best["hard labels alone, bare PyTorch loop"] / best["hidden states on disk, distill()"]
     print(f"from the store / hard labels  {ratio:.3f}  (goal >= 0.9)")
+
+
+class WithoutTail:
+    """topk targets whose k tokens are taken for everything."""
+
+    def __init__(self, targets):
+        self.targets = targets
+
+    def __len__(self):
+        return len(self.targets)
+
+    def batch(self, indices):
+        return dataclasses.replace(self.targets.batch(indices), tail=False)
 
 
 def formats(teacher, blocks: Blocks, valid: Blocks, tokens: int) -> None:
     """Bytes a token, and the validation KL after training on each format."""
     held = hidden_targets(teacher, valid)
-    print(f"\n{'targets':20s} {'bytes/token':>12s} {'KL after ' + str(tokens) + ' tokens':>26s}")
+    print(f"\n{'targets':20s} {'bytes/token':>12s}" + (f" {f'KL after {tokens} tokens':>26s}" if tokens else ""))
     small = blocks[: max(16, tokens // 256)]
-    for format in (*FORMATS, "hard labels"):
+    for name in (*FORMATS, "topk without tail", "hard labels"):
         with tempfile.TemporaryDirectory() as folder:
             size, store, alpha = 0.0, None, 1.0
-            used = small[:16] if format == "full" and not tokens else small
-            if format != "hard labels":
-                store, alpha = open_targets(write_targets(teacher, used, folder, format), used), 0.0
-                size = sum(p.stat().st_size for p in Path(folder).glob("shard-*")) / used.tokens
-            kl = float("nan")
+            if name != "hard labels":
+                store, alpha = open_targets(write_targets(teacher, small, folder, name.split()[0]), small), 0.0
+                size = sum(p.stat().st_size for p in Path(folder).glob("shard-*")) / small.tokens
+            line = f"{name:20s} {size:12.1f}"
             if tokens:
-                student = make_student(teacher)
                 config = TrainConfig(alpha=alpha, eval_every=10**9)
-                run = distill(student, data=used, targets=store, valid=valid, valid_targets=held, config=config)
-                kl = run.history[-1]["valid_kl"]
-            print(f"{format:20s} {size:12.1f} {kl:26.4f}", flush=True)
+                store = WithoutTail(store) if "without" in name else store
+                run = distill(
+                    make_student(teacher), data=small, targets=store, valid=valid, valid_targets=held, config=config
+                )
+                line += f" {run.history[-1]['valid_kl']:26.4f}"
+            print(line, flush=True)
+
+
+FEATURES = (
+    {}, {"features": "mse:uniform@0.1"}, {"features": "mse:uniform@linear:0.1:0"}, {"features": "mse:last@0.1"},
+    {"features": "mse:learned@0.1"}, {"features": "cosine:uniform@0.1"}, {"features": "attention:last@1"},
+    {"features": "attention:last@linear:1:0"}, {"features": "relation:last@1"}, {"features": "relation:last@linear:1:0"},
+    {"features": "rkd:uniform@1"}, {"token_weights": "router-entropy"}, {"token_weights": "expert-saliency"},
+)  # fmt: skip
+
+
+def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folder: str) -> None:
+    """Validation KL after training with each feature loss, from the same walk student."""
+    from moe2dense.losses.matching import teacher_features
+    from moe2dense.student.build import build_student
+    from moe2dense.student.store import load_student
+    from moe2dense.targets.record import TOKEN_WEIGHTS
+    from moe2dense.teacher.load import load_teacher
+
+    teacher = load_teacher(ROOT / "examples/tiny-mixtral")
+    start = load_student(folder) if folder else build_student(teacher, to="3.2m", data=blocks[: 49152 // 256])
+    layers = teacher.config.num_hidden_layers
+    names = teacher_features("+".join(o["features"] for o in rows if "features" in o), layers, layers)
+    used = blocks[: tokens // 256]
+    known = hidden_targets(teacher, used, features=names, routing=TOKEN_WEIGHTS)
+    held = hidden_targets(teacher, valid)
+    print(f"\n{'features, token weights':28s} {'KL before':>10s} {f'KL after {tokens} tokens':>26s} {'seconds':>9s}")
+    for options in rows:
+        kls, clock = [], time.perf_counter()
+        for seed in range(seeds):
+            student, config = copy.deepcopy(start), TrainConfig(eval_every=10**9, **options)
+            run = distill(student, data=used, targets=known, valid=valid, valid_targets=held, config=config, seed=seed)
+            kls.append(run.history[-1]["valid_kl"])
+        shown = " ".join(f"{kl:.4f}" for kl in kls)
+        seconds = (time.perf_counter() - clock) / seeds
+        name = " ".join(options.values()) or "none"
+        print(f"{name:28s} {run.history[0]['valid_kl']:10.4f} {shown:>26s} {seconds:9.0f}", flush=True)
 
 
 def main() -> None:
@@ -138,14 +239,25 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--kl", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--features", type=int, default=0, metavar="TOKENS")
+    parser.add_argument("--seeds", type=int, default=1, help="of the feature table")
+    parser.add_argument("--only", nargs="*", default=None, help="rows of the feature table, such as mse:last@0.1")
+    parser.add_argument("--student", default="", help="folder of a built student for the feature table")
     parser.add_argument("--data", default=str(ROOT / "examples/text"))
     args = parser.parse_args()
     teacher = AutoModelForCausalLM.from_pretrained(ROOT / "examples/tiny-mixtral", dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(ROOT / "examples/tiny-mixtral")
-    blocks = load_blocks(args.data, tokenizer, 256, tokens=max(args.kl, args.steps * PER_STEP * 256))
+    wanted = max(args.kl, args.features, args.steps * PER_STEP * 256)
+    blocks = load_blocks(args.data, tokenizer, 256, tokens=wanted)
     valid = load_blocks(args.data, tokenizer, 256, "valid", tokens=96 * 256)
-    speed(teacher, blocks, args.steps, args.rounds)
-    formats(teacher, blocks, valid, args.kl)
+    if args.features:
+        rows = [o for o in FEATURES if args.only is None or (" ".join(o.values()) or "none") in args.only]
+        features(blocks, valid, args.features, rows, args.seeds, args.student)
+    elif args.kl:
+        formats(teacher, blocks, valid, args.kl)
+    else:
+        speed(teacher, blocks, args.steps, args.rounds)
+        formats(teacher, blocks, valid, 0)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """A loss over the vocabulary, tile by tile: values and gradients in one pass, the [tokens, V] matrix never in full.
 
 A tile of tokens is multiplied with the head, the loss turns its logits into their gradient in place, and two more products
-give the gradients of the hidden states and of the head. Nothing is computed twice, and only tiles are held.
+give the gradients of the hidden states and of the head. Nothing is computed twice, and at most two tiles are held: the
+student's and the teacher's.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -15,8 +17,8 @@ TileLoss = Callable[
     [Tensor, slice], tuple[Tensor, Tensor]
 ]  # logits [r, V], rows of the tile -> parts [P, r], grad [r, V]
 OpenTile = Callable[[slice], TileLoss]  # rows of the batch -> the loss of that tile
-TILE_BYTES = 64 * 2**20  # of one [t, V] buffer: products of a tile stay large
-CACHE_BYTES = 2**20  # rows that are turned into gradients at a time on a CPU: what stays in its cache
+TILE_BYTES = 192 * 2**20  # of one [t, V] buffer, at most: products of few tokens are slow
+CACHE_BYTES = 2**22  # rows that are turned into gradients at a time on a CPU: what stays in its cache
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,8 +47,7 @@ class _Tiled(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants[1] else None
         d_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if wants[2] else None
         sums: Tensor | None = None
-        for start in range(0, len(hidden), size):
-            rows = slice(start, min(start + size, len(hidden)))
+        for rows in _slices(len(hidden), size):
             logits = product(hidden[rows], weight.T, dtype)
             if bias is not None:
                 logits += bias
@@ -59,6 +60,7 @@ class _Tiled(torch.autograd.Function):
                 _accumulate(d_weight, narrow, hidden[rows])
             if d_bias is not None:
                 d_bias += grad.sum(0)
+            del logits, grad, narrow  # before the next tile is made
         ctx.grads = (d_hidden, d_weight, d_bias)
         return hidden.new_zeros(1, dtype=dtype) if sums is None else sums
 
@@ -69,6 +71,12 @@ class _Tiled(torch.autograd.Function):
         grads, ctx.grads = ctx.grads, None
         factor = outputs[0][0]
         return (*(None if g is None else g.mul_(factor.to(g.dtype)) for g in grads), None, None, None)
+
+
+def _slices(n: int, most: int) -> list[slice]:
+    """n tokens in equal parts of at most `most`."""
+    size = max(1, math.ceil(n / max(1, math.ceil(n / most))))
+    return [slice(a, min(a + size, n)) for a in range(0, n, size)]
 
 
 def _accumulate(d_weight: Tensor, grad: Tensor, hidden: Tensor) -> None:
@@ -111,8 +119,7 @@ class _FromLogits(torch.autograd.Function):
         dtype = compute_dtype(logits.dtype)
         d_logits = torch.empty_like(logits) if ctx.needs_input_grad[0] else None
         sums: Tensor | None = None
-        for start in range(0, len(logits), size):
-            rows = slice(start, min(start + size, len(logits)))
+        for rows in _slices(len(logits), size):
             parts, grad = _through_rules(logits[rows].to(dtype, copy=True), None, opened(rows))
             sums = parts if sums is None else sums + parts
             if d_logits is not None:
