@@ -14,6 +14,7 @@ from moe2dense.errors import UserError
 from moe2dense.geometry import Geometry, teacher_geometry
 from moe2dense.resolve import ResolvedTeacher, resolve_teacher
 from moe2dense.run import free_bytes
+from moe2dense.student.footprint import STATE_COPIES, layer_bytes, polish_bytes, pool_limit
 from moe2dense.units import parse_bytes, show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Plan:
     seconds: dict[str, float]
     machine: Machine
     warnings: tuple[str, ...] = field(default=())
+    depth: str = "influence"  # which layers stay where some go
 
     @property
     def bytes_per_token(self) -> float:
@@ -146,7 +148,27 @@ def walk_tokens(config: RunConfig, block: int) -> int:
     return max(1, wanted // block) * block
 
 
-def fit_flops(config: RunConfig, target: "Target", walk: int) -> float:
+def polish_runs(config: RunConfig, target: "Target", budget: int) -> bool:
+    """Whether the walk ends with the end-to-end fit: asked for, and the student with its optimiser within `budget` bytes."""
+    return config.walk.init == "walk" and config.walk.polish_epochs > 0 and polish_bytes(target.parameters) <= budget
+
+
+def walk_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, budget: int) -> int:
+    """Most memory of the walk: the teacher's part, then whichever is largest of embedding the text, building one layer and the polish."""
+    whole, sizes = 4 * shape.parameters, target.config
+    hidden, layers = sizes.hidden_size, sizes.num_hidden_layers
+    weights = whole if whole <= budget // 2 else resident_layer_bytes(shape)
+    buffers = min(4 * HIDDEN_COPIES * shape.hidden_size * walk, max(budget - weights, budget // 8))
+    statistics = 8 * len(shape.moe_layers) * shape.num_experts * shape.expert_width
+    table, states = 4 * sizes.vocab_size * hidden, 4 * hidden * walk
+    layer, ffn = (target.parameters - 2 * sizes.vocab_size * hidden) // layers, 3 * hidden * target.width
+    pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, target.width, hidden))
+    building = STATE_COPIES * states + layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool)
+    polishing = polish_bytes(target.parameters) + 2 * table + states if polish_runs(config, target, budget) else 0
+    return weights + statistics + max(buffers + max(table + states, building), polishing)
+
+
+def fit_flops(config: RunConfig, target: "Target", walk: int, polish: bool = True) -> float:
     """FLOPs of the walk's gradient fits: each layer's FFN, each whole layer, then the student end to end. 0 for other inits."""
     if config.walk.init != "walk":
         return 0.0
@@ -155,7 +177,7 @@ def fit_flops(config: RunConfig, target: "Target", walk: int) -> float:
     ffn = 3 * hidden * target.width
     layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
     fits = layers * (c.local_steps * c.local_batch * ffn + c.layer_steps * c.layer_batch * max(layer, ffn))
-    return 6.0 * (fits + c.polish_epochs * walk * target.parameters)
+    return 6.0 * (fits + polish * c.polish_epochs * walk * target.parameters)
 
 
 def _warnings(shape: Geometry, target: "Target", tokens: int, walk: int, memory: dict[str, int]) -> list[str]:
@@ -201,43 +223,48 @@ def block_length(config: RunConfig, max_positions: int) -> int:
 
 def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     """The plan of a resolved run. Raises UserError for a teacher or target that cannot be converted."""
+    from moe2dense.student.shapes import scored
     from moe2dense.student.target import resolve_target
 
     teacher = resolve_teacher(config.model, config.teacher.card)
     shape = teacher_geometry(teacher.config, teacher.card)
-    target = resolve_target(config.to, teacher.config, teacher.card)
+    target = resolve_target(config.to, teacher.config, teacher.card, config.walk.prune, config.walk.host)
     block = block_length(config, shape.max_positions)
     tokens, walk = config.train.tokens, walk_tokens(config, block)
     machine = machine or calibrate(teacher.path)
     size = checkpoint_bytes(teacher, shape)
     budget = memory_budget(config.teacher.memory)
     batch = macro_batch_tokens(budget, shape)
-    reads = -(-walk // batch) + (-(-max(tokens - walk, 0) // batch))
-    n = target.parameters
+    reads = -(-walk // batch) * (1 + scored(target.geometry, config.walk.depth)) + -(-max(tokens - walk, 0) // batch)
+    n, polish = target.parameters, polish_runs(config, target, budget)
     layer = resident_layer_bytes(shape)
     states = 4 * HIDDEN_COPIES * shape.hidden_size
     trained = n if not config.train.lora else max(n // 50, 1)
     memory = {
-        "walk": layer + min(batch, walk) * states * 2 + 4 * n,
+        "walk": walk_bytes(config, shape, target, walk, budget),
         "targets": layer + min(batch, max(tokens, block)) * states,
         "distill": 4 * n + (TRAIN_BYTES_PER_PARAMETER - 4) * trained,
         "evaluate": 4 * n,
     }
     disk = {
-        "walk": 4 * n,
+        "walk": 2 * 4 * n,
         "targets": 2 * shape.hidden_size * tokens,
         "checkpoints": 2 * (4 * n + 8 * trained) if tokens else 0,
         "model": 2 * n,
     }
     flops = {
         "teacher": 2.0 * shape.active_parameters * max(tokens, walk),
-        "walk": 2.0 * shape.parameters * walk + fit_flops(config, target, walk),
+        "walk": 2.0 * shape.parameters * walk + fit_flops(config, target, walk, polish),
         "student": 6.0 * n * tokens * config.train.epochs,
         "from_scratch": 6.0 * n * TOKENS_PER_PARAMETER * n,
     }
     seconds = {k: flops[k] / (0.6 * machine.flops) for k in ("teacher", "walk", "student")}
     seconds["reading"] = reads * size / machine.disk
     warnings = _warnings(shape, target, max(tokens, walk), walk, memory)
+    if config.walk.init == "walk" and config.walk.polish_epochs > 0 and not polish:
+        warnings.append(
+            f"the walk ends without its end-to-end fit, which takes {show_bytes(polish_bytes(n))}; --memory is {show_bytes(budget)}"
+        )
     out = config.out or default_out(teacher.name, config.to)
     free, needed = free_bytes(out), sum(disk.values())
     if needed > free:
@@ -263,6 +290,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         seconds=seconds,
         machine=machine,
         warnings=tuple(warnings),
+        depth=config.walk.depth,
     )
 
 
@@ -275,6 +303,8 @@ def print_plan(plan: Plan, console: Any) -> None:
     """The plan as tables on a rich console."""
     from rich.table import Table
 
+    from moe2dense.student.shapes import pruning_text
+
     s, t = plan.shape, plan.target
     table = Table(title=f"{plan.teacher} → {t.label}", title_justify="left", show_header=True, header_style="bold")
     for column in ("", "teacher", "student"):
@@ -282,6 +312,8 @@ def print_plan(plan: Plan, console: Any) -> None:
     neurons = len(s.moe_layers) * s.num_experts * s.expert_width
     moe = f"{s.num_experts} experts, top-{s.top_k}, width {s.expert_width}"
     moe += f", shared {s.shared_width}" if s.shared_width else ""
+    part = len(s.moe_layers) * t.config.num_hidden_layers / s.num_hidden_layers
+    outside = pruning_text(s, t.geometry, plan.depth) or "attention, norms, embeddings whole"
     rows = [
         ("source", plan.source, f"built from the teacher ({t.card.title} host)" if not t.checkpoint else t.checkpoint),
         (
@@ -292,11 +324,7 @@ def print_plan(plan: Plan, console: Any) -> None:
         ("FFN", moe, f"width {t.width} ({t.whole_experts:.3g} expert{'' if t.whole_experts == 1 else 's'})"),
         ("parameters", show_count(s.parameters), f"{show_count(t.parameters)} ({t.parameters / s.parameters:.0%})"),
         ("per token", show_count(s.active_parameters), show_count(t.parameters)),
-        (
-            "kept",
-            "",
-            f"attention, norms, embeddings whole; {len(s.moe_layers) * t.width / max(neurons, 1):.0%} of the expert neurons",
-        ),
+        ("kept", "", f"{outside}; {part * t.width / max(neurons, 1):.0%} of the expert neurons"),
     ]
     for row in rows:
         table.add_row(*row)

@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from moe2dense.errors import UserError
 from moe2dense.student.heads import HeadEnergy, KeptHeads, best_heads, split_layer
+from moe2dense.student.shapes import scored
 from moe2dense.student.types import Experts, GatedFFN
 from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.experts import SharedFFN
@@ -150,7 +151,7 @@ def cut_for(target: "Target", teacher: "Teacher", data: "Blocks", depth: str = "
         return None
     keep, kept = torch.arange(teacher.hidden_size), tuple(alternate_layers(layers, count))
     heads: dict[int, KeptHeads] = {}
-    if width < teacher.hidden_size or fewer_heads or (count < layers and depth == "influence"):
+    if scored(geometry, depth):
         energy = HeadEnergy(shape.num_attention_heads, target.card.heads) if fewer_heads else None
         found = importance(teacher, data, energy)
         assert found.channels is not None

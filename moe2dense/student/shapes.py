@@ -1,7 +1,7 @@
 """The sizes of a student whose budget takes more than the FFN's width: fewer channels of the residual stream, layers or attention heads."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import accumulate
@@ -78,38 +78,48 @@ class Sizes:
         return int((budget - base) // slope) // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE
 
 
-def _search(
-    budget: int,
-    teacher: "PreTrainedConfig",
-    shape: Geometry,
-    host: StudentCard,
-    depths: Iterable[int],
-    heads: Sequence[Heads],
-    floor: int,
-    narrow: bool,
-) -> Found | None:
-    """Of the shapes within the budget whose FFN keeps the proportion `floor` : hidden size to the residual stream, the one that keeps most."""
-    best: Found | None = None
-    full, hidden = (shape.num_attention_heads, shape.num_key_value_heads), shape.hidden_size
-    fewest = hidden // 4 if narrow else hidden - 1
-    for pair in heads:
-        fixed = {} if pair == full else {"num_attention_heads": pair[0], "num_key_value_heads": pair[1]}
+@dataclass(frozen=True)
+class _Search:
+    """What a search needs to know besides where to look."""
+
+    budget: int
+    teacher: "PreTrainedConfig"
+    shape: Geometry
+    host: StudentCard
+
+    def best(self, depths: Sequence[int], heads: Heads, floor: int, narrow: bool) -> Found | None:
+        """Of the shapes within the budget whose FFN keeps the proportion `floor` : hidden size to the residual stream, the one that keeps
+        most. `narrow`: channels may go."""
+        shape, hidden = self.shape, self.shape.hidden_size
+        full = (shape.num_attention_heads, shape.num_key_value_heads)
+        fixed = {} if heads == full else {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+        fewest = hidden // 4 if narrow else hidden - 1
         wanted = [hidden, *range((hidden - 1) // CHANNEL_MULTIPLE * CHANNEL_MULTIPLE, fewest, -CHANNEL_MULTIPLE)]
-        channels = [c for c in wanted if not refused(teacher, host, fixed | {"hidden_size": c})]
+        channels = [c for c in wanted if not refused(self.teacher, self.host, fixed | {"hidden_size": c})]
         if not channels:
-            continue
-        sizes = Sizes(teacher, host, fixed, channels)
+            return None
+        sizes, found = Sizes(self.teacher, self.host, fixed, channels), None
         for depth in depths:
             for c in channels:
-                kept = depth * c * pair[0] / (shape.num_hidden_layers * hidden * max(1, full[0]))
-                if best and kept <= best.kept:
+                kept = depth * c * heads[0] / (shape.num_hidden_layers * hidden * full[0])
+                if found and kept <= found.kept:
                     break
-                width = sizes.width(budget, depth, c)
-                if width >= floor * c / hidden and width > 0:
+                width = sizes.width(self.budget, depth, c)
+                if width >= max(1, floor * c / hidden):
                     changed = fixed | {"hidden_size": c, "num_hidden_layers": depth}
-                    best = Found(kept, {k: v for k, v in changed.items() if v != getattr(teacher, k)}, width)
+                    found = Found(kept, {k: v for k, v in changed.items() if v != getattr(self.teacher, k)}, width)
                     break
-    return best
+        return found
+
+    def most_heads(self, shapes: Sequence[Heads], floor: int) -> Found | None:
+        """The first of `shapes`, most heads first, that reaches the budget by itself, found by bisection."""
+        layers, found = [self.shape.num_hidden_layers], None
+        low, high = 0, len(shapes)
+        while low < high:
+            middle = (low + high) // 2
+            tried = self.best(layers, shapes[middle], floor, narrow=False)
+            found, low, high = (tried, low, middle) if tried else (found, middle + 1, high)
+        return found
 
 
 def pruned_shape(
@@ -117,9 +127,9 @@ def pruned_shape(
 ) -> Found | None:
     """The student's shape for a budget in parameters; None when it is too small for any.
 
-    auto: channels, and layers where both together keep more, under an FFN of one expert's proportion. width, depth, heads: only channels, layers
-    or attention heads go, under an FFN of the active experts' proportion, else of one expert's; where layers or heads alone do not
-    reach the budget, channels go too. At least half of the layers, half of the heads and a quarter of the channels stay.
+    auto: channels and layers, whichever keeps more of both, under an FFN of one expert's proportion. width, depth, heads: channels, layers or
+    attention heads go, as few as leave the FFN the proportion of the experts that a token passes; where half of the layers or heads are
+    not enough for that, half go, and channels as far as the budget asks. A quarter of the channels stays.
     Raises UserError for another `prune`, and for heads where the host's card does not say how to cut them.
     """
     if prune not in PRUNE:
@@ -128,30 +138,38 @@ def pruned_shape(
         raise UserError(
             f"walk.prune = 'heads' is not possible with the host {host.name!r}, whose norms run over all heads; choose width or depth"
         )
-    layers = shape.num_hidden_layers
-    whole = [(shape.num_attention_heads, shape.num_key_value_heads)]
-    depths = range(layers, (layers + 1) // 2 - 1, -1) if prune in ("auto", "depth") else [layers]
-    heads = head_shapes(shape) if prune == "heads" else whole
-    floors = [shape.expert_width] if prune == "auto" else [shape.active_width, shape.expert_width]
-    for narrow in (True,) if prune in ("auto", "width") else (False, True):
-        for floor in floors:
-            found = _search(budget, teacher, shape, host, depths, heads, floor, narrow)
-            if found:
-                return found
-    return None
+    layers, all_heads = shape.num_hidden_layers, (shape.num_attention_heads, shape.num_key_value_heads)
+    depths = range(layers, (layers + 1) // 2 - 1, -1)
+    search, one = _Search(budget, teacher, shape, host), shape.expert_width
+    if prune == "auto":
+        return search.best(depths, all_heads, one, narrow=True)
+    if prune == "width":
+        wide = search.best([layers], all_heads, shape.active_width, narrow=True)
+        return wide or search.best([layers], all_heads, one, narrow=True)
+    if prune == "depth":
+        deep = search.best(depths, all_heads, shape.active_width, narrow=False)
+        return deep or search.best([depths[-1]], all_heads, one, narrow=True)
+    heads = head_shapes(shape)
+    return search.most_heads(heads, shape.active_width) or search.best([layers], heads[-1], one, narrow=True)
+
+
+def scored(geometry: dict[str, Any], depth: str) -> bool:
+    """Whether a pruned shape takes a pass of the teacher for scores of channels, heads or layers, before the walk."""
+    fewer = geometry.keys() & {"hidden_size", "num_attention_heads"}
+    return bool(fewer) or ("num_hidden_layers" in geometry and depth == "influence")
 
 
 def pruning_text(shape: Geometry, geometry: dict[str, Any], depth: str) -> str:
     """What of the teacher a pruned student keeps outside its FFNs; '' when everything."""
     parts = []
     if "num_hidden_layers" in geometry:
-        by = "at equal distances" if depth == "alternate" else "by influence"
+        by = "evenly spaced" if depth == "alternate" else "by influence"
         parts.append(f"{geometry['num_hidden_layers']} of {shape.num_hidden_layers} layers ({by})")
     if "hidden_size" in geometry:
         parts.append(f"{geometry['hidden_size']} of {shape.hidden_size} channels (by mean activation)")
     if "num_attention_heads" in geometry:
         parts.append(
             f"{geometry['num_attention_heads']} of {shape.num_attention_heads} heads in "
-            f"{geometry['num_key_value_heads']} of {shape.num_key_value_heads} KV groups (by output energy)"
+            f"{geometry.get('num_key_value_heads', shape.num_key_value_heads)} of {shape.num_key_value_heads} KV groups (by output energy)"
         )
     return ", ".join(parts)

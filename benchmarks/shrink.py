@@ -1,0 +1,96 @@
+"""Students below what the FFN alone can give: channels, layers or heads go, against random weights of the same shape at equal tokens.
+
+    python benchmarks/shrink.py                                     # 40% and 25% of the tiny teacher
+    python benchmarks/shrink.py --sizes 25% --prune width,depth --data FOLDER --tokens 98304
+
+For each size and kind of pruning, the walk's student before and after training, then the same shape with random FFNs around what is carried
+over of the attention, and with every weight random. All train on the same blocks; text is judged in one block from each passage.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from recovery import ROOT, judge, judge_teacher, one_block_per_passage, show, trained
+
+from moe2dense.config import WalkConfig
+from moe2dense.data import Blocks, load_blocks
+from moe2dense.errors import UserError
+from moe2dense.evaluation import reference
+from moe2dense.student.build import build_student
+from moe2dense.student.shapes import pruning_text
+from moe2dense.student.target import Target, resolve_target
+from moe2dense.targets import hidden_targets
+from moe2dense.teacher.load import Teacher, load_teacher
+
+
+def made(start: str, teacher: Teacher, target: Target, walk: Blocks, config: WalkConfig) -> Any:
+    """A student of the target's shape, or a bare model with every weight random."""
+    if start != "every weight random":
+        return build_student(teacher, target, walk, init="walk" if start == "walk" else "random", config=config)
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(target.config)
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every row of the table; each is printed when it is known."""
+    teacher = load_teacher(args.teacher)
+    assert teacher.card is not None, "a teacher with experts"
+    tokenizer = teacher.tokenizer()
+    texts = {"valid": reference(teacher, one_block_per_passage(args.data, "valid", tokenizer, args.block, 96))}
+    data = load_blocks(args.data, tokenizer, args.block, "train")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    data = data[order[: args.tokens // args.block]]
+    targets, walk = hidden_targets(teacher, data), data[: args.walk_tokens // args.block]
+    print(
+        f"teacher NLL {judge_teacher(texts['valid']):.3f}; {data.tokens} tokens, the walk's {walk.tokens} included",
+        flush=True,
+    )
+    rows = []
+    for size in args.sizes.split(","):
+        seen: list[dict[str, Any]] = []
+        for prune in args.prune.split(","):
+            try:
+                target = resolve_target(size, teacher.config, teacher.card, prune)
+            except UserError as error:
+                print(f"{size} {prune}: {error}", flush=True)
+                continue
+            if target.geometry in seen:
+                continue
+            seen.append(target.geometry)
+            kept = pruning_text(target.teacher, target.geometry, "influence") or "all outside the FFNs"
+            print(f"{size}, prune = {prune}: {kept}, M = {target.width}, {target.parameters} parameters", flush=True)
+            for start in ("walk", "random FFNs", "every weight random"):
+                student = made(start, teacher, target, walk, WalkConfig())
+                row = {"method": f"{size} {prune} {start}", "tokens": walk.tokens if start == "walk" else 0}
+                rows.append(show(row | judge(student, texts)))
+                trained(student, data, targets, data.tokens, args.epochs, 0)
+                rows.append(show(row | {"tokens": data.tokens} | judge(student, texts)))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", default=str(ROOT / "examples" / "tiny-mixtral"))
+    parser.add_argument("--data", default=str(ROOT / "examples" / "text"), help="folder with train and valid files")
+    parser.add_argument("--sizes", default="40%,25%")
+    parser.add_argument("--prune", default="auto,width,depth,heads")
+    parser.add_argument("--tokens", type=int, default=98_304, help="of teacher positions, the walk's included")
+    parser.add_argument("--walk-tokens", type=int, default=49_152)
+    parser.add_argument("--block", type=int, default=256)
+    parser.add_argument(
+        "--epochs", type=float, default=0.0, help="passes over the text; 0 = the default of the project"
+    )
+    parser.add_argument("--out", default="", help="write the rows as JSON")
+    args = parser.parse_args()
+    rows = run(args)
+    if args.out:
+        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
