@@ -136,7 +136,7 @@ def convert(
     seed: of everything random
     device: auto, cpu or cuda
     control: also train a randomly initialised student, and with stages a direct one, to compare with
-    stages: sizes from large to small (47%,40%): each student teaches the next; in the place of to
+    stages: sizes from large to small (47%,40%): each student teaches the next; to is the last, or follows them
     baseline: a dense checkpoint with the teacher's tokenizer to compare with, such as its pretrained sibling; may be repeated
     allow_loss: domains of the held-out text that may be lost (code,drama); they are reported apart
     judge: folder of a third language model that scores what student and teacher write

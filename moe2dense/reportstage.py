@@ -193,6 +193,7 @@ def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
     from moe2dense.exporting import export
     from moe2dense.exporting.info import card_info
     from moe2dense.fingerprint import weight_hashes
+    from moe2dense.regimes.mtp import copy_heads
     from moe2dense.reporting import write
     from moe2dense.reporting.assemble import clean
 
@@ -219,6 +220,7 @@ def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
             score=score_quantized if options.quantize else None,
             overwrite=True,
         )
+        copy_heads(job.run.folder, folder)
         report["run"]["hashes"] |= weight_hashes(folder / f for f in done.files)
         report["student"] |= {"bytes": done.bytes} | ({"quantized": done.quantized} if done.quantized else {})
         write(clean(report), job.run.folder)

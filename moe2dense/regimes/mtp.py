@@ -7,6 +7,7 @@ No serving stack loads that file by itself.
 """
 
 import math
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -126,6 +127,12 @@ def save_heads(heads: Heads, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     save_file({k: v.detach().cpu().contiguous() for k, v in heads.state_dict().items()}, temporary)
     temporary.replace(path)
+
+
+def copy_heads(run: Path, model: Path) -> None:
+    """Put the heads that a training run kept beside its exported model; nothing where it kept none."""
+    if (run / FILE).is_file():
+        shutil.copyfile(run / FILE, model / FILE)
 
 
 def load_heads(path: str | Path) -> Heads:

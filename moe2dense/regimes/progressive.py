@@ -29,11 +29,14 @@ def stage_sizes(stages: str) -> list[str]:
 
 
 def with_last_stage(settings: RunConfig) -> RunConfig:
-    """Settings whose `to` is the last of `stages`. Raises UserError when --to says something else."""
-    last = stage_sizes(settings.stages)[-1]
+    """Settings whose `to` is the last of `stages`; a `to` that is not among them becomes the last. Raises UserError."""
+    stages = settings.stages
+    if settings.to and settings.to not in [part.strip() for part in stages.split(",")]:
+        stages = f"{stages},{settings.to}"
+    last = stage_sizes(stages)[-1]
     if settings.to not in ("", last):
-        raise UserError(f"--to {settings.to} is not the last of --stages {settings.stages}; leave --to out")
-    return replace(settings, to=last)
+        raise UserError(f"--to {settings.to} is not the last of --stages {stages}; leave --to out")
+    return replace(settings, to=last, stages=stages)
 
 
 def stage_targets(settings: RunConfig) -> "list[Target]":

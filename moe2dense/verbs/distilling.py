@@ -58,7 +58,7 @@ def distill_checkpoint(
     epochs: passes over the text
     lora: rank of adapters to train instead of all weights
     report_to: none, tensorboard, trackio or wandb
-    config: TOML file whose [train] table sets everything else
+    config: TOML file whose [train] and [regime] tables set everything else
     block: tokens per block; default min(2048, the model's max positions)
     seed: of the order of the text
     memory: budget for teacher weights and hidden states
@@ -71,6 +71,7 @@ def distill_checkpoint(
     from moe2dense.errors import UserError
     from moe2dense.exporting import export
     from moe2dense.progress import progress_for
+    from moe2dense.regimes.mtp import copy_heads
     from moe2dense.schedules import temperature_settings
     from moe2dense.training import distill
     from moe2dense.verbs.answers import hard_labels, show_nll
@@ -85,7 +86,7 @@ def distill_checkpoint(
     if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} exists; continue it with --resume, or choose another --out")
     flags = {"loss": loss, "alpha": alpha, "lr": lr, "epochs": epochs, "lora": lora, "report_to": report_to}
-    settings, write = _settings(config, flags | temperature_settings(temperature), tokens)
+    settings, write, chosen = _settings(config, flags | temperature_settings(temperature), tokens)
     model = open_student(student)
     source = model.teacher_path or str(student_folder(student))
     console = Console()
@@ -103,9 +104,10 @@ def distill_checkpoint(
         before = show_nll(model.model, held)
         done = distill(
             model, tokens=text["data"].tokens, config=settings, seed=seed, out=out, resume=resume, progress=progress,
-            **text,
+            regime=_regime(settings.regime, chosen, text.get("teacher")), **text,
         )  # fmt: skip
     written = export(model, out / "model", tokenizer=source, overwrite=resume)
+    copy_heads(out, written.path)
     if before:
         console.print(f"{before} before training, {show_nll(model.model, held).split(': ')[1]} after")
     console.print(f"{done.steps} steps over {done.tokens} tokens; model: {written.path}")
@@ -119,7 +121,23 @@ def _settings(config: Path | None, flags: dict[str, Any], tokens: str | None) ->
     base = merge(RunConfig(), read_toml(config), f"--config {config}") if config else RunConfig()
     flags = {f"train.{k}": v for k, v in flags.items()}
     settings = merge_flags(base, flags | {"train.tokens": parse_count(tokens, "--tokens") if tokens else None})
-    return dataclasses.replace(settings.train, targets=""), settings.write
+    return dataclasses.replace(settings.train, targets=""), settings.write, settings.regime
+
+
+def _regime(name: str, options: Any, teacher: Any) -> Any:
+    """The regime that the config asks for; a second student is a checkpoint here."""
+    from moe2dense.errors import UserError
+    from moe2dense.regimes import make_regime
+    from moe2dense.verbs.common import open_student
+
+    peer = None
+    if name == "mutual":
+        if not Path(options.peer).is_dir():
+            raise UserError(
+                f"regime.peer must be the folder of a dense checkpoint to learn with; found {options.peer!r}"
+            )
+        peer = open_student(options.peer)
+    return make_regime(name, options, teacher, peer)
 
 
 def _answers(where: Any, source, student, write, tokens, block, seed, console, progress) -> tuple[dict[str, Any], Any]:
