@@ -77,7 +77,7 @@ def made_up_report(layers: int = 4, experts: int = 8, seed: int = 0) -> dict[str
                       "by_domain": {d: est(0.93 - 0.03 * i, 0.04) for i, d in enumerate(DOMAINS)}},
         "history": _history(0.21, 0.106, rng), "control_history": _history(5.6, 0.82, rng),
         "transfer": _transfer(layers, experts, rng), "train_scores": scores(0.098),
-        "samples": [{"prompt": "Once upon a time", "teacher": " there was a king.", "student": " there was a queen."}],
+        "samples": _samples(), "apart": None,
         "tokens": {str(i): f"Ġ{WORDS[i]}" for i in range(12)},
         "run": {"command": "moe2dense convert examples/tiny-mixtral --to 3.2m --tokens 500k --control --out out",
                 "config": {"model": "examples/tiny-mixtral", "to": "3.2m", "seed": 0, "train": {"lr": 1e-3, "loss": "forward_kl"}},
@@ -88,6 +88,15 @@ def made_up_report(layers: int = 4, experts: int = 8, seed: int = 0) -> dict[str
         "diagnosis": [{"id": "few_calibration_tokens", "severity": "warning", "title": "Few calibration tokens",
                        "finding": "49 920 tokens for 512 neurons a layer.", "remedy": "Raise --tokens."}],
     }  # fmt: skip
+
+
+def _samples() -> dict[str, Any]:
+    rows = [{"domain": d, "prompt": "Once upon a time", "teacher": " there was a king.", "student": " there was a queen.",
+             "text": " there lived a miller."} for d in DOMAINS[:3]]  # fmt: skip
+    scores = {w: {"teacher": 2.1 + i / 4, "student": 2.2 + i / 5, "judge": 0.8 + i / 9, "distinct": 0.8 + i / 20}
+              for i, w in enumerate(("teacher", "student", "text"))}  # fmt: skip
+    return {"rows": rows, "scores": scores, "how": "The teacher wrote from memory.", "prompt_tokens": 32, "tokens": 32, "temperature": 0.0,
+            "judge": "third-model", "sheet": ["samples.csv", "samples-key.csv"]}  # fmt: skip
 
 
 def _history(start: float, end: float, rng: random.Random) -> list[dict[str, Any]]:

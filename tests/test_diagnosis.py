@@ -77,3 +77,21 @@ def test_errors_come_first():
         for change in PROVOKED[name]:
             change(report)
     assert [f["severity"] for f in diagnose(report)] == ["error", "warning"]
+
+
+def test_what_may_be_lost_is_not_held_against_the_student():
+    report = healthy()
+    for change in PROVOKED["broken_student"]:
+        change(report)
+    report["retention"] = {
+        "overall": {"value": -0.4, "low": -0.6, "high": -0.2},
+        "kept": healthy()["retention"]["overall"],
+    }
+    report["ood"]["student"]["kl"] = {"value": 0.5, "low": 0.4, "high": 0.6}
+    fine = healthy()
+    parts = {
+        "held_out": {"kept": fine["rows"], "lost": report["rows"]},
+        "ood": {"kept": fine["ood"], "lost": report["ood"]},
+    }
+    assert {f["id"] for f in diagnose(report)} >= {"broken_student"}
+    assert diagnose(report | {"apart": {"domains": ["code"], **parts}}) == []

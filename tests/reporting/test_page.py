@@ -90,13 +90,34 @@ def test_text_from_models_and_data_cannot_break_out(made_up_report):
     report = made_up_report(2, 3)
     evil = '</script><script>alert(1)</script><img src=x onerror="alert(2)">'
     report["teacher"]["name"] = report["run"]["command"] = report["tokens"]["0"] = evil
-    report["samples"] = [{"prompt": evil, "teacher": evil, "student": evil}]
+    report["samples"]["rows"] = [{"domain": evil, "prompt": evil, "teacher": evil, "student": evil, "text": evil}]
+    report["samples"]["judge"] = evil
     report["transfer"]["layers"][0]["contexts"][0][0][1] = evil
     report["transfer"]["domains"][0] = evil
     text = render(report)
     page = Page(text)
     assert sum(t == "script" for t, _ in page.tags) == 2 and not [t for t, _ in page.tags if t == "img"]
     assert island(text)["domains"][0] == evil
+
+
+def test_texts_side_by_side_are_shown_with_what_others_think_of_them(made_up_report):
+    report = made_up_report(2, 2)
+    shown = "".join(Page(render(report)).text)
+    for expected in (
+        "there was a queen",
+        "there lived a miller",
+        "NLL by the judge third-model",
+        "samples-key.csv",
+        "2.35",
+        "85\u00a0%",
+    ):
+        assert expected in shown, expected
+    report["samples"]["judge"] = ""
+    for row in report["samples"]["rows"]:
+        row["teacher"] = None
+    del report["samples"]["scores"]["teacher"]
+    shown = "".join(Page(render(report)).text)
+    assert "NLL by the judge" not in shown and "there was a king" not in shown and "there was a queen" in shown
 
 
 def test_large_reports_stay_below_three_megabytes(made_up_report, tmp_path):
@@ -185,6 +206,16 @@ def test_assemble_turns_a_run_into_json_with_a_page():
     assert report["retention"]["overall"]["value"] == pytest.approx(1 - rows["student"].kl / rows["control"].kl)
     shown = "".join(Page(render(report)).text)
     assert "may be lost" in shown and number(float(rows["student"].kl)) in shown
+    apart = report["apart"]["held_out"]
+    assert apart["kept"]["student"]["kl"]["value"] == pytest.approx(a)
+    assert apart["lost"]["control"]["kl"]["value"] == pytest.approx(rows["control"].by_domain["b"]["kl"])
+    assert "Held-out text, without b" in shown and "Held-out text, b alone: may be lost" in shown
+    assert "without b, which may be lost" in shown
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_report(report, console)
+    text = console.export_text()
+    assert "held-out text without b" in text and "b alone: may be lost" in text
+    assert "% without b)" in " ".join(text.split())
     with pytest.raises(UserError, match="student"):
         assemble(config=RunConfig(), plan={}, student={}, rows={"teacher": rows["teacher"]})
 
