@@ -1,0 +1,102 @@
+"""Runs whose text, or teacher, is not the plain one: written and chosen text, rounded experts, more of them, and resuming."""
+
+import json
+
+import pytest
+import tomlkit
+
+import moe2dense as m2d
+from moe2dense import stages
+from moe2dense.errors import UserError
+from moe2dense.regimes import texts
+from moe2dense.regimes.texts import check_text_settings, needs_targets
+from moe2dense.settings import configure
+
+QUICK = {
+    "walk": {"init": "obs+refit", "min_tokens": 2048, "gram_tokens": 512},
+    "data": {"eval_blocks": 4, "block": 64},
+    "evaluate": {"samples": 0},
+}
+
+
+def config(path, **tables):
+    both = {k: QUICK.get(k, {}) | tables.get(k, {}) for k in QUICK.keys() | tables.keys()}
+    path.write_text(tomlkit.dumps(both))
+    return path
+
+
+@pytest.mark.slow
+def test_written_and_chosen_text(tiny, tmp_path, monkeypatch):
+    write = {"share": 0.5, "prompt_tokens": 8, "shard": 64, "duplicates": 0.8}
+    file = config(tmp_path / "c.toml", write=write, train={"tokens": 6144, "select": "divergence:0.5", "batch": 512})
+    real = texts.select_blocks
+    monkeypatch.setattr(texts, "select_blocks", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o")
+    assert (tmp_path / "o" / "written" / "writing.json").is_file()
+    monkeypatch.setattr(texts, "select_blocks", real)
+    calls = []
+    monkeypatch.setattr("moe2dense.generation.dataset.generate", lambda *_, **__: calls.append(1))
+    result = m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o", resume=True)
+    assert not calls  # the text was kept
+    found = json.loads((tmp_path / "o" / "run.json").read_text())["stages"]
+    assert found["select"]["kept"] * 2 == found["select"]["of"] == 96
+    assert found["select"]["divergence"] > found["select"]["divergence_of_all"]
+    assert found["train-student"]["tokens"] == 6144  # as many steps as on all of the text
+    assert result.scores["student"]["kl"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_hard_labels_on_written_text_need_no_targets(tiny, tmp_path):
+    file = config(tmp_path / "c.toml", write={"share": 1.0, "prompt_tokens": 8}, train={"tokens": 4096, "alpha": 1.0})
+    result = m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o")
+    assert not (tmp_path / "o" / "targets").exists()
+    assert result.scores["student"]["nll"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_other_teachers_for_the_lesson(tiny, tmp_path, monkeypatch):
+    taught = []
+    real = texts.lesson_teacher
+
+    def noted(job, targets=False):
+        found = real(job, targets)
+        taught.append((targets, found.quantize, found.config.num_experts_per_tok))
+        return found
+
+    monkeypatch.setattr(texts, "lesson_teacher", noted)
+    file = config(tmp_path / "c.toml", teacher={"quantize": "int4", "top_k": 3}, train={"tokens": 4096})
+    result = m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o")
+    assert taught == [(False, "int4", 2), (True, "int4", 3)]
+    plain = m2d.convert(
+        str(tiny), to="3.2m", config=config(tmp_path / "d.toml", train={"tokens": 4096}), out=tmp_path / "p"
+    )
+    assert result.scores["teacher"]["nll"] == plain.scores["teacher"]["nll"]  # judged by the teacher as it is
+    assert result.scores["student"]["kl"] != plain.scores["student"]["kl"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"write.share": 1.5}, "write.share must lie between 0 and 1"),
+        ({"write.share": 0.5, "write.nll": "4"}, "LOW:HIGH"),
+        ({"write.share": 0.5, "write.beams": 4}, "beam search chooses"),
+        ({"write.duplicates": 3.0}, "write.duplicates must lie"),
+        ({"train.select": "best"}, "divergence:SHARE or coreset:SHARE"),
+        ({"train.select": "coreset:0.5", "train.targets": "t"}, "leave out write.share and train.select"),
+    ],
+)
+def test_settings_that_mean_nothing(tiny, flags, message):
+    with pytest.raises(UserError, match=message):
+        stages.check_settings(configure(str(tiny), "3.2m", None, flags))
+
+
+def test_what_needs_targets(tiny):
+    def settings(**flags):
+        return configure(str(tiny), "3.2m", None, {f"train.{k}": v for k, v in flags.items()})
+
+    assert needs_targets(settings())
+    assert not needs_targets(settings(alpha=1.0))
+    assert needs_targets(settings(alpha=1.0, select="divergence:0.5"))
+    assert needs_targets(settings(alpha=1.0, alpha_schedule="linear:1:0"))
+    check_text_settings(settings(select="divergence:0.5"))
