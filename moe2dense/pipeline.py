@@ -177,6 +177,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     from rich.console import Console
 
     from moe2dense.progress import progress_for
+    from moe2dense.regimes.texts import describe
 
     console = Console()
     stages.check_settings(settings)
@@ -184,6 +185,8 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     print_plan(planned, console)
     if settings.stages:
         console.print(progressive.describe(settings))
+    if said := describe(settings, planned):
+        console.print(said, highlight=False)
     if dry_run:
         return planned
     resolved = resolve_teacher(settings.model, settings.teacher.card)

@@ -11,6 +11,7 @@ from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.selection import parse_selection, select_blocks
 from moe2dense.regimes.seqkd import written_text
 from moe2dense.run import atomic_write
+from moe2dense.units import show_count
 
 
 def check_text_settings(settings: RunConfig) -> None:
@@ -28,6 +29,25 @@ def check_text_settings(settings: RunConfig) -> None:
         raise UserError(
             "train.targets are of the data as it is; leave out write.share and train.select, or the targets"
         )
+
+
+def describe(settings: RunConfig, plan: Any) -> str:
+    """What of the text, or of the teacher that writes the targets, is not the plain one; '' when nothing is."""
+    said, teacher = [], settings.teacher
+    if settings.write.share and plan.tokens:
+        count = show_count(round(settings.write.share * plan.tokens))
+        said.append(
+            f"the teacher first writes {count} tokens of the training text, in one pass over its weights for each new token"
+        )
+    if settings.train.select and plan.tokens:
+        said.append(f"of the text only {settings.train.select} is trained on, as many steps as on all of it")
+    if teacher.quantize:
+        said.append(
+            f"the lesson is taught by experts rounded to {teacher.quantize} as they are read; the full teacher judges"
+        )
+    if teacher.top_k:
+        said.append(f"targets come from {teacher.top_k} experts per token")
+    return "; ".join(said)
 
 
 def needs_targets(settings: RunConfig) -> bool:

@@ -100,3 +100,22 @@ def test_what_needs_targets(tiny):
     assert needs_targets(settings(alpha=1.0, select="divergence:0.5"))
     assert needs_targets(settings(alpha=1.0, alpha_schedule="linear:1:0"))
     check_text_settings(settings(select="divergence:0.5"))
+
+
+def test_the_plan_says_what_is_not_plain(tiny, tmp_path, capsys):
+    from moe2dense.__main__ import main
+
+    file = config(
+        tmp_path / "c.toml", write={"share": 0.5}, train={"tokens": 8192, "select": "coreset:0.5"}, teacher={"top_k": 3}
+    )
+    assert (
+        main(["convert", str(tiny), "--to", "3.2m", "--config", str(file), "--out", str(tmp_path / "o"), "--dry-run"])
+        == 0
+    )
+    shown = " ".join(capsys.readouterr().out.split())
+    assert (
+        "first writes 4.1k tokens" in shown
+        or "first writes 4096 tokens" in shown
+        or "first writes 4.10k tokens" in shown
+    )
+    assert "coreset:0.5 is trained on" in shown and "3 experts per token" in shown
