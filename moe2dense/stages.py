@@ -66,7 +66,7 @@ class Job:
 
 def check_settings(settings: RunConfig) -> None:
     """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
-    from moe2dense.regimes.choose import check_regime
+    from moe2dense.regimes.choose import check_regime_settings
     from moe2dense.regimes.texts import check_text_settings
     from moe2dense.student.methods import parse_method
     from moe2dense.trainsetup import check_training
@@ -74,7 +74,7 @@ def check_settings(settings: RunConfig) -> None:
     parse_method(settings.walk.init)
     check_training(settings.train)
     check_text_settings(settings)
-    check_regime(settings.train.regime, settings.regime)
+    check_regime_settings(settings)
     for flag, value, known in (
         ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
         ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),

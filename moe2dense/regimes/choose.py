@@ -8,6 +8,7 @@ from moe2dense.errors import UserError
 from moe2dense.schedules import scheduled
 
 if TYPE_CHECKING:
+    from moe2dense.config import RunConfig
     from moe2dense.regimes.base import Regime
 
 TRAINED = ("on-policy", "online", "mutual", "ema", "multiview", "mtp")
@@ -36,6 +37,23 @@ def check_regime(name: str, options: RegimeConfig) -> None:
     for key in ("sample_temperature", "companion_lr"):
         if getattr(options, key) < 0:
             raise UserError(f"regime.{key} must not be negative; found {getattr(options, key):g}")
+
+
+def check_regime_settings(settings: "RunConfig") -> None:
+    """As `check_regime`, and that the rest of a run's settings fits its regime. Raises UserError."""
+    train, name = settings.train, settings.train.regime
+    check_regime(name, settings.regime)
+    if name and train.shard:
+        raise UserError(f"train.shard spreads one model; the {name} regime runs on copies: leave one of them out")
+    if not name or not brings_targets(name, settings.regime):
+        return
+    for key in ("select", "targets", "features", "token_weights"):
+        if getattr(train, key):
+            raise UserError(
+                f"train.{key} belongs to the teacher's answers on fixed text, which the {name} regime does not use"
+            )
+    if train.temperature_schedule == "auto":
+        raise UserError(f"--temperature auto is chosen on fixed text; give the {name} regime a number")
 
 
 def make_regime(

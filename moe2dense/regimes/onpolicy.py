@@ -63,7 +63,7 @@ class OnPolicy(Regime):
         blocks = trainer.lesson.blocks
         length = blocks.input_ids.shape[1]
         self.trainer, self.own = trainer, own_steps(self.options.share, trainer.steps)
-        self.prompt = min(length - 2, max(1, round(self.options.prompt * length)))
+        self.prompt = max(1, min(length - 1, round(self.options.prompt * length)))
         self.folder = None if trainer.checkpoints is None else trainer.checkpoints.folder.parent / "rollouts"
         self.eos = {int(i) for i in _ids(trainer.model.config.eos_token_id)}
         if blocks.attention_mask is not None and not bool(blocks.attention_mask.all()):

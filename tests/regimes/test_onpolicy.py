@@ -7,12 +7,13 @@ import pytest
 import torch
 from test_training import make_blocks, make_student, make_teacher, same, settings, weights
 
-from moe2dense.config import RegimeConfig
+from moe2dense.config import RegimeConfig, RunConfig, TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
 from moe2dense.generation.sampling import Sampling, nucleus, uniforms
 from moe2dense.order import step_blocks
 from moe2dense.regimes import make_regime
+from moe2dense.regimes.choose import check_regime_settings
 from moe2dense.regimes.onpolicy import own_steps
 from moe2dense.regimes.rollout import continued
 from moe2dense.training import distill
@@ -234,3 +235,20 @@ def test_what_it_cannot_work_with():
         distill(make_student(), teacher, blocks, config=settings(features="mse:uniform"), regime=regime(teacher))
     with pytest.raises(UserError, match="leave shard out"):
         distill(make_student(), teacher, blocks, config=settings(shard=True), regime=regime(teacher))
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"features": "mse:uniform"}, "train.features belongs to the teacher's answers on fixed text"),
+        ({"select": "divergence:0.5"}, "train.select belongs"),
+        ({"targets": "somewhere"}, "train.targets belongs"),
+        ({"temperature_schedule": "auto"}, "auto is chosen on fixed text"),
+        ({"shard": True}, "train.shard spreads one model"),
+    ],
+)
+def test_a_run_is_refused_before_it_begins(train, message):
+    with pytest.raises(UserError, match=message):
+        check_regime_settings(RunConfig(train=TrainConfig(regime="on-policy", **train)))
+    if "shard" not in train:
+        check_regime_settings(RunConfig(train=TrainConfig(regime="ema", **train)))
