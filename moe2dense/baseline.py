@@ -5,8 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from moe2dense.errors import UserError
+from moe2dense.vocabulary import compare_vocabularies
 
 RESERVED = ("teacher", "student", "before", "control")  # rows that a report has of its own
+PLAIN = ("model", "final", *RESERVED)  # folders whose name says nothing
 
 
 def check_baselines(names: Sequence[str], tokenizer: Any, argument: str = "--baseline") -> None:
@@ -17,7 +19,7 @@ def check_baselines(names: Sequence[str], tokenizer: Any, argument: str = "--bas
     for name in names:
         folder = _folder(name, argument)
         own = _tokenizer(folder, argument)
-        if own is not None and own.get_vocab() != tokenizer.get_vocab():
+        if own is not None and not compare_vocabularies(tokenizer, own).same:
             raise UserError(
                 f"{argument} {name} has another tokenizer than the teacher ({len(own)} tokens, the teacher {len(tokenizer)}), so "
                 f"their predictions cannot be compared token by token; give a checkpoint with the teacher's tokenizer"
@@ -32,8 +34,8 @@ def open_baseline(name: str) -> Any:
 
 
 def row_names(names: Sequence[str]) -> dict[str, str]:
-    """{row of the report: baseline as given}: the last part of a path where that names only one of them."""
-    short = [Path(n).name or n for n in names]
+    """{row of the report: baseline as given}: the last part of a path, or two, where that names only one of them."""
+    short = ["/".join(Path(n).parts[-2 if Path(n).name in PLAIN else -1 :]) or n for n in names]
     return {
         (s if short.count(s) == 1 and s not in RESERVED else f"{n} (baseline)"): n
         for s, n in zip(short, names, strict=True)

@@ -27,10 +27,10 @@ def _finding(id: str, severity: str, title: str, finding: str, remedy: str) -> F
     return {"id": id, "severity": severity, "title": title, "finding": finding, "remedy": remedy}
 
 
-def _row(report: Report, name: str, row: str = "student") -> float | None:
-    """A number of one row, without the domains that may be lost."""
-    kept = ((report.get("apart") or {}).get("held_out") or {}).get("kept")
-    return (((kept or report.get("rows") or {}).get(row) or {}).get(name) or {}).get("value")
+def _row(report: Report, name: str, everything: bool = False) -> float | None:
+    """A number of the student's row, without the domains that may be lost unless `everything` is asked for."""
+    kept = None if everything else ((report.get("apart") or {}).get("held_out") or {}).get("kept")
+    return (((kept or report.get("rows") or {}).get("student") or {}).get(name) or {}).get("value")
 
 
 def _ood(report: Report) -> dict[str, Any]:
@@ -157,7 +157,7 @@ def rare_tokens_suffer(report: Report) -> Finding | None:
 
 def memorised(report: Report) -> Finding | None:
     """Much closer to the teacher on training text than on held-out text."""
-    kl, train = _row(report, "kl"), ((report.get("train_scores") or {}).get("kl") or {}).get("value")
+    kl, train = _row(report, "kl", everything=True), ((report.get("train_scores") or {}).get("kl") or {}).get("value")
     if kl is None or train is None or kl < MEMORISED * train or kl - train < 0.02:
         return None
     return _finding(

@@ -89,7 +89,7 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         versions=versions(),
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
         data=_about_text(job),
-        command=command_line(),
+        command=command_line(job.settings),
         tokenizer=job.teacher.tokenizer(),
     )
     write(report, job.run.folder)
@@ -178,13 +178,12 @@ def _about_text(job: Job) -> dict[str, Any]:
     return {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
 
 
-def command_line() -> str:
-    """The command as the user could type it again."""
-    return (
-        shlex.join(["moe2dense", *sys.argv[1:]])
-        if Path(sys.argv[0]).stem in ("moe2dense", "__main__")
-        else "moe2dense.convert(...)"
-    )
+def command_line(settings: "RunConfig") -> str:
+    """The command as the user could type it again; a call from Python is the run's own settings as --config."""
+    if Path(sys.argv[0]).stem in ("moe2dense", "__main__"):
+        return shlex.join(["moe2dense", *sys.argv[1:]])
+    config = str(Path(settings.out) / "moe2dense.toml")
+    return shlex.join(["moe2dense", "convert", settings.model, "--config", config, "--out", f"{settings.out}-again"])
 
 
 def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:

@@ -115,6 +115,10 @@ def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Ite
             atomic_write(folder / CONFIG, write_config(config))
         run = Run(folder, config, lock)
         yield run
+    except UserError:
+        if not resume and {p.name for p in folder.iterdir()} <= {CONFIG, ".lock"}:
+            (folder / CONFIG).unlink(missing_ok=True)  # nothing was done: the corrected command may use the same --out
+        raise
     finally:
         if run is not None:
             run.close()

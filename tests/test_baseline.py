@@ -35,11 +35,17 @@ def test_baselines_that_are_not_there(tokenizer):
 
 
 def test_rows_keep_apart():
-    found = row_names(["runs/a/model", "sibling", "out/student", "runs/b/model"])
-    assert found == {
-        "runs/a/model (baseline)": "runs/a/model", "sibling": "sibling", "out/student (baseline)": "out/student",
-        "runs/b/model (baseline)": "runs/b/model",
-    }  # fmt: skip
+    given = ["runs/a/model", "far/sibling", "out/student", "runs/b/model", "one/a", "two/a", "student"]
+    shown = [
+        "a/model",
+        "sibling",
+        "out/student",
+        "b/model",
+        "one/a (baseline)",
+        "two/a (baseline)",
+        "student (baseline)",
+    ]
+    assert row_names(given) == dict(zip(shown, given, strict=True))
 
 
 @pytest.mark.parametrize(

@@ -77,3 +77,14 @@ def test_a_file_in_the_way(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(UserError, match="cannot be created"), open_run(tmp_path / "f" / "out", RunConfig()):
         pass
+
+
+def test_a_run_refused_before_anything_was_done_leaves_its_folder_free(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="typo"), open_run(out, RunConfig()):
+        raise UserError("--data typo")
+    with pytest.raises(UserError, match="later"), open_run(out, RunConfig()) as run:  # the same folder again
+        run.finish("walk")
+        raise UserError("later")
+    with pytest.raises(UserError, match="--resume, or choose another --out"), open_run(out, RunConfig()):
+        pass

@@ -46,4 +46,7 @@ def lost(report: Mapping[str, Any], most: int = 3) -> list[str]:
     if len(worst) > 1:
         shown = ", ".join(f"{d} ({domains[d]['kl']['value']:.3f} nats/token)" for d in worst)
         sentences.append(f"Furthest from the teacher on: {shown}.")
+    allowed = (report.get("apart") or {}).get("domains")
+    if allowed:
+        sentences.append(f"Allowed to be lost, and reported apart: {', '.join(allowed)}.")
     return sentences + [d["finding"] for d in report.get("diagnosis", [])]

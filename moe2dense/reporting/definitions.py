@@ -91,6 +91,14 @@ QUALITY: dict[str, str] = {
     "may_be_lost": "Domains named with --allow-loss. They are reported apart, and the numbers are also given without them.",
 }
 
+NAMES: dict[str, str] = {
+    "kl": "KL to the teacher", "nll": "NLL of the text", "perplexity": "Perplexity", "agreement": "Same first choice",
+    "top5": "Teacher's choice in top 5", "correlation": "Correlation", "ece": "Calibration error", "entropy_gap": "Entropy gap",
+    "rare_kl": "Rare-token KL", "retention": "Gap closed", "reproduced": "Block output reproduced",
+    "transferred": "Single experts' function", "written_teacher": "NLL by the teacher", "written_student": "NLL by the student",
+    "written_judge": "NLL by the judge", "written_distinct": "Distinct bigrams", "may_be_lost": "May be lost",
+}  # fmt: skip
+
 ROW_TITLES = {
     "teacher": "Teacher",
     "student": "Student",
@@ -102,3 +110,16 @@ ROW_TITLES = {
 def row_title(name: str) -> str:
     """What a row of scores is called on the page; baselines keep their own name."""
     return ROW_TITLES.get(name, name)
+
+
+def as_markdown() -> str:
+    """Every definition as two Markdown tables, as docs/report.md holds them."""
+    groups = [
+        ("Of a model", [(NAMES[k], text) for k, text in QUALITY.items()]),
+        ("Of an expert", [(m.label, m.text) for m in METRICS]),
+    ]
+    lines = []
+    for title, rows in groups:
+        lines += [f"### {title}", "", "| number | meaning |", "|---|---|"]
+        lines += [f"| {name} | {text.replace('|', chr(92) + '|')} |" for name, text in rows] + [""]
+    return "\n".join(lines).rstrip() + "\n"

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from moe2dense.reporting import charts
 from moe2dense.reporting.assemble import SCHEMA, Report, clean
 from moe2dense.reporting.charts import Series, number, percent
-from moe2dense.reporting.definitions import BY_KEY, METRICS, QUALITY, row_title
+from moe2dense.reporting.definitions import BY_KEY, METRICS, NAMES, QUALITY, row_title
 from moe2dense.reporting.heatmap import heatmap_data, heatmap_svg, ranked_rows
 from moe2dense.reporting.written import samples_section
 from moe2dense.run import atomic_write
@@ -75,7 +75,7 @@ def context(report: Report) -> dict[str, Any]:
     return {
         "report": report,
         "schema": SCHEMA,
-        "title": f"{report['teacher'].get('name') or 'teacher'} → dense {show_count(report['student'].get('parameters') or 0)}",
+        "title": f"{report['teacher'].get('name') or 'teacher'} → dense\u00a0{show_count(report['student'].get('parameters') or 0)}",
         "lede": lede(report),
         "teacher_facts": _teacher_facts(report["teacher"]),
         "student_facts": _student_facts(report["student"]),
@@ -98,6 +98,7 @@ def context(report: Report) -> dict[str, Any]:
         "metrics": METRICS,
         "metric": BY_KEY,
         "definitions": QUALITY,
+        "names": NAMES,
         "config": json.dumps(report["run"].get("config") or {}, indent=2, ensure_ascii=False),
     }
 
@@ -231,12 +232,8 @@ def quality_rows(report: Report) -> dict[str, Any] | None:
 
 
 def _quality_table(report: Report) -> list[dict[str, Any]]:
-    lines = [
-        ("KL to the teacher", "kl", ""), ("Rare-token KL", "rare_kl", ""), ("NLL of the text", "nll", ""),
-        ("Perplexity", "perplexity", ""), ("Same first choice", "agreement", "percent"),
-        ("Teacher's choice in top 5", "top5", "percent"), ("Correlation", "correlation", ""),
-        ("Calibration error", "ece", ""), ("Entropy gap", "entropy_gap", ""),
-    ]  # fmt: skip
+    keys = ("kl", "rare_kl", "nll", "perplexity", "agreement", "top5", "correlation", "ece", "entropy_gap")
+    lines = [(NAMES[k], k, "percent" if k in ("agreement", "top5") else "") for k in keys]
     apart = report.get("apart") or {}
     groups: list[tuple[str, str, dict[str, Any]]] = []
     for title, key, rows in (
@@ -257,7 +254,7 @@ def _quality_table(report: Report) -> list[dict[str, Any]]:
             "head": [row_title(n) for n in rows],
             "rows": [
                 (label, QUALITY.get(k, ""), [estimate(r.get(k), style) for r in rows.values()])
-                for label, k, style in lines
+                for label, k, style in (lines if not help else lines[:3] + lines[4:5])
             ],
         }
         for title, help, rows in groups
@@ -362,7 +359,14 @@ def decile_chart(report: Report) -> charts.Lines | None:
             points = [(float(d["decile"]), d["kl"]["value"]) for d in cells]
             band = [(float(d["decile"]), d["kl"]["low"], d["kl"]["high"]) for d in cells if d["kl"]["low"] is not None]
             series.append(Series(row_title(name), STYLES.get(name, "s-baseline"), points, band, dots=True))
-    return charts.lines("KL by token frequency", "tenth of the tokens, rarest first", "nats per token", series)
+    return _kl_lines("KL by token frequency", "tenth of the tokens, rarest first", series)
+
+
+def _kl_lines(title: str, x_label: str, series: list[Series]) -> charts.Lines | None:
+    """Lines of KL; on a logarithmic scale where a control far away would press the others together."""
+    means = [sum(y for _, y in s.points) / len(s.points) for s in series if s.points]
+    log = bool(means) and max(means) > 4 * min(means) and min(y for s in series for _, y in s.points) > 0
+    return charts.lines(title, x_label, "nats per token" + (", log scale" if log else ""), series, log=log)
 
 
 def position_chart(report: Report) -> charts.Lines | None:
@@ -373,7 +377,7 @@ def position_chart(report: Report) -> charts.Lines | None:
             cells = [d for d in r.get("by_position") or [] if d["kl"]["value"] is not None]
             points = [(float(i), d["kl"]["value"]) for i, d in enumerate(cells)]
             series.append(Series(row_title(name), STYLES.get(name, "s-baseline"), points, dots=True))
-    chart = charts.lines("KL by position in the block", "position", "nats per token", series)
+    chart = _kl_lines("KL by position in the block", "position", series)
     cells = [d for d in report["rows"]["student"].get("by_position") or [] if d["kl"]["value"] is not None]
     if chart and cells:
         last = max(len(cells) - 1, 1)

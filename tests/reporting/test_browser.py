@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from moe2dense.reporting import write
+import moe2dense as m2d
+from moe2dense.reporting import read_report, write
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -19,9 +20,9 @@ def open_page(made_up_report, tmp_path_factory):
     webdriver = pytest.importorskip("selenium.webdriver")
     browsers = []
 
-    def start(layers=4, experts=8, width=1280, height=900, dark=False):
+    def start(layers=4, experts=8, width=1280, height=900, dark=False, page=None):
         folder = tmp_path_factory.mktemp("report")
-        page = write(made_up_report(layers, experts), folder)
+        page = page or write(made_up_report(layers, experts), folder)
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -110,11 +111,47 @@ def test_heatmap_switches_hovers_opens_and_nothing_complains(open_page):
     layer, expert = link.text.replace("layer ", "").split(" · ")
     assert f"Layer {layer} · expert {expert}" in panel.text
 
-    assert [e["message"] for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")] == []
+    assert complaints(browser) == []
     requests = [e["message"] for e in browser.get_log("performance") if '"Network.requestWillBeSent"' in e["message"]]
     assert all(
         "http://" not in m.split('"url":"')[1][:8] and "https://" not in m.split('"url":"')[1][:9] for m in requests
     )
+
+
+def complaints(browser):
+    return [e["message"] for e in browser.get_log("browser") if e["level"] in ("SEVERE", "WARNING")]
+
+
+def test_the_report_of_a_real_run(open_page, tiny, tmp_path):
+    from selenium.webdriver.support.ui import Select
+
+    settings = "[data]\neval_blocks = 16\n[walk]\nmin_tokens = 4096\n[train]\nbatch = 1024\neval_every = 4\n"
+    (tmp_path / "quick.toml").write_text(settings + '[evaluate]\nallow_loss = ["children"]\n')
+    run = m2d.convert(
+        str(tiny), to="3.2m", init="select+refit", tokens=12_288, out=tmp_path / "out", config=tmp_path / "quick.toml"
+    )
+    report = read_report(run.out)
+    browser = open_page(page=run.report)
+    cells = classes(browser)
+    assert len(cells) == 32 and len(set(cells)) > 3
+    Select(find(browser, "#metric")).select_by_value("kl_after")
+    assert classes(browser) != cells
+    at_cell(browser, 1, 5, 4, 8).perform()
+    assert find(browser, "#hover").text.startswith("Layer 1 · expert 5")
+    at_cell(browser, 1, 5, 4, 8).click().perform()
+    tokens = report["transfer"]["layers"][1]["tokens"][5]
+    panel = find(browser, "#expert").text
+    assert f"{tokens:,} held-out tokens" in panel and "answers most strongly" in panel
+    shown = find(browser, "#quality").text
+    assert "without children" in shown and f"{report['rows']['student']['kl']['value']:.3f}" in shown
+    texts = find(browser, "#samples").text
+    assert all(r["student"].split()[0] in texts for r in report["samples"]["rows"] if r["student"].split())
+    assert report["run"]["hashes"]["model.safetensors"] in find(browser, "#run").text
+    light = browser.execute_script("return getComputedStyle(document.body).backgroundColor")
+    find(browser, "#theme").click()
+    assert browser.execute_script("return getComputedStyle(document.body).backgroundColor") != light
+    assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert complaints(browser) == []
 
 
 @pytest.mark.parametrize("dark", [False, True])

@@ -117,7 +117,7 @@ def test_texts_side_by_side_are_shown_with_what_others_think_of_them(made_up_rep
         row["teacher"] = None
     del report["samples"]["scores"]["teacher"]
     shown = "".join(Page(render(report)).text)
-    assert "NLL by the judge" not in shown and "there was a king" not in shown and "there was a queen" in shown
+    assert "third-model" not in shown and "there was a king" not in shown and "there was a queen" in shown
 
 
 def test_large_reports_stay_below_three_megabytes(made_up_report, tmp_path):
@@ -264,3 +264,10 @@ def test_scales_and_ticks_hold_what_they_show():
         "–",
     ]
     assert [ramp_step(x, 0, 1) for x in (-0.1, 0, 0.05, 0.95, 1, 2, None)] == [0, 0, 0, 9, 9, 9, None]
+
+
+def test_the_documentation_has_every_definition(root):
+    from moe2dense.reporting.definitions import NAMES, QUALITY, as_markdown
+
+    assert NAMES.keys() == QUALITY.keys()
+    assert (root / "docs" / "report.md").read_text().endswith("-->\n" + as_markdown())
