@@ -10,6 +10,7 @@ CORE = ("moe2dense", "torch", "transformers", "accelerate", "peft", "datasets", 
 OPTIONAL = (
     ("megablocks", "dropless MoE kernels for a resident teacher (--experts megablocks)", "pip install 'moe2dense[megablocks]' (needs a GPU and the torch it pins)"),
     ("gguf", "--format gguf", "pip install 'moe2dense[gguf]'"),
+    ("lm_eval", "eval --tasks", "pip install 'moe2dense[eval]'"),
     ("tensorboard", "--report-to tensorboard", "pip install 'moe2dense[trackers]'"),
     ("trackio", "--report-to trackio", "pip install 'moe2dense[trackers]'"),
 )  # fmt: skip
