@@ -1,0 +1,72 @@
+"""Two processes train to the same weights as one, in every regime, and a run goes on with another number of them."""
+
+import os
+
+import pytest
+import torch
+from test_companions import make_peer
+from test_distributed import close, free_port
+from test_training import make_blocks, make_student, make_teacher, settings
+
+from moe2dense.config import RegimeConfig
+
+pytestmark = pytest.mark.slow
+NAMES = ["on-policy", "online", "mutual", "ema", "multiview", "mtp"]
+
+
+def worker(rank, world, port, out, name, stop_at, resume, queue):
+    os.environ |= {
+        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    from moe2dense.regimes import make_regime
+    from moe2dense.training import distill
+
+    def stop(stage, done, total, **numbers):
+        if stage == "distill" and done == stop_at:
+            raise InterruptedError
+
+    double, kls = torch.float64, []
+    teacher, student = make_teacher(double), make_student(double)
+    options = RegimeConfig(share="linear:0.2:0.8", rollout_steps=3)
+    regime = make_regime(name, options, make_teacher(double), make_peer(double))
+    config = settings(epochs=2.0, batch=60, micro_batch=2, alpha=0.2, save_every=4)
+    try:
+        result = distill(
+            student, teacher, make_blocks(20), valid=make_blocks(5, seed=9), out=out, seed=3, config=config,
+            progress=stop, regime=regime, resume=resume,
+        )  # fmt: skip
+        keys = ("loss", "valid_kl", "peer_loss", "teacher_ce", "head_1")
+        kls = [r[k] for r in result.history for k in keys if r.get(k) is not None]
+    except InterruptedError:
+        pass
+    if rank == 0:
+        queue.put(({k: v.numpy() for k, v in student.state_dict().items()}, kls))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def train(world, out, name, stop_at=None, resume=False):
+    context, port = torch.multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
+    queue = context.Queue()
+    processes = [
+        context.Process(target=worker, args=(r, world, port, out, name, stop_at, resume, queue)) for r in range(world)
+    ]
+    for p in processes:
+        p.start()
+    state, kls = queue.get(timeout=120)
+    for p in processes:
+        p.join(60)
+    assert all(p.exitcode == 0 for p in processes)
+    return {k: torch.from_numpy(v) for k, v in state.items()}, kls
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_equal_one_and_go_on_as_one(tmp_path, name):
+    """5 blocks a step, so that one process has an empty pass."""
+    one = train(1, tmp_path / "one", name)
+    close(train(2, tmp_path / "two", name), one)
+    train(2, tmp_path / "part", name, stop_at=6)
+    close(train(1, tmp_path / "part", name, resume=True), one)
