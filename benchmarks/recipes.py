@@ -117,8 +117,9 @@ def rounded_teachers(args: argparse.Namespace) -> None:
 def show(rows: list[dict[str, Any]]) -> str:
     """The table, best first; several seeds as mean and range."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    common = set.intersection(*(set(row["set"]) for row in rows)) if rows else set()  # said once, in the command
     for row in rows:
-        groups.setdefault((row["recipe"], *row["set"]), []).append(row)
+        groups.setdefault((row["recipe"], *(pair for pair in row["set"] if pair not in common)), []).append(row)
 
     def cell(found: list[dict[str, Any]], key: str) -> str:
         values = [r[key] for r in found]

@@ -8,6 +8,7 @@ import torch
 from moe2dense.errors import UserError
 from moe2dense.student.target import Target
 from moe2dense.student.types import Student
+from moe2dense.vocabulary import compare_vocabularies
 
 if TYPE_CHECKING:
     from moe2dense.config import WalkConfig
@@ -35,10 +36,11 @@ def pretrained_sibling(
         own = AutoTokenizer.from_pretrained(target.checkpoint)
     except Exception:  # tokenizers fail in many ways; without one, equal vocabulary sizes are all that can be checked
         own = None
-    if own is not None and own.get_vocab() != teacher.tokenizer().get_vocab():
+    compared = None if own is None else compare_vocabularies(teacher.tokenizer(), own)
+    if compared is not None and not compared.same:
         raise UserError(
-            f"--to {target.checkpoint} has another tokenizer than the teacher, so their logits cannot be compared; choose a dense model "
-            f"of the teacher's family, or fine-tune it on text that the teacher generated"
+            f"--to {target.checkpoint} has another tokenizer than the teacher ({compared.difference}), so their logits cannot be compared; "
+            f"train it on text that the teacher writes: moe2dense distill {target.checkpoint} --teacher {teacher.path} --data TEXT"
         )
     try:
         model = AutoModelForCausalLM.from_pretrained(target.checkpoint, dtype=torch.float32)

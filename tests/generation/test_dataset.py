@@ -142,3 +142,42 @@ def test_command(tiny, text, tmp_path, capsys):
     (tmp_path / "full" / "x").write_text("x")
     assert main(["generate", str(tiny), "--data", str(text), "--out", str(tmp_path / "full")]) == 2
     assert "holds no writing.json" in capsys.readouterr().err
+
+
+def test_prompts_of_a_mixture_come_in_proportion(tokenizer, tmp_path):
+    from itertools import islice
+
+    from moe2dense.generation.prompts import read_prompts
+
+    for name in "ab":
+        rows = [{"prompt": f"{name} question {i}"} for i in range(60)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    mixture = f"{tmp_path / 'a.jsonl'}=0.75,{tmp_path / 'b.jsonl'}=0.25"
+    found = [p.text[0] for p in islice(read_prompts(mixture, tokenizer, "train", 0, 8, 8), 40)]
+    assert (found.count("a"), found.count("b")) == (30, 10)
+    assert found[:8].count("b") in (1, 2)
+
+
+def test_beginnings_of_passages(tokenizer, tmp_path):
+    from moe2dense.generation.prompts import read_prompts
+
+    words = " ".join(f"word{i}" for i in range(50))
+    (tmp_path / "t.jsonl").write_text(
+        json.dumps({"text": words, "domain": "x"}) + "\n" + json.dumps({"text": " "}) + "\n"
+    )
+    ids = tokenizer(words, add_special_tokens=False)["input_ids"]
+    found = [p for split in ("train", "valid", "test") for p in _prompts(tmp_path / "t.jsonl", tokenizer, split)]
+    assert [p.ids for p in found] == [ids[a : a + 6] for a in range(0, len(ids), 20) if len(ids) - a >= 4]
+    assert found[0].domain == "x" and words.startswith(found[0].text)
+    (tmp_path / "u.jsonl").write_text(json.dumps({"text": " "}) + "\n")
+    with pytest.raises(UserError, match="no text to continue"):
+        list(read_prompts(tmp_path / "u.jsonl", tokenizer, "train", 0, 6, 20))
+
+
+def _prompts(path, tokenizer, split):
+    from moe2dense.generation.prompts import read_prompts
+
+    try:
+        return list(read_prompts(path, tokenizer, split, 0, 6, 20))
+    except UserError:  # a single file is split by a hash of its passages
+        return []
