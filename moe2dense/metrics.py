@@ -1,45 +1,27 @@
 """What is measured on every token: two next-token distributions, from final hidden states, a few tokens at a time."""
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
+from moe2dense.losses.head import Head, model_head
 
 # n tokens, H hidden, V vocabulary, N blocks, S block length
 
 CHUNK = 2**23  # numbers of [tokens, vocabulary] held at a time: 32 MB in fp32, a handful of such pieces
 
 
-@dataclass(frozen=True)
-class OutputHead:
-    """From final hidden states to logits: softcap(scale * (hidden @ weight.T + bias))."""
-
-    weight: Tensor  # [V, H]
-    bias: Tensor | None = None  # [V]
-    scale: float = 1.0
-    softcap: float = 0.0  # 0 = none
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., H] -> [..., V]."""
-        out = torch.nn.functional.linear(hidden.to(self.weight), self.weight, self.bias) * self.scale
-        return torch.tanh(out / self.softcap) * self.softcap if self.softcap else out
-
-
-def output_head(model: Any) -> OutputHead:
+def output_head(model: Any) -> Head:
     """The head of a transformers causal LM, checked on a few tokens against the model's own logits.
 
     Raises UserError where the model's logits are not a linear map of its last hidden state.
     """
-    config, module = model.config, model.get_output_embeddings()
-    if module is None:
+    if model.get_output_embeddings() is None:
         raise UserError(f"student: {type(model).__name__} has no output embedding; a causal language model is needed")
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    cap = float(getattr(config, "final_logit_softcapping", None) or 0.0)
-    head = OutputHead(module.weight, getattr(module, "bias", None), scale, cap)
-    ids = torch.arange(4, device=module.weight.device)[None] % config.vocab_size
+    head = model_head(model)
+    ids = torch.arange(4, device=head.weight.device)[None] % len(head.weight)
     was_training = model.training
     model.eval()
     with torch.no_grad():

@@ -11,6 +11,8 @@ import torch
 from test_training import make_blocks, make_student, make_teacher, settings
 
 from moe2dense.checkpoints import Checkpoints
+from moe2dense.targets import hidden_targets, open_targets, write_targets
+from moe2dense.targets.formats import FORMATS
 
 
 def free_port() -> int:
@@ -31,13 +33,18 @@ def worker(rank, world, port, out, options, queue):
         if stage == "distill" and done == stop_at:
             raise InterruptedError
 
-    student, n, stop_at = make_student(torch.float64), options.pop("blocks"), options.pop("stop_at", None)
+    student, blocks, stop_at = (
+        make_student(torch.float64),
+        make_blocks(options.pop("blocks")),
+        options.pop("stop_at", None),
+    )
+    valid, teacher, store = make_blocks(5, seed=9), make_teacher(torch.float64), options.pop("store", None)
+    if store is not None:
+        options |= {"targets": open_targets(store, blocks), "valid_targets": hidden_targets(teacher, valid)}
+        teacher = None
     kls: list = []
     with contextlib.suppress(InterruptedError):
-        result = distill(
-            student, make_teacher(torch.float64), make_blocks(n), valid=make_blocks(5, seed=9), out=out, seed=3,
-            progress=stop, **options,
-        )  # fmt: skip
+        result = distill(student, teacher, blocks, valid=valid, out=out, seed=3, progress=stop, **options)
         kls = [r["valid_kl"] for r in result.history if "valid_kl" in r]
     if rank == 0:
         local = {k: getattr(v, "to_local", lambda v=v: v)() for k, v in student.state_dict().items()}
@@ -104,3 +111,37 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(tmp_path):
     model = make_student(torch.float64)
     Checkpoints(tmp_path / "part/checkpoints").load_weights(model)
     close((model.state_dict(), kls), whole)
+
+
+def write_share(rank, world, port, folder):
+    os.environ |= {
+        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+    }  # fmt: skip
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    for name in FORMATS:
+        write_targets(make_teacher(), make_blocks(19), folder / name, name, seed=4)
+        assert len(open_targets(folder / name, make_blocks(19))) == 19  # whole on every process
+    torch.distributed.destroy_process_group()
+
+
+def test_several_processes_write_the_store_of_one_and_read_it(tmp_path):
+    context, port, blocks = multiprocessing.get_context("forkserver"), free_port(), make_blocks(19)
+    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
+    processes = [context.Process(target=write_share, args=(r, 2, port, tmp_path)) for r in range(2)]
+    for p in processes:
+        p.start()
+    for p in processes:
+        p.join(100)
+    assert all(p.exitcode == 0 for p in processes)
+    for name in FORMATS:
+        both = open_targets(tmp_path / name, blocks)
+        assert [s["from"] for s in both.about["shards"]] == [0, 10]
+        one = open_targets(write_targets(make_teacher(), blocks, tmp_path / f"one {name}", name, seed=4), blocks)
+        assert len(one.about["shards"]) == 1
+        rows = [vars(s.batch(range(19))) for s in (both, one)]
+        for key, value in rows[0].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(value, rows[1][key]), (name, key)
+    options = {"config": settings(epochs=2.0, batch=60, micro_batch=2), "blocks": 19, "store": tmp_path / "hidden"}
+    close(train(2, tmp_path / "two", **options), train(1, tmp_path / "alone", **options))

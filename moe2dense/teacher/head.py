@@ -1,7 +1,6 @@
 """The language model head: from final hidden states to logits, a slice of the vocabulary at a time."""
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,12 +8,6 @@ from torch import Tensor
 from moe2dense.teacher.memory import Scratch
 
 _SLICE_BYTES = 16_000_000  # of the weight, converted at once
-
-
-def logit_scale(config: Any) -> float:
-    """What a family multiplies its logits with: granite divides by `logits_scaling`, cohere multiplies with `logit_scale`."""
-    divide, times = getattr(config, "logits_scaling", None), getattr(config, "logit_scale", None)
-    return float(times or 1.0) / float(divide or 1.0)
 
 
 class LMHead:

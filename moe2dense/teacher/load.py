@@ -11,13 +11,14 @@ from torch import Tensor
 
 from moe2dense.cards import TeacherCard, read_teacher_card, teacher_cards
 from moe2dense.errors import UserError
+from moe2dense.losses.head import logit_rules
 from moe2dense.resolve import family_card, fetch, resolve_teacher
 from moe2dense.teacher import adapter
 from moe2dense.teacher.backends import choose_backend
 from moe2dense.teacher.capture import Observer
 from moe2dense.teacher.checkpoint import Checkpoint
 from moe2dense.teacher.coverage import check_coverage, check_quantization
-from moe2dense.teacher.head import LMHead, logit_scale
+from moe2dense.teacher.head import LMHead
 from moe2dense.teacher.layers import Layer, assign
 from moe2dense.teacher.memory import Arena, SpillFolder, memory_budget
 from moe2dense.teacher.plan import MemoryPlan, plan_memory
@@ -136,9 +137,9 @@ class Teacher:
         module: Any = self.model.get_output_embeddings()
         assert module is not None, "a causal language model has a head"
         bias = self.converted("lm_head.bias") if getattr(module, "bias", None) is not None else None
-        softcap = getattr(self.model.config, "final_logit_softcapping", None)
+        scale, softcap = logit_rules(self.model.config.get_text_config())
         stored = self.weights.parameter("lm_head.weight").to(self.device)
-        return LMHead(stored, bias, logit_scale(self.model.config), softcap, self.dtype)
+        return LMHead(stored, bias, scale, softcap, self.dtype)
 
     def embeddings(self, ids: Tensor, chunks: Sequence[slice]) -> Iterator[Tensor]:
         """Embedded ids [n, S, H] of each chunk of blocks; of the table only the rows in use are kept."""
