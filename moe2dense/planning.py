@@ -148,13 +148,22 @@ def walk_tokens(config: RunConfig, block: int) -> int:
     return max(1, wanted // block) * block
 
 
+def polish_asked(config: RunConfig, target: "Target") -> bool:
+    """Whether the walk is to end with the end-to-end fit of the student."""
+    steps = config.walk.init.split("+")
+    return (steps == ["walk"] or "polish" in steps) and config.walk.polish_epochs > 0 and not target.checkpoint
+
+
 def polish_runs(config: RunConfig, target: "Target", budget: int) -> bool:
-    """Whether the walk ends with the end-to-end fit: asked for, and the student with its optimiser within `budget` bytes."""
-    return config.walk.init == "walk" and config.walk.polish_epochs > 0 and polish_bytes(target.parameters) <= budget
+    """Whether it does: where the student with its optimiser takes no more than `budget` bytes."""
+    return polish_asked(config, target) and polish_bytes(target.parameters) <= budget
 
 
 def walk_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, budget: int) -> int:
-    """Most memory of the walk: the teacher's part, then whichever is largest of embedding the text, building one layer and the polish."""
+    """Most memory of the walk: the teacher's part, then whichever is largest of embedding the text, building one layer and the polish.
+    A pretrained student is in memory as a whole, beside a walk only where it is grafted on."""
+    from moe2dense.teacher.plan import WORK_BYTES
+
     whole, sizes = 4 * shape.parameters, target.config
     hidden, layers = sizes.hidden_size, sizes.num_hidden_layers
     weights = whole if whole <= budget // 2 else resident_layer_bytes(shape)
@@ -165,7 +174,8 @@ def walk_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, 
     pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, target.width, hidden))
     building = STATE_COPIES * states + layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool)
     polishing = polish_bytes(target.parameters) + 2 * table + states if polish_runs(config, target, budget) else 0
-    return weights + statistics + max(buffers + max(table + states, building), polishing)
+    most = weights + WORK_BYTES + statistics + max(buffers + max(table + states, building), polishing)
+    return most if not target.checkpoint else 4 * target.parameters + (most if config.walk.graft else 0)
 
 
 def fit_flops(config: RunConfig, target: "Target", walk: int, polish: bool = True) -> float:
@@ -261,7 +271,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     seconds = {k: flops[k] / (0.6 * machine.flops) for k in ("teacher", "walk", "student")}
     seconds["reading"] = reads * size / machine.disk
     warnings = _warnings(shape, target, max(tokens, walk), walk, memory)
-    if config.walk.init == "walk" and config.walk.polish_epochs > 0 and not polish:
+    if polish_asked(config, target) and not polish:
         warnings.append(
             f"the walk ends without its end-to-end fit, which takes {show_bytes(polish_bytes(n))}; --memory is {show_bytes(budget)}"
         )

@@ -5,7 +5,7 @@ import pytest
 
 from moe2dense.config import RunConfig
 from moe2dense.errors import UserError
-from moe2dense.planning import Machine, block_length, calibrate, default_out, make_plan, walk_tokens
+from moe2dense.planning import Machine, block_length, calibrate, default_out, make_plan, print_plan, walk_tokens
 from moe2dense.settings import merge_flags
 
 MACHINE = Machine(flops=1e11, disk=1e9)
@@ -79,7 +79,28 @@ def test_the_walk_costs_its_fits():
     walk, plain = planned(), planned(walk__init="concat")
     assert plain.flops["walk"] == 2 * plain.shape.parameters * plain.walk_tokens
     assert walk.flops["walk"] > 2 * plain.flops["walk"]
-    assert planned(walk__polish_epochs=0.0).flops["walk"] < walk.flops["walk"]
+    polished = planned(teacher__memory="200GB")  # five copies of 7.24B fp32 weights
+    assert polished.flops["walk"] > walk.flops["walk"] == planned(walk__polish_epochs=0.0).flops["walk"]
+    assert polished.memory["walk"] > 20 * 7_241_732_096 > 4 * walk.memory["walk"]
+    assert any("without its end-to-end fit, which takes 145 GB" in w for w in walk.warnings)
+    assert not any("end-to-end fit" in w for w in (*polished.warnings, *plain.warnings))
+
+
+def test_pruning_is_told_and_its_scores_cost_a_read():
+    import io
+
+    from rich.console import Console
+
+    def text(plan):
+        out = io.StringIO()
+        print_plan(plan, Console(file=out, width=200))
+        return out.getvalue()
+
+    small = planned("qwen3-30b-a3b", "1b", teacher__memory="200GB")
+    assert small.reads == 3 and "of 2048 channels (by mean activation)" in text(small)
+    even = planned("qwen3-30b-a3b", "3b", teacher__memory="200GB", walk__prune="depth", walk__depth="alternate")
+    assert even.reads == 2 and "41 of 48 layers (evenly spaced)" in text(even)
+    assert "attention, norms, embeddings whole" in text(planned())
 
 
 def test_data_that_is_too_short_is_said():

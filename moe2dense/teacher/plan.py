@@ -10,7 +10,7 @@ from moe2dense.teacher.adapter import saved_tensors
 if TYPE_CHECKING:
     from moe2dense.teacher.load import Teacher
 
-_WORK_BYTES = 96_000_000  # slices of converted weights, activations of a chunk
+WORK_BYTES = 96_000_000  # slices of converted weights, activations of a chunk
 _CHUNK_TOKENS = 2048
 LEAST_MACRO_BATCH = 4096  # below this, hidden states spill rather than the weights being read more often
 _BUFFERS = 5  # hidden states before and after, mixer output, block input and output
@@ -42,7 +42,7 @@ def plan_memory(teacher: "Teacher") -> MemoryPlan:
     expert_bytes = max((layer.experts.nbytes(0) for layer in sparse if layer.experts), default=0)
     resident = total <= teacher.budget // 2
     weights = total if resident else layer_bytes + 2 * expert_bytes
-    left = max(teacher.budget - weights - _WORK_BYTES, teacher.budget // 8)
+    left = max(teacher.budget - weights - WORK_BYTES, teacher.budget // 8)
     prefetch = 2 * expert_bytes + (0 if resident else min(left // 4, 2 * expert_bytes))
     left -= max(0, prefetch - 2 * expert_bytes)
     per_token = teacher.hidden_size * compute * _BUFFERS

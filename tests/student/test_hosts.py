@@ -17,7 +17,7 @@ from moe2dense.student.target import Target
 from moe2dense.teacher.load import load_teacher
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "teacher"))
-from families import FAMILIES, blocks, make
+from families import FAMILIES, YARN, blocks, make
 
 SHORT = WalkConfig(
     local_steps=8, local_batch=16, layer_steps=4, layer_batch=46, polish_epochs=1, polish_batch=46, hold_out=0.3
@@ -28,8 +28,8 @@ VARYING = {
 }
 
 
-def target_for(teacher, width: int = 0) -> Target:
-    card = student_host(teacher.card.host)
+def target_for(teacher, width: int = 0, host: str = "") -> Target:
+    card = student_host(host or teacher.card.host)
     shape = teacher_geometry(teacher.config, teacher.card)
     width = width or max(shape.expert_width + shape.shared_width, shape.dense_width)
     config = dense_config(teacher.config.get_text_config(), card, width)
@@ -87,6 +87,42 @@ def test_a_built_student_reloads_in_plain_transformers(family, tmp_path):
         torch.testing.assert_close(plain.eval()(ids).logits, student.model.eval()(ids).logits, rtol=1e-4, atol=1e-4)
     dense = {n for n in plain.state_dict() if ".experts." in n or "router" in n}
     assert bool(dense) == student.card.moe_shaped
+
+
+@pytest.mark.parametrize("family", ["deepseek_v2", "deepseek_v3"])
+@pytest.mark.parametrize("rope", [{}, {"mscale": 1.0, "mscale_all_dim": 0.7}])
+def test_latent_attention_in_a_dense_architecture(family, rope, tmp_path):
+    """Youtu in place of the family's own dense form: rotary pairs, low ranks and YaRN's scale are the teacher's."""
+    changes = {"num_experts_per_tok": 6, "topk_group": 3} if family == "deepseek_v2" else {}
+    if rope:
+        changes["rope_parameters"] = {**YARN, **rope}
+    model = make(family, tmp_path / "t", **changes)
+    identical(model)
+    model.save_pretrained(tmp_path / "same")
+    teacher, ids = load_teacher(tmp_path / "same", experts="streamed"), blocks(model)
+    student = build_student(teacher, target_for(teacher, host="youtu"), Blocks(ids), init="weighted-average")
+    student.model.save_pretrained(tmp_path / "s")
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "s", dtype=torch.float32)
+    assert type(plain).__name__ == "YoutuForCausalLM"
+    with torch.no_grad():
+        want, own, got = (torch.log_softmax(m(ids).logits.double(), -1) for m in (model, student.model, plain))
+    torch.testing.assert_close(got, own, rtol=1e-4, atol=1e-4)
+    assert float((want - got).abs().max()) < 2e-3
+
+
+HOSTS = {
+    "mistral", "llama", "qwen2", "qwen3", "olmo2", "granite", "ernie4_5", "hunyuan_v1_dense", "lfm2", "cohere2", "youtu",
+    "deepseek_v2", "deepseek_v3", "glm4_moe", "llama4_text", "qwen3_next", "olmoe", "gpt_oss", "minimax_m2", "phimoe",
+}  # fmt: skip
+
+
+def test_every_host_is_there_and_says_what_it_is():
+    cards = {name: card for name, card in student_cards().items() if not card.host}
+    assert cards.keys() >= HOSTS
+    assert {n for n, c in cards.items() if c.moe_shaped} == {"olmoe", "gpt_oss", "minimax_m2", "phimoe"}
+    for name, card in cards.items():
+        assert {"transformers", "vllm", "llama_cpp"} <= card.loads.keys(), name
+        assert all(v in ("seen", "documented") or v.startswith("no: ") for v in card.loads.values()), name
 
 
 def test_every_family_has_a_host_and_every_host_says_what_loads_it():
