@@ -93,6 +93,6 @@ def read_weight(checkpoint: "Checkpoint", key: str) -> Tensor:
         return unpack_int8(checkpoint.read(key), checkpoint.read(key.removesuffix("weight") + "SCB"))
     state, scales = read_state(checkpoint, key), checkpoint.read(key + ".absmax")
     if scales.dtype == torch.uint8:
-        nested = (checkpoint.read(f"{key}.nested_{part}") for part in ("absmax", "quant_map"))
-        scales = unpack_scales(scales, *nested, state)
+        nested, code = (checkpoint.read(f"{key}.nested_{part}") for part in ("absmax", "quant_map"))
+        scales = unpack_scales(scales, nested, code, state)
     return unpack_4bit(checkpoint.read(key), scales.float(), checkpoint.read(key + ".quant_map"), state)

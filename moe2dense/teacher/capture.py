@@ -24,7 +24,8 @@ class Observer:
         """One expert on the tokens routed to it: rows [n] (flat token index), weights [n], hidden [n, F], output [n, H].
 
         The block's output is the sum of weights * output over experts, plus what is shared. Where a family scales the expert's input
-        instead (llama4), hidden and output belong to the scaled input and weights are ones.
+        instead (llama4), hidden and output belong to the scaled input and weights are ones. hidden and output lie in memory that the
+        next expert overwrites: keep copies.
         """
 
     def wants_experts(self) -> bool:
@@ -52,14 +53,16 @@ class LayerStats:
     output: Tensor  # [E, H] sum of f_e(x)
     output_energy: Tensor  # [] sum of ||y||^2, shared experts included
     neuron_energy: Tensor | None = None  # [E, F] sum of (w h)^2, where asked for
+    pairs: Tensor | None = None  # [E, E] sum of <f_e(x), f_e'(x)> over sampled tokens that chose both, where asked for
+    pair_count: Tensor | None = None  # [E, E] how many tokens that was
 
     @classmethod
-    def zeros(cls, experts: int, hidden: int, width: int = 0) -> "LayerStats":
-        """Nothing seen yet; neuron energies are kept when `width` is given."""
+    def zeros(cls, experts: int, hidden: int, width: int = 0, gram: bool = False) -> "LayerStats":
+        """Nothing seen yet; neuron energies are kept when `width` is given, inner products of outputs with `gram`."""
         z = lambda *shape: torch.zeros(shape, dtype=torch.float64)  # noqa: E731
         return cls(
             z(), z(experts), z(experts), z(experts, experts), z(experts), z(experts), z(experts), z(experts, hidden), z(),
-            z(experts, width) if width else None,
+            z(experts, width) if width else None, *((z(experts, experts), z(experts, experts)) if gram else ()),
         )  # fmt: skip
 
     @property
@@ -98,33 +101,47 @@ class LayerStats:
         return self.output / self.count.clamp(min=1)[:, None]
 
     @property
-    def output_gram(self) -> Tensor:
-        """[E, E] inner products of the experts' mean outputs."""
+    def mean_output_gram(self) -> Tensor:
+        """[E, E] inner products of the experts' mean outputs, each over its own tokens: what clustering experts looks at."""
         return self.mean_output @ self.mean_output.T
+
+    @property
+    def output_gram(self) -> Tensor:
+        """[E, E] mean of <f_e(x), f_e'(x)> over the sampled tokens that chose both experts: how alike they are on the same inputs.
+
+        0 where no sampled token chose both; `pair_count` tells how many did. Needs RoutingStats(gram_tokens=...).
+        """
+        assert self.pairs is not None and self.pair_count is not None, "RoutingStats(gram_tokens=...) keeps these"
+        return self.pairs / self.pair_count.clamp(min=1)
 
 
 class RoutingStats(Observer):
     """Statistics of every sparse layer, in memory that does not grow with the tokens. `stats[layer]` is a LayerStats.
 
     outputs=False keeps to what the router alone tells (load, weights, co-activation), which costs nothing.
-    neurons=True keeps each neuron's router-weighted energy too.
+    neurons=True keeps each neuron's router-weighted energy too. gram_tokens: that many tokens of each layer and macro-batch, drawn with
+    `seed`, keep the outputs of all their experts until the layer is done (K * H numbers a token), for `output_gram`.
     """
 
-    def __init__(self, outputs: bool = True, neurons: bool = False):
-        self.outputs, self.neurons = outputs, neurons
+    def __init__(self, outputs: bool = True, neurons: bool = False, gram_tokens: int = 0, seed: int = 0):
+        self.outputs, self.neurons, self.gram_tokens = outputs, neurons, gram_tokens
         self.layers: dict[int, LayerStats] = {}
+        self._random = torch.Generator().manual_seed(seed)
+        self._sample: tuple[LayerPass, Tensor, Tensor] | None = None  # layer, sampled rows [n], outputs [n, K, H]
 
     def __getitem__(self, layer: int) -> LayerStats:
         return self.layers[layer]
 
     def wants_experts(self) -> bool:
-        return self.outputs or self.neurons
+        return self.outputs or self.neurons or self.gram_tokens > 0
 
     def _of(self, layer: "LayerPass") -> LayerStats:
         if layer.index not in self.layers:
             assert layer.experts is not None
             width = layer.experts.width if self.neurons else 0
-            self.layers[layer.index] = LayerStats.zeros(len(layer.experts), layer.x.shape[1], width)
+            self.layers[layer.index] = LayerStats.zeros(
+                len(layer.experts), layer.x.shape[1], width, self.gram_tokens > 0
+            )
         return self.layers[layer.index]
 
     def expert(self, layer: "LayerPass", e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
@@ -137,6 +154,35 @@ class RoutingStats(Observer):
         s.output[e] += output.double().sum(0).cpu()
         if s.neuron_energy is not None:
             s.neuron_energy[e] += (hidden * weights[:, None]).square().sum(0).double().cpu()
+        if self.gram_tokens:
+            self._keep_outputs(layer, e, rows.cpu(), output)
+
+    def _keep_outputs(self, layer: "LayerPass", e: int, rows: Tensor, output: Tensor) -> None:
+        """Note one expert's outputs on the sampled tokens, each in the place of its choice."""
+        assert layer.top_k_index is not None
+        if self._sample is None or self._sample[0] is not layer:
+            real = layer.token_mask.cpu().nonzero()[:, 0]
+            drawn = real[torch.randperm(len(real), generator=self._random)[: self.gram_tokens]].sort().values
+            shape = (len(drawn), layer.top_k_index.shape[1], output.shape[1])
+            self._sample = (layer, drawn, torch.zeros(shape, dtype=output.dtype))
+        _, drawn, kept = self._sample
+        taken = torch.isin(rows, drawn)
+        at = torch.searchsorted(drawn, rows[taken])
+        slot = (layer.top_k_index[rows[taken]] == e).int().argmax(1)
+        kept[at, slot] = output[taken.to(output.device)].cpu()
+
+    def _add_pairs(self, layer: "LayerPass", s: LayerStats) -> None:
+        """Inner products between the outputs of the experts that each sampled token chose."""
+        if self._sample is None or s.pairs is None or s.pair_count is None:
+            return
+        _, drawn, kept = self._sample
+        assert layer.top_k_index is not None
+        chosen = layer.top_k_index[drawn]
+        cell = (chosen[:, :, None] * len(s.count) + chosen[:, None, :]).flatten()
+        inner = (kept.double() @ kept.double().mT).flatten()
+        s.pairs.view(-1).index_add_(0, cell, inner)
+        s.pair_count.view(-1).index_add_(0, cell, torch.ones_like(inner))
+        self._sample = None
 
     def layer(self, layer: "LayerPass") -> None:
         """Add what the router tells."""
@@ -144,6 +190,7 @@ class RoutingStats(Observer):
             return
         assert layer.top_k_index is not None and layer.top_k_weights is not None
         s = self._of(layer)
+        self._add_pairs(layer, s)
         index, weights = layer.top_k_index[layer.token_mask], layer.top_k_weights[layer.token_mask].double()
         chosen = torch.zeros(len(index), len(s.count)).scatter_(1, index, 1.0)
         s.tokens += len(index)

@@ -186,6 +186,20 @@ def test_shard_deleted_mid_run(folder):
     assert stream.hidden_states is None
 
 
+def test_shard_cut_short_mid_run(folder):
+    teacher = load_teacher(folder, memory="17MB")
+    teacher.resident = False
+    teacher._layers.clear()
+    path, _ = holder(folder, "layers.2.block_sparse_moe.experts.1.w1")
+    stream = teacher.stream(torch.randint(3, 100, (4, 23)))
+    next(stream)
+    os.truncate(path, os.path.getsize(path) // 2)
+    with pytest.raises(UserError, match=rf"{path.name} ended inside tensor 'model.layers.*': it changed while in use"):
+        for _ in stream:
+            pass
+    assert stream.hidden_states is None
+
+
 def test_ignored_tensors_are_named(tmp_path):
     """A checkpoint with a multi-token prediction layer more than the model has."""
     reference = make("deepseek_v3", tmp_path)

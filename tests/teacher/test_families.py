@@ -1,5 +1,6 @@
 """Every shipped card: streamed == transformers' own forward on a tiny random model of the family, however the tokens are laid out."""
 
+import itertools
 import json
 import struct
 
@@ -130,50 +131,91 @@ class Contributions(Observer):
             close(layer.dense(layer.x), layer.y)
 
 
-def test_capture(family):
-    """Router choices, x and y equal the reference's, and experts rebuilt from the checkpoint add up to y."""
-    name, reference, folder = family
-    card, ids = teacher_cards()[name], blocks(reference, seed=6)
-    seen: dict = {}
+def captured(reference, card, calls):
+    """({layer: (x, y)}, {layer: router outputs}, hidden states before each layer) over several forwards, their tokens one after another."""
+    x: dict = {}
+    y: dict = {}
+    routers: dict = {}
+    handles = []
     for i, layer in enumerate(reference.model.layers):
         block = layer.get_submodule(card.moe_block)
 
         def block_hook(_m, args, out, i=i):
-            y = out[0] if isinstance(out, tuple) else out
-            seen[i] = [args[0].reshape(-1, args[0].shape[-1]), y.reshape(-1, y.shape[-1]).clone()]
+            out = out[0] if isinstance(out, tuple) else out
+            x.setdefault(i, []).append(args[0].reshape(-1, args[0].shape[-1]))
+            y.setdefault(i, []).append(out.reshape(-1, out.shape[-1]).clone())
 
-        block.register_forward_hook(block_hook)
+        def router_hook(_m, _a, out, i=i):
+            routers.setdefault(i, []).append(out)
+
+        def shared_hook(_m, _a, out, i=i):
+            y[i][-1] += out.reshape(y[i][-1].shape)
+
+        handles.append(block.register_forward_hook(block_hook))
         if hasattr(block, card.router):
-
-            def router_hook(_m, _a, out, i=i):
-                seen[f"router{i}"] = out
-
-            block.get_submodule(card.router).register_forward_hook(router_hook)
+            handles.append(block.get_submodule(card.router).register_forward_hook(router_hook))
         if card.shared and hasattr(layer, card.shared):
+            handles.append(layer.get_submodule(card.shared).register_forward_hook(shared_hook))
+    states = [reference(**arguments, output_hidden_states=True).hidden_states for arguments in calls]
+    for handle in handles:
+        handle.remove()
+    flat = [torch.cat([s.flatten(0, 1) for s in at]) for at in zip(*states, strict=True)]
+    outputs = {i: [torch.cat(parts) for parts in zip(*found, strict=True)] for i, found in routers.items()}
+    return {i: (torch.cat(x[i]), torch.cat(y[i])) for i in x}, outputs, flat
 
-            def shared_hook(_m, _a, out, i=i):
-                seen[i][1] += out.reshape(seen[i][1].shape)
 
-            layer.get_submodule(card.shared).register_forward_hook(shared_hook)
-    states = reference(ids, output_hidden_states=True).hidden_states
-    watcher = Contributions()
+def test_capture(family):
+    """Router choices, x and y equal the reference's, and experts rebuilt from the checkpoint add up to y."""
+    name, reference, folder = family
+    ids, watcher = blocks(reference, seed=6), Contributions()
     watcher.begin(None, 0)
+    stream = load_teacher(folder).stream(ids, observers=[watcher])
+    sparse = compare(stream, *captured(reference, teacher_cards()[name], [{"input_ids": ids}]), teacher_cards()[name])
+    assert sparse >= 2 and watcher.calls >= sparse
+
+
+@pytest.mark.parametrize("layout", ["left", "right", "packed"])
+def test_capture_of_padding_and_documents(family, layout):
+    """As above on the real tokens of padded blocks, and with documents packed against one forward for each."""
+    name, reference, folder = family
+    card, ids, mask = teacher_cards()[name], blocks(reference, seed=7), torch.ones(4, 23, dtype=torch.long)
+    if layout == "packed":
+        if not card.packing:
+            pytest.skip("cannot pack")
+        borders = ((0, 23), (0, 1, 23), (0, 7, 16, 23), (0, 22, 23))
+        calls = [
+            {"input_ids": ids[row : row + 1, a:b]}
+            for row, cuts in enumerate(borders)
+            for a, b in itertools.pairwise(cuts)
+        ]
+        documents = torch.stack([torch.bucketize(torch.arange(23), torch.tensor(cuts), right=True) for cuts in borders])
+        stream = load_teacher(folder).stream(ids, document_ids=documents)
+    else:
+        for row, count in enumerate((0, 1, 9, 22)):
+            mask[row, slice(0, count) if layout == "left" else slice(23 - count, 23)] = 0
+        calls = [{"input_ids": ids, "attention_mask": mask}]
+        stream = load_teacher(folder).stream(ids, attention_mask=mask)
+    assert compare(stream, *captured(reference, card, calls), card, mask.flatten().bool()) >= 2
+
+
+def compare(stream, blocks_, routers, states, card, real=slice(None)):
+    """Every layer of a stream against what the reference did, on the `real` tokens; returns how many were sparse."""
     sparse = 0
-    for layer in load_teacher(folder).stream(ids, observers=[watcher]):
-        close(layer.hidden_in, states[layer.index])
-        close(layer.x, seen[layer.index][0])
-        close(layer.y, seen[layer.index][1])
+    for layer in stream:
+        x, y = blocks_[layer.index]
+        close(layer.hidden_in.flatten(0, 1)[real], states[layer.index][real])
+        close(layer.x[real], x[real])
+        close(layer.y[real], y[real])
         if not layer.sparse:
             continue
         sparse += 1
-        e = len(layer.experts)
-        mine = torch.zeros(len(layer.x), e).scatter(1, layer.top_k_index, layer.top_k_weights)
-        out = seen[f"router{layer.index}"]
+        weights = torch.zeros(len(layer.x), len(layer.experts)).scatter(1, layer.top_k_index, layer.top_k_weights)
+        out = routers[layer.index]
         if card.dispatch == "stacked":
-            close(mine, out[0])
-            close(layer.router_logits, out[1])
+            close(weights[real], out[0][real])
+            close(layer.router_logits[real], out[1][real])
         else:
-            close(layer.router_logits, out[0])
-            close(mine, torch.zeros_like(mine).scatter(1, out[2], out[1]))
-            assert torch.equal(layer.top_k_index.sort(1).values, out[2].sort(1).values)
-    assert sparse >= 2 and watcher.calls >= sparse
+            close(layer.router_logits[real], out[0][real])
+            close(weights[real], torch.zeros_like(weights).scatter(1, out[2], out[1])[real])
+            assert torch.equal(layer.top_k_index.sort(1).values[real], out[2].sort(1).values[real])
+    return sparse

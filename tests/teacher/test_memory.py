@@ -5,6 +5,7 @@ import resource
 import struct
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
@@ -118,6 +119,25 @@ def test_full_disk_is_one_sentence(monkeypatch):
             Arena(0, torch.device("cpu"), SpillFolder()).buffer("x", (1_000_000,), torch.float32)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_ends_a_run(tmp_path, monkeypatch):
+    """One sentence, no result, and nothing left on the disk that is full."""
+    reference = make("mixtral", tmp_path / "model")
+    (tmp_path / "spill").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "spill"))
+    teacher = load_teacher(tmp_path / "model", memory="16MB")
+    monkeypatch.setattr(teacher, "plan", teacher.plan.__class__(**{**vars(teacher.plan), "hidden_bytes": 60_000}))
+    ids, limits = blocks(reference, n=20, s=23), resource.getrlimit(resource.RLIMIT_FSIZE)
+    stream = teacher.stream(ids)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"spilling the buffer 'hidden_next' needs 44.2 kB in .*spill/moe2dense"):
+            next(stream)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stream.hidden_states is None and not any(p.is_file() for p in (tmp_path / "spill").rglob("*"))
+    assert (teacher.run(ids).logits - reference(ids).logits).abs().max() <= 1e-4  # with the disk back, it runs
 
 
 def test_unwritable_spill_folder(tmp_path):

@@ -12,7 +12,7 @@ from moe2dense.data import Blocks
 from moe2dense.errors import UserError
 from moe2dense.teacher.capture import RoutingStats
 from moe2dense.teacher.distributed import gather_rows, my_share, reduce_stats
-from moe2dense.teacher.inspect import effective_experts, gini, routing_report
+from moe2dense.teacher.inspect import effective_experts, gini, prediction, routing_report
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.samples import HiddenStates, TokenSample
 
@@ -72,13 +72,52 @@ def test_hidden_states(tmp_path):
 def test_statistics_add_up_over_macro_batches(tmp_path):
     reference = make("granitemoe", tmp_path)
     ids = blocks(reference, n=6, s=9)
-    one, many = RoutingStats(neurons=True), RoutingStats(neurons=True)
+    one, many = (RoutingStats(neurons=True, gram_tokens=54) for _ in range(2))
     teacher = load_teacher(tmp_path)
     teacher.run(ids, observers=[one], logits=False)
     small_macro_batches(teacher, 18).run(ids, observers=[many], logits=False)
     for i in one.layers:
-        for name in ("load", "alpha", "reap", "output_norm", "coactivation", "mean_output", "neuron_energy"):
+        for name in (
+            "load",
+            "alpha",
+            "reap",
+            "output_norm",
+            "coactivation",
+            "mean_output",
+            "neuron_energy",
+            "output_gram",
+        ):
             assert torch.allclose(getattr(one[i], name), getattr(many[i], name), rtol=1e-4, atol=1e-6), name
+
+
+@pytest.mark.parametrize("name", ["deepseek_v2", "gpt_oss"])
+def test_output_gram_equals_loops(name, tmp_path):
+    """Every pair of experts that a token chose, on that token."""
+    reference = make(name, tmp_path)
+    ids, mask = blocks(reference, n=4, s=9), torch.ones(4, 9, dtype=torch.long)
+    mask[1, 4:] = 0
+    teacher = load_teacher(tmp_path)
+    whole, few = RoutingStats(gram_tokens=1000), RoutingStats(gram_tokens=5, seed=3)
+    small_macro_batches(teacher, 18).run(ids, attention_mask=mask, observers=[whole, few], logits=False)
+    for layer in load_teacher(tmp_path).stream(ids, attention_mask=mask):
+        if not layer.sparse:
+            continue
+        s, count = whole[layer.index], len(layer.experts)
+        want, seen = torch.zeros(count, count), torch.zeros(count, count)
+        for t in layer.token_mask.nonzero()[:, 0].tolist():
+            chosen = layer.top_k_index[t].tolist()
+            outputs = [layer.experts[e](layer.x[t : t + 1])[0] for e in chosen]
+            for a, f in zip(chosen, outputs, strict=True):
+                for b, g in zip(chosen, outputs, strict=True):
+                    want[a, b] += f @ g
+                    seen[a, b] += 1
+        assert torch.equal(s.pair_count, seen.double()) and torch.equal(s.pair_count, s.together)
+        assert torch.allclose(s.output_gram, (want / seen.clamp(min=1)).double(), rtol=1e-4, atol=1e-5)
+        sampled = few[layer.index]
+        assert sampled.pair_count.trace() == 2 * 5 * layer.top_k_index.shape[1]  # five tokens of each macro-batch
+        both = sampled.pair_count > 0
+        assert (s.pair_count[both] >= sampled.pair_count[both]).all() and not sampled.output_gram[~both].any()
+        assert few._sample is None  # nothing is kept beyond its layer
 
 
 def test_gini_and_effective_experts():
@@ -105,11 +144,26 @@ def test_routing_report(tmp_path):
         load = torch.bincount(layer.top_k_index.flatten(), minlength=6) / 48
         assert row["load"] == pytest.approx(load.tolist()) and row["gini"] == pytest.approx(gini(load))
         assert row["dead"] == (load == 0).nonzero()[:, 0].tolist()
-        assert 0.5 <= row["coverage_top_k"] <= 1 and 3 <= row["experts_for_90"] <= 6
+        weight = torch.zeros(48, 6).scatter(1, layer.top_k_index, layer.top_k_weights).sum(0)
+        ranked = (weight / weight.sum()).sort(descending=True).values
+        assert row["coverage_top_k"] == pytest.approx(float(ranked[:3].sum()))
+        fewest = next(n for n in range(1, 7) if float(ranked[:n].sum()) >= 0.9)
+        assert row["experts_for_90"] == fewest
     assert "of 6 experts in effective use" in report["prediction"] and "48 tokens are few" in report["prediction"]
     make("qwen3", tmp_path / "dense", intermediate_size=11, head_dim=8)
     with pytest.raises(UserError, match="is a dense model and has no routing"):
         routing_report(load_teacher(tmp_path / "dense"), text)
+
+
+@pytest.mark.parametrize(("effective", "verdict"), [(2.0, "is concentrated"), (5.0, "is uneven"), (7.5, "is even")])
+def test_prediction(effective, verdict):
+    rows = [
+        {"effective_experts": effective + d, "coverage_top_k": 0.5 + d / 10, "experts_for_90": 4 + int(d)}
+        for d in (-1, 1)
+    ]
+    line = prediction(rows, experts=8, top_k=2, tokens=10_000)
+    assert line.startswith(f"{effective:.1f} of 8 experts in effective use, the 2 busiest of a layer carry 50% of the")
+    assert "4.0 carry 90%" in line and f"routing {verdict}" in line and "are few" not in line and "\n" not in line
 
 
 def _process(rank, folder, ids, want, port):
