@@ -6,6 +6,7 @@ import pytest
 
 import moe2dense as m2d
 from moe2dense.reporting import read_report, write
+from moe2dense.reporting.charts import number
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -143,7 +144,7 @@ def test_the_report_of_a_real_run(open_page, tiny, tmp_path):
     panel = find(browser, "#expert").text
     assert f"{tokens:,} held-out tokens" in panel and "answers most strongly" in panel
     shown = find(browser, "#quality").text
-    assert "without children" in shown and f"{report['rows']['student']['kl']['value']:.3f}" in shown
+    assert "without children" in shown and number(report["rows"]["student"]["kl"]["value"]) in shown
     texts = find(browser, "#samples").text
     assert all(r["student"].split()[0] in texts for r in report["samples"]["rows"] if r["student"].split())
     assert report["run"]["hashes"]["model.safetensors"] in find(browser, "#run").text
