@@ -7,6 +7,10 @@
 Speed: the teacher is resident and asked at every step (online) by our loop, by a bare PyTorch loop and, where trl is
 installed, by its DistillationTrainer, whose generation is replaced with the fixed text; the student's FFN is random. The
 loops take turns and the best round of each counts. Every other table trains from the same student on the same tokens.
+
+Measured on two cores, 12 steps of 2048 tokens, best of 3 (TRL 1.16), tokens a second: online 3439, bare loop 3208 (1.07x), TRL 2104
+(1.63x); from the store 4518, the student alone on hard labels 4439 (1.02x). Bytes a token: hidden 384, sampled 79, topk 128,
+full 8192.
 """
 
 import argparse

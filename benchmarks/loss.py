@@ -4,6 +4,15 @@
 
 Value and gradients (hidden states and head) in float32. Every case runs in a process of its own; peak extra memory is
 the process's highest resident size less that before the call, less the gradients that are its result.
+
+Measured on two cores, TRL 1.16 (its torch path): seconds, as a multiple of plain PyTorch, and peak extra memory:
+
+    vocabulary      plain                TRL                       ours
+        32768    4.6 s  1216 MB     9.0 s  1.97x  2958 MB      4.3 s  0.95x   299 MB
+       131072   23.0 s  4829 MB    36.8 s  1.60x  2963 MB     19.1 s  0.83x   382 MB (7.9%)
+       155648   24.9 s  5735 MB    43.1 s  1.73x  2963 MB     21.5 s  0.86x   387 MB (6.8%)
+
+TRL multiplies with both heads again in its backward pass; ours turns each tile's logits into its gradient at once.
 """
 
 import argparse
