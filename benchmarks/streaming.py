@@ -274,13 +274,13 @@ class Row:
         print(
             f"{self.label:<40} {read / self.tokens / 1e6:7.2f} {read / size:6.2f} {max(r['extra'] for r in good) / 1e9:7.2f} "
             f"{max(r['peak'] for r in good) / 1e6:8.0f} {statistics.median(speed):8.1f} "
-            f"{f'({speed[0]:.1f} to {speed[-1]:.1f})':<18} {share:7.0%} {max(r['others'] for r in good):6.0%}",
+            f"{f'({speed[0]:.1f} to {speed[-1]:.1f})':<18} {share:7.0%} {max(r['others'] for r in good):6.0%} {len(good):4}",
             flush=True,
         )
 
 
 HEADER = (
-    f"{'':<40} {'MB/tok':>7} {'passes':>6} {'extra':>7} {'peak':>8} {'tok/s':>8} {'(min to max)':<18} {'of GEMM':>7} {'others':>6}\n"
+    f"{'':<40} {'MB/tok':>7} {'passes':>6} {'extra':>7} {'peak':>8} {'tok/s':>8} {'(min to max)':<18} {'of GEMM':>7} {'others':>6} {'runs':>4}\n"
     f"{'':<40} {'read':>7} {'read':>6} {'GB disk':>7} {'MB':>8} {'median':>8} {'':<18} {'time':>7} {'CPU':>6}"
 )
 
