@@ -9,6 +9,7 @@ from moe2dense.errors import UserError
 from moe2dense.generation.filters import parse_band
 from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.selection import parse_selection, select_blocks
+from moe2dense.regimes.choose import brings_targets
 from moe2dense.regimes.seqkd import written_text
 from moe2dense.run import atomic_write
 from moe2dense.units import show_count
@@ -24,7 +25,10 @@ def check_text_settings(settings: RunConfig) -> None:
         parse_band(write.nll)
     if not 0 <= write.duplicates <= 1:
         raise UserError(f"write.duplicates must lie between 0 and 1; found {write.duplicates:g}")
-    parse_selection(settings.train.select)
+    if parse_selection(settings.train.select) and brings_targets(settings.train.regime, settings.regime):
+        raise UserError(
+            f"train.select chooses by the teacher's targets of the text, which the {settings.train.regime} regime has none of; leave one out"
+        )
     if settings.train.targets and (write.share or settings.train.select):
         raise UserError(
             "train.targets are of the data as it is; leave out write.share and train.select, or the targets"

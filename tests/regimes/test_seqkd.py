@@ -82,6 +82,7 @@ def test_other_teachers_for_the_lesson(tiny, tmp_path, monkeypatch):
         ({"write.share": 0.5, "write.nll": "4"}, "LOW:HIGH"),
         ({"write.share": 0.5, "write.beams": 4}, "beam search chooses"),
         ({"write.duplicates": 3.0}, "write.duplicates must lie"),
+        ({"train.select": "coreset:0.5", "train.regime": "on-policy", "regime.share": "1"}, "leave one out"),
         ({"train.select": "best"}, "divergence:SHARE or coreset:SHARE"),
         ({"train.select": "coreset:0.5", "train.targets": "t"}, "leave out write.share and train.select"),
     ],
