@@ -73,7 +73,9 @@ class WalkConfig:
     prune: str = "auto"  # what goes when the FFN alone is not enough: auto | width | depth | heads
     depth: str = "influence"  # which layers stay when some go: influence | alternate
     host: str = ""  # student card of another dense host than the family's usual one
-    graft: bool = False  # a pretrained dense target gets FFNs of the walk where these lower its divergence from the teacher
+    graft: bool = (
+        False  # a pretrained dense target gets FFNs of the walk where these lower its divergence from the teacher
+    )
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,9 @@ class TrainConfig:
     temperature: float = 1.0
     alpha: float = 0.0  # weight of the hard-label loss; 1 - alpha weighs the distillation loss
     targets: str = ""  # folder of stored targets; "" = computed by the run
-    select: str = ""  # divergence:SHARE or coreset:SHARE: train on these blocks of the text only, as many steps as on all
+    select: str = (
+        ""  # divergence:SHARE or coreset:SHARE: train on these blocks of the text only, as many steps as on all
+    )
     target_format: str = "hidden"  # hidden | sampled | topk | full
     save_every: int = 50  # steps
     eval_every: int = 50
@@ -100,7 +104,9 @@ class TrainConfig:
     shard: bool = False  # on several processes: spread weights and optimiser over them (FSDP2) instead of copies (DDP)
     alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
     temperature_schedule: str = ""  # a schedule, or auto: chosen by short trainings (needs validation text)
-    features: str = ""  # KIND:MAP@WEIGHT joined with +: mse, cosine, attention, relation or rkd; uniform, last:K, 0=1,3=7
+    features: str = (
+        ""  # KIND:MAP@WEIGHT joined with +: mse, cosine, attention, relation or rkd; uniform, last:K, 0=1,3=7
+    )
     feature_weight: str = "0.1"  # of features without one of their own: a number or a schedule SHAPE:FROM:TO
     token_weights: str = ""  # weigh each token's loss by the teacher's routing: router-entropy | expert-saliency
     lora: int = 0  # rank; 0 = full training
