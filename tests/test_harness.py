@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM
 
 from moe2dense.errors import UserError
 
+pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance

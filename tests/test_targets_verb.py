@@ -60,6 +60,7 @@ def test_analysis_of_a_store_as_a_table(tiny, text, store, capsys):
     arguments += ["--features", "relation:last+mse:last", "--token-weights", "router-entropy", "--analyze"]
     assert main(arguments) == 0
     shown = capsys.readouterr().out
+    shown = " ".join(shown.split())  # however wide the terminal is
     assert "hidden targets of 4096 tokens" in shown and "information" in shown and "expected" in shown
 
 
