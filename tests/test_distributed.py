@@ -5,6 +5,9 @@ import dataclasses
 import multiprocessing
 import os
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -145,3 +148,47 @@ def test_several_processes_write_the_store_of_one_and_read_it(tmp_path):
                 assert torch.equal(value, rows[1][key]), (name, key)
     options = {"config": settings(epochs=2.0, batch=60, micro_batch=2), "blocks": 19, "store": tmp_path / "hidden"}
     close(train(2, tmp_path / "two", **options), train(1, tmp_path / "alone", **options))
+
+
+LAUNCHED = """
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from test_training import make_blocks, make_student, make_teacher, settings
+
+from moe2dense.training import distill
+
+student, spread = make_student(), []
+distill(
+    student, make_teacher(), make_blocks(20), config=settings(epochs=2.0, batch=60, micro_batch=2), out=sys.argv[1], seed=3,
+    progress=lambda *_, **__: spread.append(any(isinstance(p, DTensor) for p in student.parameters())),
+)
+assert any(spread) == (int(sys.argv[2]) > 1), "weights are not spread over the processes"
+"""
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
+def test_accelerates_own_fsdp2_launch(tmp_path):
+    """`accelerate launch --use_fsdp` trains to what one GPU does, in bf16."""
+    script = tmp_path / "launched.py"
+    script.write_text(LAUNCHED)
+    wrap = [
+        "--fsdp_auto_wrap_policy",
+        "TRANSFORMER_BASED_WRAP",
+        "--fsdp_transformer_layer_cls_to_wrap",
+        "MistralDecoderLayer",
+    ]
+    found = []
+    for world, flags in (("1", []), ("2", ["--use_fsdp", "--fsdp_version", "2", *wrap])):
+        out = tmp_path / world
+        launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", world, *flags]
+        environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent)}
+        subprocess.run([*launch, str(script), str(out), world], check=True, timeout=300, env=environment)
+        model = make_student()
+        Checkpoints(out / "checkpoints").load_weights(model)
+        found.append(model.state_dict())
+    for name, value in found[0].items():
+        torch.testing.assert_close(found[1][name], value, rtol=2e-2, atol=2e-2, msg=name)
