@@ -9,7 +9,6 @@ from transformers import AutoModelForCausalLM
 
 from moe2dense.errors import UserError
 
-pytestmark = pytest.mark.slow
 pytest.importorskip("lm_eval")
 
 from lm_eval.api.instance import Instance
@@ -18,6 +17,8 @@ from moe2dense.__main__ import main
 from moe2dense.harness import read_tasks, run_tasks
 from moe2dense.harness_model import PrefillLM
 from moe2dense.teacher.load import load_teacher
+
+pytestmark = pytest.mark.slow
 
 CHOICE = """
 task: tiny_choice
