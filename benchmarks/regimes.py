@@ -32,10 +32,10 @@ from moe2dense.config import RegimeConfig, TrainConfig, WalkConfig  # noqa: E402
 from moe2dense.data import Blocks, load_blocks  # noqa: E402
 from moe2dense.evaluation import reference  # noqa: E402
 from moe2dense.exporting import export  # noqa: E402
+from moe2dense.generation.resident import continued  # noqa: E402
 from moe2dense.generation.sampling import Sampling  # noqa: E402
 from moe2dense.regimes import make_regime  # noqa: E402
 from moe2dense.regimes.choose import trainable  # noqa: E402
-from moe2dense.regimes.rollout import continued  # noqa: E402
 from moe2dense.student.single import target_from  # noqa: E402
 from moe2dense.student.target import resolve_target  # noqa: E402
 from moe2dense.targets import hidden_targets  # noqa: E402

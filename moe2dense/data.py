@@ -1,7 +1,7 @@
 """Text as blocks of tokens: passages tokenised, joined with the end-of-text token and cut to one length."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -197,6 +197,16 @@ def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: 
         document_ids=(owners - owners[:, :1]).to(torch.int32) if separate else None,
         labels_mask=cut(learnt, torch.bool) if chat else None,
     )
+
+
+def right_padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
+    """(ids [N, W] int64, mask [N, W] bool) of rows of token ids, filled up with 0 to the longest or to `width`."""
+    width = max(map(len, rows), default=0) if width is None else width
+    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row)
+        mask[i, : len(row)] = True
+    return ids, mask
 
 
 def join_blocks(parts: list[Blocks]) -> Blocks:

@@ -7,7 +7,7 @@ import torch
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 
-from moe2dense.data import Blocks
+from moe2dense.data import Blocks, right_padded
 from moe2dense.evaluation import label_scores, reference
 from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.sequences import generate
@@ -89,14 +89,11 @@ class PrefillLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        width = max(len(whole) for whole, _ in pairs) - 1
-        ids = torch.zeros(len(pairs), width, dtype=torch.int64)
-        mask, judged = (torch.zeros(len(pairs), width, dtype=torch.bool) for _ in range(2))
-        labels = torch.zeros_like(ids)
+        ids, mask = right_padded([whole[:-1] for whole, _ in pairs])
+        labels, _ = right_padded([whole[1:] for whole, _ in pairs])
+        judged = mask.clone()
         for row, (whole, count) in enumerate(pairs):
-            n = len(whole) - 1
-            ids[row, :n], labels[row, :n], mask[row, :n] = torch.tensor(whole[:-1]), torch.tensor(whole[1:]), True
-            judged[row, max(0, n - count) : n] = True
+            judged[row, : max(0, len(whole) - 1 - count)] = False
         ref = reference(self.model, Blocks(ids, attention_mask=mask))
         logp, first = label_scores(ref.hidden[judged], ref.head, labels[judged])
         counts = judged.sum(1).tolist()

@@ -4,9 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from moe2dense.data import Blocks
+from moe2dense.data import Blocks, right_padded
 from moe2dense.errors import UserError
 from moe2dense.evaluation import reference
 from moe2dense.fingerprint import checkpoint_fingerprint
@@ -48,12 +46,10 @@ class Judge:
         pairs = [self._encode(p, t) for p, t in zip(prompts, texts, strict=True) if t]
         if not pairs:
             return None
-        width = max(len(ids) for ids, _ in pairs)
-        ids = torch.zeros(len(pairs), width, dtype=torch.int64)
-        mask, judged = (torch.zeros(len(pairs), width, dtype=torch.bool) for _ in range(2))
-        for row, (whole, first) in enumerate(pairs):
-            ids[row, : len(whole)], mask[row, : len(whole)] = torch.tensor(whole), True
-            judged[row, first : len(whole)] = True
+        ids, mask = right_padded([whole for whole, _ in pairs])
+        judged = mask.clone()
+        for row, (_, first) in enumerate(pairs):
+            judged[row, :first] = False
         nll = text_nll(reference(self.model, Blocks(ids, attention_mask=mask)), judged)
         return float(nll.sum()) / sum(len(t.encode()) for t in texts)
 

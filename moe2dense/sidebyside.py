@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from moe2dense.config import EvaluateConfig
-from moe2dense.data import Blocks
+from moe2dense.data import Blocks, right_padded
 from moe2dense.evaluation import Reference, label_scores, reference
-from moe2dense.generation.sampling import Sampling, choose, uniforms
+from moe2dense.generation.resident import continued
+from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.sequences import generate
 from moe2dense.units import parse_bytes, show_bytes
 
@@ -47,28 +48,16 @@ def choose_prompts(blocks: Blocks, count: int, prompt: int, new: int, seed: int 
     return sorted(rows, key=lambda r: turn[r])[:count], prompt, new
 
 
-@torch.no_grad()
 def student_texts(model: Any, prompts: Tensor, new: int, stop: set[int], sampling: Sampling) -> list[list[int]]:
     """Token ids a transformers model writes after prompts [n, P], without the closing token; drawn as `generate` draws."""
-    device = next(model.parameters()).device
-    was_training = model.training
-    model.eval()
-    drawn = torch.stack([torch.from_numpy(uniforms(sampling.seed, i, new)) for i in range(len(prompts))])
-    texts: list[list[int]] = [[] for _ in prompts]
-    going = [True] * len(prompts)
-    ids, cache = prompts.to(device), None
-    for step in range(new):
-        out = model(input_ids=ids, past_key_values=cache, use_cache=True)
-        tokens, cache = choose(out.logits[:, -1].float().cpu(), sampling, drawn[:, step]), out.past_key_values
-        for i, token in enumerate(tokens.tolist()):
-            going[i] = going[i] and token not in stop
-            if going[i]:
-                texts[i].append(token)
-        if not any(going):
-            break
-        ids = tokens[:, None].to(device)
-    model.train(was_training)
-    return texts
+    room = torch.zeros(len(prompts), new, dtype=prompts.dtype)
+    written = continued(
+        model, torch.cat([prompts, room], 1), prompts.shape[1], sampling, list(range(len(prompts))), stop
+    )
+    return [
+        list(itertools.takewhile(lambda token: token not in stop, row))
+        for row in written[:, prompts.shape[1] :].tolist()
+    ]
 
 
 def teacher_tokens(teacher: Any, new: int, limit: str) -> tuple[int, str]:
@@ -141,13 +130,8 @@ def _text(tokenizer: Any, prompt: list[int], ids: list[int]) -> str:
 
 def _scores(written: dict[str, list[list[int]]], prompts: Tensor, readers: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """{writer: {reader: mean NLL in nats per written token}}, from one forward of each reader over every text."""
-    width = prompts.shape[1] + max((len(t) for found in written.values() for t in found), default=0)
     places = [(who, i) for who, found in written.items() for i in range(len(found))]
-    ids = torch.zeros(len(places), width, dtype=torch.int64)
-    mask = torch.zeros(len(places), width, dtype=torch.bool)
-    for row, (who, i) in enumerate(places):
-        whole = [*prompts[i].tolist(), *written[who][i]]
-        ids[row, : len(whole)], mask[row, : len(whole)] = torch.tensor(whole), True
+    ids, mask = right_padded([[*prompts[i].tolist(), *written[who][i]] for who, i in places])
     judged = mask.clone()
     judged[:, : prompts.shape[1]] = False
     scores: dict[str, dict[str, Any]] = {who: {} for who in written}

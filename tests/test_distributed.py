@@ -24,12 +24,32 @@ def free_port() -> int:
         return s.getsockname()[1]
 
 
-def worker(rank, world, port, out, options, queue):
+def as_rank(rank, world, port):
+    """Make this process one of `world` on the CPU, with one thread."""
     os.environ |= {
         "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     torch.set_num_threads(1)
+
+
+def launch(work, world, *arguments):
+    """What rank 0 of `world` processes puts into the queue: weights and numbers. work(rank, world, port, *arguments, queue)."""
+    context, port = multiprocessing.get_context("forkserver"), free_port()
+    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
+    queue = context.Queue()
+    processes = [context.Process(target=work, args=(r, world, port, *arguments, queue)) for r in range(world)]
+    for p in processes:
+        p.start()
+    state, kls = queue.get(timeout=120)
+    for p in processes:
+        p.join(60)
+    assert all(p.exitcode == 0 for p in processes)
+    return {k: torch.from_numpy(v) for k, v in state.items()}, kls
+
+
+def worker(rank, world, port, out, options, queue):
+    as_rank(rank, world, port)
     from moe2dense.training import distill
 
     def stop(stage, done, total, **numbers):
@@ -57,17 +77,7 @@ def worker(rank, world, port, out, options, queue):
 
 
 def train(world, out, **options):
-    context, port = multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
-    queue = context.Queue()
-    processes = [context.Process(target=worker, args=(r, world, port, out, dict(options), queue)) for r in range(world)]
-    for p in processes:
-        p.start()
-    state, kls = queue.get(timeout=120)
-    for p in processes:
-        p.join(60)
-    assert all(p.exitcode == 0 for p in processes)
-    return {k: torch.from_numpy(v) for k, v in state.items()}, kls
+    return launch(worker, world, out, dict(options))
 
 
 def close(a, b):
@@ -117,10 +127,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(tmp_path):
 
 
 def write_share(rank, world, port, folder):
-    os.environ |= {
-        "RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    as_rank(rank, world, port)
     torch.distributed.init_process_group("gloo")
     for name in FORMATS:
         write_targets(make_teacher(), make_blocks(19), folder / name, name, seed=4)

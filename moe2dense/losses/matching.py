@@ -99,7 +99,7 @@ class _AttentionMatch(nn.Module):
     def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], tokens: Tokens) -> Tensor:
         parts = [token_attention(student[f"maps-{s}"], teacher[f"maps-{t}"]) for s, t in self.pairs]
         # a masked row may be NaN, where softmax saw nothing
-        return sum(torch.where(tokens.weights > 0, p, 0.0) @ tokens.weights for p in parts) / len(parts)  # type: ignore
+        return torch.stack([torch.where(tokens.weights > 0, p, 0.0) @ tokens.weights for p in parts]).mean()
 
 
 class _RelationMatch(nn.Module):

@@ -1,7 +1,6 @@
 """Black-box distillation: a teacher of which only answers are known. Its completions are learnt as hard labels."""
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +9,9 @@ import torch
 from moe2dense.config import WriteConfig
 from moe2dense.data import Blocks, blocks_of
 from moe2dense.errors import UserError
+from moe2dense.evaluation import label_scores, reference
 from moe2dense.generation.endpoint import Endpoint, collect
 from moe2dense.generation.prompts import read_prompts
-from moe2dense.losses.distillation import distillation_loss
-from moe2dense.losses.head import model_head
-from moe2dense.losses.student import final_hidden
-from moe2dense.metrics import model_inputs
 
 
 def read_completions(path: str | Path) -> tuple[list[dict[str, Any]], str]:
@@ -88,31 +84,17 @@ def answer_blocks(
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [records[i] for i in order]
     kept = len(shuffled) - len(shuffled) // 20
-    train = blocks_of(_chosen(shuffled[:kept]), tokenizer, block, "of the completions", tokens)
+    train = blocks_of(shuffled[:kept], tokenizer, block, "of the completions", tokens)
     try:
-        held = blocks_of(_chosen(shuffled[kept:]), tokenizer, block, "held out")
+        held = blocks_of(shuffled[kept:], tokenizer, block, "held out")
     except UserError:
         held = None
     return train, held
 
 
-def _chosen(records: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    yield from records
-
-
-@torch.no_grad()
-def answer_nll(model: Any, blocks: Blocks, batch: int = 8) -> float:
+def answer_nll(model: Any, blocks: Blocks) -> float:
     """The student's mean nats per learnt token of held-out answers."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
-    labels, total, count = blocks.labels(), 0.0, 0
-    for start in range(0, len(blocks), batch):
-        rows = slice(start, start + batch)
-        hidden = final_hidden(model, model_inputs(blocks[rows], device)).flatten(0, 1)
-        wanted = labels[rows].flatten().to(device)
-        kept = wanted >= 0
-        if bool(kept.any()):
-            loss = distillation_loss(hidden[kept], model_head(model), None, labels=wanted[kept], alpha=1.0)
-            total, count = total + float(loss.ce) * int(kept.sum()), count + int(kept.sum())
-    model.train(training)
-    return total / max(1, count)
+    ref, labels = reference(model, blocks), blocks.labels()
+    kept = labels >= 0
+    found, _ = label_scores(ref.hidden[kept], ref.head, labels[kept])
+    return -float(found.sum()) / max(1, len(found))

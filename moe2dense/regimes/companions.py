@@ -4,6 +4,7 @@ The targets of a step are a mixture: regime.share of the companion's distributio
 """
 
 import copy
+from abc import ABC, abstractmethod
 from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
@@ -64,7 +65,7 @@ class Trained:
         restore_optimizer(self.optimizer.optimizer, self.names, own)
 
 
-class Companion(Regime):
+class Companion(Regime, ABC):
     """Targets that are partly a second model's. Subclasses say which."""
 
     def __init__(self, options: RegimeConfig):
@@ -79,9 +80,9 @@ class Companion(Regime):
     def begin(self, trainer: "Trainer") -> None:
         self.steps, self.trainer = trainer.steps, trainer
 
+    @abstractmethod
     def companion(self) -> Targets:
         """The second model's answers on the training text."""
-        raise NotImplementedError
 
     def lesson(self, step: int, lesson: Lesson, plan: Plan) -> tuple[Lesson, Plan]:
         if self._lesson is None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe2dense.data import Blocks
+from moe2dense.data import Blocks, right_padded
 from moe2dense.errors import UserError
 from moe2dense.losses.rows import RowLoss, TopKRows
 from moe2dense.sources import passages
@@ -145,14 +145,6 @@ def _pairs(text: str, student: Any, teacher: Any, block: int, most: int) -> list
     return found
 
 
-def _padded(rows: list[list[int]], width: int) -> tuple[Tensor, Tensor]:
-    ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        ids[i, : len(row)] = torch.tensor(row)
-        mask[i, : len(row)] = True
-    return ids, mask
-
-
 def cross_targets(
     teacher: Any, tokenizer: Any, data: Any, block: int, tokens: int, form: str, seed: int, other: Any = None
 ) -> tuple[Blocks, CrossTargets]:
@@ -175,8 +167,8 @@ def cross_targets(
             break
     if not any(p.places for p in pairs):
         raise UserError(f"data {str(data)!r} has no text at which the two tokenizers meet; use --cross-tokenizer text")
-    ids, mask = _padded([p.student for p in pairs], block)
-    theirs, their_mask = _padded([p.teacher for p in pairs], max(len(p.teacher) for p in pairs))
+    ids, mask = right_padded([p.student for p in pairs], block)
+    theirs, their_mask = right_padded([p.teacher for p in pairs])
     place = torch.full(ids.shape, -1)
     for i, pair in enumerate(pairs):
         for own, at in pair.places:

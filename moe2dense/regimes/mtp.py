@@ -35,9 +35,10 @@ class Heads(nn.Module):
 
     def __init__(self, count: int, hidden: int):
         super().__init__()
-        self.maps = nn.ModuleList(nn.Linear(hidden, hidden, bias=False) for _ in range(count))
-        for one in self.maps:
-            nn.init.zeros_(one.weight)  # type: ignore[arg-type]
+        maps = [nn.Linear(hidden, hidden, bias=False) for _ in range(count)]
+        for one in maps:
+            nn.init.zeros_(one.weight)
+        self.maps = nn.ModuleList(maps)
 
     def ahead(self, hidden: Tensor, head: int) -> Tensor:
         """The hidden states of head `head` (from 0)."""
@@ -100,7 +101,6 @@ class MultiToken(Regime):
     def extra(self, model: Any) -> nn.Module:
         weight = model.get_output_embeddings().weight
         self.loss = HeadsLoss(Heads(self.options.heads, weight.shape[1])).to(weight.device, weight.dtype)
-        self.loss.seen = self.loss.seen.double()
         return self.loss
 
     def begin(self, trainer: "Trainer") -> None:

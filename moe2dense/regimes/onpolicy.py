@@ -18,10 +18,10 @@ from torch import Tensor
 from moe2dense.config import RegimeConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
+from moe2dense.generation.resident import continued
 from moe2dense.generation.sampling import Sampling
 from moe2dense.order import step_blocks
 from moe2dense.regimes.base import Regime
-from moe2dense.regimes.rollout import continued
 from moe2dense.run import atomic_write
 from moe2dense.schedules import scheduled
 from moe2dense.targets.memory import HiddenTargets, hidden_targets

@@ -45,7 +45,7 @@ def single_expert(made: LayerPass, stats: RoutingStats) -> LayerPass:
     view = replace(
         made,
         sparse=True,
-        experts=OneExpert(ffn),  # type: ignore[arg-type]
+        experts=OneExpert(ffn),  # type: ignore[arg-type]  # its length and its items are all that is asked of experts
         router_logits=torch.zeros(tokens, 1),
         top_k_index=torch.zeros(tokens, 1, dtype=torch.int64),
         top_k_weights=torch.ones(tokens, 1),

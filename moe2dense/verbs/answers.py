@@ -8,7 +8,7 @@ from moe2dense.config import TrainConfig, WriteConfig
 from moe2dense.data import Blocks, load_blocks
 from moe2dense.generation.dataset import write_text
 from moe2dense.generation.endpoint import Endpoint
-from moe2dense.regimes.blackbox import answer_blocks, answer_nll, ask_endpoint, read_completions
+from moe2dense.regimes.blackbox import answer_blocks, ask_endpoint, read_completions
 from moe2dense.regimes.crosstokenizer import cross_targets
 
 
@@ -40,11 +40,6 @@ def from_endpoint(
     records = ask_endpoint(endpoint, data, folder, write, tokenizer, tokens, seed, progress)
     console.print(f"{len(records)} answers of {model!r}, learnt as hard labels (alpha 1); they are kept in {folder}")
     return answer_blocks(records, tokenizer, block, tokens, seed)
-
-
-def show_nll(model: Any, held: Blocks | None) -> str:
-    """`held-out answers: 3.214 nats per token`, '' where too few were held out."""
-    return "" if held is None else f"held-out answers: {answer_nll(model, held):.3f} nats per token"
 
 
 def across(

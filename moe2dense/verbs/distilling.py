@@ -71,10 +71,11 @@ def distill_checkpoint(
     from moe2dense.errors import UserError
     from moe2dense.exporting import export
     from moe2dense.progress import progress_for
+    from moe2dense.regimes.blackbox import answer_nll
     from moe2dense.regimes.mtp import copy_heads
     from moe2dense.schedules import temperature_settings
     from moe2dense.training import distill
-    from moe2dense.verbs.answers import hard_labels, show_nll
+    from moe2dense.verbs.answers import hard_labels
     from moe2dense.verbs.common import open_student, student_folder
 
     if sum(x is not None for x in (teacher, targets, completions, endpoint)) != 1:
@@ -101,15 +102,18 @@ def distill_checkpoint(
                 source, data, valid, model, teacher, targets, tokens, block, seed,
                 {"memory": memory, "device": device, "card": teacher_card}, settings, write, cross_tokenizer, out, console, progress,
             )  # fmt: skip
-        before = show_nll(model.model, held)
+        before = None if held is None else answer_nll(model.model, held)
         done = distill(
             model, tokens=text["data"].tokens, config=settings, seed=seed, out=out, resume=resume, progress=progress,
             regime=_regime(settings.regime, chosen, text.get("teacher")), **text,
         )  # fmt: skip
     written = export(model, out / "model", tokenizer=source, overwrite=resume)
     copy_heads(out, written.path)
-    if before:
-        console.print(f"{before} before training, {show_nll(model.model, held).split(': ')[1]} after")
+    if held is not None:
+        after = answer_nll(model.model, held)
+        console.print(
+            f"held-out answers: {before:.3f} nats per token before training, {after:.3f} nats per token after"
+        )
     console.print(f"{done.steps} steps over {done.tokens} tokens; model: {written.path}")
 
 

@@ -10,12 +10,12 @@ from test_training import make_blocks, make_student, make_teacher, same, setting
 from moe2dense.config import RegimeConfig, RunConfig, TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
+from moe2dense.generation.resident import continued
 from moe2dense.generation.sampling import Sampling, nucleus, uniforms
 from moe2dense.order import step_blocks
 from moe2dense.regimes import make_regime
 from moe2dense.regimes.choose import check_regime_settings
 from moe2dense.regimes.onpolicy import own_steps
-from moe2dense.regimes.rollout import continued
 from moe2dense.training import distill
 
 OPTIONS = RegimeConfig(share="0.5", rollout_steps=3, prompt=0.3, top_p=0.9)

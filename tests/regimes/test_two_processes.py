@@ -1,11 +1,9 @@
 """Two processes train to the same weights as one, in every regime, and a run goes on with another number of them."""
 
-import os
-
 import pytest
 import torch
 from test_companions import make_peer
-from test_distributed import close, free_port
+from test_distributed import as_rank, close, launch
 from test_training import make_blocks, make_student, make_teacher, settings
 
 from moe2dense.config import RegimeConfig
@@ -15,11 +13,7 @@ NAMES = ["on-policy", "online", "mutual", "ema", "multiview", "mtp"]
 
 
 def worker(rank, world, port, out, name, stop_at, resume, queue):
-    os.environ |= {
-        "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1",
-    }  # fmt: skip
-    torch.set_num_threads(1)
+    as_rank(rank, world, port)
     from moe2dense.regimes import make_regime
     from moe2dense.training import distill
 
@@ -48,19 +42,7 @@ def worker(rank, world, port, out, name, stop_at, resume, queue):
 
 
 def train(world, out, name, stop_at=None, resume=False):
-    context, port = torch.multiprocessing.get_context("forkserver"), free_port()
-    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
-    queue = context.Queue()
-    processes = [
-        context.Process(target=worker, args=(r, world, port, out, name, stop_at, resume, queue)) for r in range(world)
-    ]
-    for p in processes:
-        p.start()
-    state, kls = queue.get(timeout=120)
-    for p in processes:
-        p.join(60)
-    assert all(p.exitcode == 0 for p in processes)
-    return {k: torch.from_numpy(v) for k, v in state.items()}, kls
+    return launch(worker, world, out, name, stop_at, resume)
 
 
 @pytest.mark.parametrize("name", NAMES)
