@@ -2,16 +2,23 @@
 
     python benchmarks/build_scale.py                        # four sizes, up to 128 experts of width 768, within 2 GB: a few minutes
     python benchmarks/build_scale.py --memory 500MB --sizes 64x512x1024x2048,...
+    python benchmarks/build_scale.py walk                   # peak memory of whole walks beside the plan's number: a minute
 
 Each size is experts x expert width x hidden size x student width; experts are made when they are read (`read s`), as a streamed teacher's are. The
 pool of neurons that the elimination works on is cut to what `--memory` holds, so the Gram matrix of all neurons exists only where it fits. Each
 size runs in a process of its own, so that peaks are its own; they hold the layer's tokens' inputs and targets too.
+
+`walk` builds whole students layer by layer, on disk, from teachers of layers x experts x expert width x hidden size -> student width, and prints the
+process's peak of anonymous memory (its own, not files it has mapped) above where it stood before, beside what the plan says of the same walk.
 """
 
 import argparse
 import multiprocessing
 import resource
+import tempfile
+import threading
 import time
+from pathlib import Path
 
 import torch
 
@@ -26,6 +33,7 @@ from moe2dense.teacher.capture import LayerStats
 from moe2dense.units import parse_bytes, show_bytes
 
 SIZES = "8x256x192x512,32x256x512x1024,64x512x1024x2048,128x768x2048x6144"
+WALKS = "6x8x512x256x1024,24x8x512x256x1024,4x4x1024x512x3072"
 
 
 class Made:
@@ -76,19 +84,104 @@ def measure(size: str, memory: int, tokens: int) -> tuple[float, ...]:
     return count * width, limit, 4 * limit**2, read, chosen - begun - read, done - chosen, peak, error
 
 
+class AnonymousPeak(threading.Thread):
+    """The most anonymous memory of this process above where it stood, looked at every few milliseconds (Linux)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.most = self.before = self.now()
+        self.ended = threading.Event()
+        self.start()
+
+    @staticmethod
+    def now() -> int:
+        """Bytes."""
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(row for row in rows if row.startswith("RssAnon")).split()[1])
+
+    def run(self) -> None:
+        while not self.ended.wait(0.003):
+            self.most = max(self.most, self.now())
+
+    def end(self) -> int:
+        """Bytes above the start."""
+        self.ended.set()
+        self.join()
+        return self.most - self.before
+
+
+def write_teacher(folder: str, layers: int, experts: int, width: int, hidden: int) -> None:
+    """A Mixtral with random weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=512, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=4,
+        num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=min(2, experts), max_position_embeddings=256,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+
+
+def measure_walk(folder: str, dense: int, memory: str, tokens: int) -> tuple[int, int, int, float]:
+    """(bytes of the student, what the plan says of its walk, peak bytes of the walk above the start, seconds); few steps, all of them."""
+    from moe2dense.cards import student_host
+    from moe2dense.config import RunConfig
+    from moe2dense.data import Blocks
+    from moe2dense.geometry import teacher_geometry
+    from moe2dense.planning import walk_bytes
+    from moe2dense.student.build import build_to_folder
+    from moe2dense.student.host import count_parameters, dense_config, empty_model
+    from moe2dense.student.target import Target
+    from moe2dense.teacher.load import load_teacher
+
+    torch.set_num_threads(1)
+    teacher = load_teacher(folder, memory=memory, experts="streamed", device="cpu")
+    assert teacher.card is not None
+    card, shape = student_host("mistral"), teacher_geometry(teacher.config, teacher.card)
+    config = dense_config(teacher.config, card, dense)
+    target = Target("walk", "walk", card, dense, config, count_parameters(empty_model(config)), shape)
+    text = Blocks(torch.randint(0, 512, (tokens // 128, 128), generator=torch.Generator().manual_seed(0)))
+    walk = WalkConfig(local_steps=4, local_batch=256, layer_steps=3, layer_batch=512)
+    plan = walk_bytes(RunConfig(walk=walk), shape, target, tokens, teacher.budget)
+    with tempfile.TemporaryDirectory() as out:
+        begun, peak = time.monotonic(), AnonymousPeak()
+        build_to_folder(teacher, target, text, Path(out) / "walk" / "student", Path(out) / "walk", config=walk)
+        return 4 * target.parameters, plan, peak.end(), time.monotonic() - begun
+
+
+def walks(sizes: str, memory: str, tokens: int) -> None:
+    """Print a row for each walk."""
+    spawn = multiprocessing.get_context("spawn")
+    print(f"{'L x E x F x H -> M':>22} {'student':>8} {'plan':>8} {'peak':>8} {'seconds':>8}")
+    for size in sizes.split(","):
+        layers, experts, width, hidden, dense = (int(n) for n in size.split("x"))
+        with tempfile.TemporaryDirectory() as folder:
+            with spawn.Pool(1) as pool:
+                pool.apply(write_teacher, (folder, layers, experts, width, hidden))
+            with spawn.Pool(1) as pool:
+                student, plan, peak, seconds = pool.apply(measure_walk, (folder, dense, memory, tokens))
+        print(
+            f"{size:>22} {show_bytes(student):>8} {show_bytes(plan):>8} {show_bytes(peak):>8} {seconds:8.1f}",
+            flush=True,
+        )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", default=SIZES)
-    parser.add_argument("--memory", default="2GB", help="for the elimination's matrices")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("what", nargs="?", default="layer", choices=["layer", "walk"])
+    parser.add_argument("--sizes", default="")
+    parser.add_argument("--memory", default="", help="for the elimination's matrices (2GB), or for a walk (60MB)")
+    parser.add_argument("--tokens", type=int, default=0, help="8192 for a layer, 2048 for a walk")
     args = parser.parse_args()
-    memory = parse_bytes(args.memory)
+    if args.what == "walk":
+        walks(args.sizes or WALKS, args.memory or "60MB", args.tokens or 2048)
+        return
+    memory, tokens = parse_bytes(args.memory or "2GB"), args.tokens or 8192
     print(
         f"{'E x F x H -> M':>20} {'neurons':>8} {'pool':>6} {'Gram':>7} {'read s':>7} {'choose s':>9} {'refit s':>8} {'peak':>7} {'error':>6}"
     )
-    for size in args.sizes.split(","):
+    for size in (args.sizes or SIZES).split(","):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            neurons, kept, gram, read, choose, fit, peak, error = pool.apply(measure, (size, memory, args.tokens))
+            neurons, kept, gram, read, choose, fit, peak, error = pool.apply(measure, (size, memory, tokens))
         print(
             f"{size:>20} {neurons:8.0f} {kept:6.0f} {show_bytes(gram):>7} {read:7.1f} {choose:9.1f} {fit:8.1f} {show_bytes(peak):>7} "
             f"{error:6.3f}",

@@ -160,22 +160,34 @@ def polish_runs(config: RunConfig, target: "Target", budget: int) -> bool:
 
 
 def walk_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, budget: int) -> int:
-    """Most memory of the walk: the teacher's part, then whichever is largest of embedding the text, building one layer and the polish.
-    A pretrained student is in memory as a whole, beside a walk only where it is grafted on."""
+    """Most memory of the walk beside the program's own: the teacher's layer and buffers, then whichever is largest of its pass over a
+    layer, building the student's layer, and the polish. The pass counts with the most that its slices may take, so for models of a few
+    layers' megabytes the number is a bound and no estimate. A pretrained student is in memory as a whole, beside a walk only where it is grafted on."""
     from moe2dense.teacher.plan import WORK_BYTES
 
     whole, sizes = 4 * shape.parameters, target.config
-    hidden, layers = sizes.hidden_size, sizes.num_hidden_layers
+    hidden = sizes.hidden_size
     weights = whole if whole <= budget // 2 else resident_layer_bytes(shape)
     buffers = min(4 * HIDDEN_COPIES * shape.hidden_size * walk, max(budget - weights, budget // 8))
-    statistics = 8 * len(shape.moe_layers) * shape.num_experts * shape.expert_width
+    statistics = 8 * len(shape.moe_layers) * shape.num_experts * (shape.expert_width + shape.hidden_size)
     table, states = 4 * sizes.vocab_size * hidden, 4 * hidden * walk
-    layer, ffn = (target.parameters - 2 * sizes.vocab_size * hidden) // layers, 3 * hidden * target.width
-    pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, target.width, hidden))
-    building = STATE_COPIES * states + layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool)
+    building = STATE_COPIES * states + _layer_bytes(config, shape, target, walk, budget)
     polishing = polish_bytes(target.parameters) + 2 * table + states if polish_runs(config, target, budget) else 0
-    most = weights + WORK_BYTES + statistics + max(buffers + max(table + states, building), polishing)
+    most = weights + statistics + max(buffers + max(table + states, WORK_BYTES + states, building), polishing)
     return most if not target.checkpoint else 4 * target.parameters + (most if config.walk.graft else 0)
+
+
+def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, budget: int) -> int:
+    """Most memory of building one of the student's layers, by the steps that --init has."""
+    c, hidden, layers = config.walk, target.config.hidden_size, target.config.num_hidden_layers
+    steps = c.init.split("+")
+    local, layer_fit = (
+        n if steps == ["walk"] or s in steps else 0 for n, s in ((c.local_batch, "local"), (c.layer_batch, "layer"))
+    )
+    tables = target.config.vocab_size * hidden * (1 if target.config.tie_word_embeddings else 2)
+    layer, ffn = (target.parameters - tables) // layers, 3 * hidden * target.width
+    pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, target.width, hidden))
+    return layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool, walk, local, layer_fit if c.layer_steps else 0)
 
 
 def fit_flops(config: RunConfig, target: "Target", walk: int, polish: bool = True) -> float:

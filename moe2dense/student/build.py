@@ -17,6 +17,7 @@ from moe2dense.errors import UserError
 from moe2dense.student.assemble import CarriedOver, empty_student, unload
 from moe2dense.student.carry import Carrier
 from moe2dense.student.footprint import polish_bytes
+from moe2dense.student.heap import closely, give_back
 from moe2dense.student.host import dense_config
 from moe2dense.student.layerwise import Walk, build_layer
 from moe2dense.student.methods import parse_method
@@ -168,7 +169,12 @@ def _walk(
 ) -> Building:
     """Build every layer. Afterwards those of a walk with a store are on disk and not in memory."""
     state = _start(teacher, target, data, init, out, config, seed)
-    stats, cut, last = state.stats, state.cut, 1.0
+    with closely(not _fits(state)):
+        return _layers(state, data, observers, progress)
+
+
+def _layers(state: Building, data: "Blocks", observers: Sequence[Observer], progress: Progress | None) -> Building:
+    teacher, stats, cut, last = state.teacher, state.stats, state.cut, 1.0
     stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
     for observer in observers:
         observer.begin(teacher, data.tokens)
@@ -188,7 +194,7 @@ def _walk(
     if cut:
         scale_norms(state.carrier.final_norms(), len(cut.keep), last)
     state.hidden = torch.empty(0)
-    if stream.hidden_states is not None and polishes(state.steps, config) and _fits(state):
+    if stream.hidden_states is not None and polishes(state.steps, state.config) and _fits(state):
         state.final = stream.hidden_states.to("cpu", torch.float32)
     return state
 
@@ -247,6 +253,7 @@ def _layer(state: Building, made: LayerPass) -> dict[str, Any]:
     """Make the student's layer, run the student's hidden states through it, keep it on disk where there is a store."""
     begun, index, carrier, cut = time.monotonic(), len(state.fate), state.carrier, state.cut
     layer = carrier.body.layers[index]
+    give_back()
     kept = state.store.read(index, layer) if state.store else None
     if kept is None:
         state.carried.fill(lambda name: state.carried.in_layer(name, index))
@@ -262,6 +269,7 @@ def _layer(state: Building, made: LayerPass) -> dict[str, Any]:
     state.hidden = carrier.run(index, state.hidden)
     if state.store:
         unload(layer)
+    give_back()
     state.fate.append(fate)
     state.history.append(record)
     return record

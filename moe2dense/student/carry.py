@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.cards import StudentCard
+from moe2dense.student.footprint import rows_at_once
 from moe2dense.teacher import adapter
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 # N blocks, S block length, T = N * S tokens, H hidden
-CHUNK_TOKENS = 8192
 
 
 class Carrier:
@@ -35,12 +35,13 @@ class Carrier:
         _, self.body = adapter.decoder(model)
         self.device = next(self.body.embed_tokens.parameters()).device
         self.dtype = next(self.body.embed_tokens.parameters()).dtype
-        self.hidden_size = int(model.config.get_text_config().hidden_size)
+        config = model.config.get_text_config()
+        self.hidden_size, self.at_once = int(config.hidden_size), rows_at_once(int(getattr(config, card.width)))
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def chunks(self) -> list[slice]:
         """Rows of blocks that go through a layer at once."""
-        n, step = len(self.ids), max(1, CHUNK_TOKENS // self.ids.shape[1])
+        n, step = len(self.ids), max(1, self.at_once // self.ids.shape[1])
         return [slice(a, min(a + step, n)) for a in range(0, n, step)]
 
     @torch.no_grad()

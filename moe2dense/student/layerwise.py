@@ -13,6 +13,7 @@ from moe2dense.student.carry import Carrier
 from moe2dense.student.ffn.local import Fit, fit, local, relative_error
 from moe2dense.student.ffn.refit import refit
 from moe2dense.student.footprint import pool_limit
+from moe2dense.student.heap import give_back
 from moe2dense.student.methods import Block, make_ffn
 from moe2dense.student.prune import mean_gate
 from moe2dense.student.target import Target
@@ -98,6 +99,7 @@ def build_layer(state: Walk, made: LayerPass, index: int) -> tuple[LayerFate | N
     ffn, fate, record = build_ffn(state, made, index)
     put_ffn(carrier.ffn(index), carrier.card, ffn)
     del ffn
+    give_back()
     if "layer" in state.steps and state.config.layer_steps and bool(state.held.any()):
         record |= _fit_record("layer", fit_layer(state, made, index))
     record["error"] = float(layer_error(state, made, index, torch.ones_like(state.held)))

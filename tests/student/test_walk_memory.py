@@ -1,5 +1,6 @@
 """A walk that keeps its layers on disk: the same student, one layer in memory at a time."""
 
+import multiprocessing
 import sys
 from pathlib import Path
 
@@ -12,7 +13,8 @@ from moe2dense.data import Blocks
 from moe2dense.geometry import teacher_geometry
 from moe2dense.student import build
 from moe2dense.student.build import build_student, build_to_folder
-from moe2dense.student.footprint import polish_bytes
+from moe2dense.student.footprint import layer_bytes, polish_bytes, pool_bytes
+from moe2dense.student.heap import _glibc, closely, give_back
 from moe2dense.student.host import count_parameters, dense_config, empty_model
 from moe2dense.student.store import load_student
 from moe2dense.student.target import Target
@@ -70,3 +72,55 @@ def test_no_layer_stays_in_memory(tmp_path, monkeypatch):
     build_to_folder(teacher, target_for(teacher), Blocks(ids), out / "student", out, config=SHORT, progress=look)
     assert real == [{"norm"}] * 3
     assert all(p.is_meta for p in models[0].model.layers.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="anonymous memory is read from /proc")
+def test_memory_does_not_grow_with_the_layers_and_the_plan_tells_it(tmp_path, root, monkeypatch):
+    """Peaks of anonymous memory, each of a process of its own."""
+    monkeypatch.syspath_prepend(str(root / "benchmarks"))
+    import build_scale  # pyright: ignore[reportMissingImports]
+
+    found = []
+    for layers in (2, 12):
+        build_scale.write_teacher(str(tmp_path / str(layers)), layers, 4, 512, 256)
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            found.append(pool.apply(build_scale.measure_walk, (str(tmp_path / str(layers)), 1024, "60MB", 1024)))
+    (small, _, low, _), (large, plan, high, _) = found
+    assert large - small > 40e6 and high - low < 0.3 * (large - small), found
+    assert high < 1.2 * plan, found
+
+
+def test_layer_bytes_is_the_largest_step():
+    """By hand, for a layer of 10 parameters outside an FFN of 3 * 4 * 5: width 5, hidden 4."""
+    states = 4 * 4 * 5 * 7  # four activations of seven tokens
+    refit = 4 * 10 + 4 * 2 * 60 + max(4 * 25 + states, 20 * 25)
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7) == refit
+    local = 4 * 10 + 4 * 6 * 60 + 4 * 100 * 7 * 5
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, local_batch=100) == local > refit
+    whole = 4 * 5 * 70 + 4 * 100 * (7 * 5 + 16 * 4)
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, local_batch=100, layer_batch=100) == whole > local
+    assert layer_bytes(70, 60, 5, 4, pool=1000, tokens=7) == 40 + pool_bytes(1000, 4) + 4 * 4 * 1000 * 7
+
+
+@pytest.mark.skipif(_glibc() is None or not Path("/proc/self/status").exists(), reason="glibc's heap, seen in /proc")
+def test_freed_memory_goes_back():
+    """A heap whose last block is in use keeps what was freed below it until it is told; large blocks never enter it in the context."""
+
+    def anonymous() -> int:
+        rows = Path("/proc/self/status").read_text().splitlines()
+        return 1024 * int(next(row for row in rows if row.startswith("RssAnon")).split()[1])
+
+    with pytest.raises(ZeroDivisionError), closely():  # leaves the heap taking blocks of up to 32 MB
+        _ = 1 / 0
+    blocks = [torch.ones(500_000) for _ in range(60)]
+    last = blocks[-1]
+    del blocks
+    held = anonymous()
+    give_back()
+    assert held - anonymous() > 60e6 and float(last.sum()) == 500_000
+    with closely():
+        blocks = [torch.ones(500_000) for _ in range(60)]
+        full, last = anonymous(), blocks[-1]
+        del blocks
+        assert full - anonymous() > 100e6

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe2dense.student.footprint import rows_at_once
 from moe2dense.student.types import DenseFFN, dense
 
 
@@ -72,7 +73,8 @@ def fit(
             now = held_out()
             if now < best:
                 best, best_step = now, step + 1
-                kept = [p.detach().clone() for p in parameters]
+                for best_value, p in zip(kept, parameters, strict=True):
+                    best_value.copy_(p.detach())
     with torch.no_grad():
         for p, value in zip(parameters, kept, strict=True):
             p.copy_(value)
@@ -81,10 +83,11 @@ def fit(
     return Fit(first, best, best_step)
 
 
-def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor, chunk: int = 8192) -> float:
+def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor) -> float:
     """Mean of |f(x) - t|^2 over tokens, relative to the mean of |t|^2; x [T, H], target [T, H]."""
     if len(x) == 0:
         return math.nan
+    chunk = rows_at_once(ffn.width)
     missed = sum(float((ffn(x[i : i + chunk]) - target[i : i + chunk]).pow(2).sum()) for i in range(0, len(x), chunk))
     return missed / max(float(target.pow(2).sum()), 1e-30)
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe2dense.student.footprint import rows_at_once
 from moe2dense.student.types import DenseFFN
 
 
@@ -22,7 +23,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Ten
 def grams(ffn: DenseFFN, x: Tensor, target: Tensor, chunk: int = 0) -> tuple[Tensor, Tensor]:
     """(H'H, H'T) of the FFN's activations on x [T, H] against target [T, H], summed over chunks of tokens; a constant
     neuron is appended where the FFN has an output bias. By default a chunk's activations take some 64 MB."""
-    chunk = chunk or max(256, min(8192, 16_000_000 // ffn.width))
+    chunk = chunk or rows_at_once(ffn.width)
     size = ffn.width + (ffn.down_bias is not None)
     gram, cross = x.new_zeros(size, size), x.new_zeros(size, target.shape[1])
     for i in range(0, len(x), chunk):

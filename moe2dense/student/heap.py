@@ -1,0 +1,47 @@
+"""Freed memory, handed back to the system.
+
+glibc serves blocks of up to 32 MB, the size of many weights and activations, from a heap that it shortens only from its end: layer after
+layer leaves holes there, and a process that holds one layer at a time grows by about one layer each (malloc(3), mallopt(3)).
+"""
+
+import ctypes
+import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_USUAL, _CLOSE = (
+    32 << 20,
+    1 << 20,
+)  # bytes: where glibc's own, growing threshold ends, and the one of a walk that is short of memory
+
+
+@functools.cache
+def _glibc() -> Any:
+    try:
+        library = ctypes.CDLL(None)
+        return library if library.malloc_trim and library.mallopt else None
+    except (OSError, AttributeError, TypeError):  # another C library, which needs none of this or offers no way
+        return None
+
+
+def give_back() -> None:
+    """Return what was freed to the system, where the C library does not do that by itself."""
+    if _glibc() is not None:
+        _glibc().malloc_trim(0)
+
+
+@contextmanager
+def closely(wanted: bool = True) -> Iterator[None]:
+    """Within the context freed blocks of over 1 MB go back to the system at once, which costs their pages being made anew."""
+    library = _glibc() if wanted else None
+    if library is None:
+        yield
+        return
+    library.mallopt(_MMAP_THRESHOLD, _CLOSE)
+    try:
+        yield
+    finally:
+        library.mallopt(_MMAP_THRESHOLD, _USUAL)
+        library.malloc_trim(0)
