@@ -112,7 +112,7 @@ class TrainConfig:
     lora: int = 0  # rank; 0 = full training
     dora: bool = False  # adapters of direction and magnitude (DoRA)
     report_to: str = "none"
-    regime: str = ""  # "" = fixed text; on-policy, online, mutual, ema, multiview or mtp, whose options are in [regime]
+    regime: str = ""  # "" = fixed text; on-policy, policy-gradient, online, mutual, ema, multiview or mtp, whose options are in [regime]
 
 
 @dataclass(frozen=True)
@@ -125,6 +125,12 @@ class RegimeConfig:
     sample_temperature: float = 1.0  # on-policy
     top_p: float = 1.0  # on-policy
     generated_only: bool = True  # on-policy: loss on the student's own words alone, not on the prompt
+    teacher_mix: float = 0.0  # policy-gradient, which has the options of on-policy too: share of the teacher in what words are drawn from
+    ratio_clip: float = 0.2  # policy-gradient: how far a word's probability may move from where it was written; 0 = any
+    normalize: bool = True  # policy-gradient: a word earns the mean of the rewards after it, not their sum
+    baseline: bool = (
+        True  # policy-gradient: ... less what the other texts earn there, which changes nothing in expectation
+    )
     peer: str = "obs+refit"  # mutual: how the second student is built, or the folder of a dense checkpoint
     companion_lr: float = 0.0  # online, mutual: peak rate of the model that trains along; 0 = the student's
     decay: float = 0.99  # ema: of the averaged weights, per step

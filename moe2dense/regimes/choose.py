@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from moe2dense.config import RunConfig
     from moe2dense.regimes.base import Regime
 
-TRAINED = ("on-policy", "online", "mutual", "ema", "multiview", "mtp")
+OWN_TEXT = ("on-policy", "policy-gradient")  # the student writes
+TRAINED = (*OWN_TEXT, "online", "mutual", "ema", "multiview", "mtp")
 
 
 def check_regime(name: str, options: RegimeConfig) -> None:
@@ -34,7 +35,11 @@ def check_regime(name: str, options: RegimeConfig) -> None:
     for key in ("rollout_steps", "views", "heads"):
         if getattr(options, key) < 1:
             raise UserError(f"regime.{key} must be at least 1; found {getattr(options, key)}")
-    for key in ("sample_temperature", "companion_lr"):
+    if not 0 <= options.teacher_mix < 1:
+        raise UserError(f"regime.teacher_mix must be at least 0 and below 1; found {options.teacher_mix:g}")
+    if name == "policy-gradient" and options.sample_temperature == 0:
+        raise UserError("regime.sample_temperature 0 draws nothing; the policy-gradient regime needs it above 0")
+    for key in ("sample_temperature", "companion_lr", "ratio_clip"):
         if getattr(options, key) < 0:
             raise UserError(f"regime.{key} must not be negative; found {getattr(options, key):g}")
 
@@ -43,6 +48,10 @@ def check_regime_settings(settings: "RunConfig") -> None:
     """As `check_regime`, and that the rest of a run's settings fits its regime. Raises UserError."""
     train, name = settings.train, settings.train.regime
     check_regime(name, settings.regime)
+    if name == "policy-gradient":
+        from moe2dense.regimes.policygradient import check_policy
+
+        check_policy(train)
     if name and train.shard:
         raise UserError(f"train.shard spreads one model; the {name} regime runs on copies: leave one of them out")
     if not name or not brings_targets(name, settings.regime):
@@ -61,7 +70,7 @@ def make_regime(
 ) -> "Regime | None":
     """The regime called `name` for one run of `distill`; None for "".
 
-    teacher: a Teacher or a transformers model (on-policy, online); peer: the second student (mutual). Raises UserError for an
+    teacher: a Teacher or a transformers model (on-policy, policy-gradient, online); peer: the second student (mutual). Raises UserError for an
     unknown name, options outside their range, and a model that is missing.
     """
     options = options or RegimeConfig()
@@ -70,6 +79,10 @@ def make_regime(
         from moe2dense.regimes.onpolicy import OnPolicy
 
         return OnPolicy(teacher, options)
+    if name == "policy-gradient":
+        from moe2dense.regimes.policygradient import PolicyGradient
+
+        return PolicyGradient(teacher, options)
     if name == "mtp":
         from moe2dense.regimes.mtp import MultiToken
 
@@ -117,7 +130,7 @@ def brings_targets(name: str, options: RegimeConfig) -> bool:
     """Whether a regime needs no targets of the fixed text."""
     from moe2dense.regimes.companions import always
 
-    return name in ("on-policy", "online") or (name in ("mutual", "ema", "multiview") and always(options.share) == 1.0)
+    return name in (*OWN_TEXT, "online") or (name in ("mutual", "ema", "multiview") and always(options.share) == 1.0)
 
 
 def regime_of(job: Any) -> "Regime | None":
@@ -125,7 +138,7 @@ def regime_of(job: Any) -> "Regime | None":
     from moe2dense.regimes.texts import lesson_teacher
 
     name, options = job.settings.train.regime, job.settings.regime
-    teacher = lesson_teacher(job, targets=True) if name == "on-policy" else job.source
+    teacher = lesson_teacher(job, targets=True) if name in OWN_TEXT else job.source
     return make_regime(name, options, teacher, second_student(job) if name == "mutual" else None)
 
 

@@ -20,11 +20,12 @@ from moe2dense.data import Blocks
 from moe2dense.errors import UserError
 from moe2dense.generation.resident import continued
 from moe2dense.generation.sampling import Sampling
+from moe2dense.losses.head import model_head
 from moe2dense.order import step_blocks
 from moe2dense.regimes.base import Regime
 from moe2dense.run import atomic_write
 from moe2dense.schedules import scheduled
-from moe2dense.targets.memory import HiddenTargets, hidden_targets
+from moe2dense.targets.memory import HiddenTargets, Targets, hidden_targets
 from moe2dense.teacher.distributed import gather_rows, my_share, world
 from moe2dense.trainstep import Lesson, Plan
 
@@ -52,7 +53,7 @@ class OnPolicy(Regime):
 
     def __init__(self, teacher: Any, options: RegimeConfig):
         if teacher is None:
-            raise UserError("the on-policy regime needs the teacher itself: stored targets know nothing of new text")
+            raise UserError(f"the {self.name} regime needs the teacher itself: stored targets know nothing of new text")
         self.teacher, self.options = teacher, options
         self.window: int | None = None
 
@@ -67,7 +68,7 @@ class OnPolicy(Regime):
         self.folder = None if trainer.checkpoints is None else trainer.checkpoints.folder.parent / "rollouts"
         self.eos = {int(i) for i in _ids(trainer.model.config.eos_token_id)}
         if blocks.attention_mask is not None and not bool(blocks.attention_mask.all()):
-            raise UserError("data: the on-policy regime continues blocks without padding; pack the text")
+            raise UserError(f"data: the {self.name} regime continues blocks without padding; pack the text")
 
     def lesson(self, step: int, lesson: Lesson, plan: Plan) -> tuple[Lesson, Plan]:
         size = self.options.rollout_steps
@@ -77,7 +78,7 @@ class OnPolicy(Regime):
         first = (step - step // size * size) * per_step
         rows = list(range(first, first + per_step))
         blocks = self._as_learnt(self.blocks[rows]) if self.own[step] else lesson.blocks[plan.indices]
-        found = Lesson(blocks, self.targets[first : first + per_step])
+        found = Lesson(blocks, self._answers(slice(first, first + per_step), self.own[step]))
         alpha = 0.0 if self.own[step] else plan.alpha  # its own words are no labels
         return found, replace(plan, indices=list(range(per_step)), alpha=alpha)
 
@@ -108,29 +109,44 @@ class OnPolicy(Regime):
         path = self._path(window)
         if path is not None and path.exists():
             kept = load_file(path)
-            ids, hidden = kept["input_ids"], kept["hidden"]
-            self.blocks = _with_ids(fixed, ids, own)
+            self.blocks = _with_ids(fixed, kept["input_ids"], own)
         else:
-            self.blocks = _with_ids(fixed, self._written(fixed, own, steps.start * per_step), own)
-            hidden = self._scored()
+            kept = self._written(fixed, own, steps.start * per_step)
+            self.blocks = _with_ids(fixed, kept["input_ids"], own)
+            kept["hidden"] = self._scored()
             if path is not None and self.trainer.accelerator.is_main_process:
-                atomic_write(path, save({"input_ids": self.blocks.input_ids, "hidden": hidden}))
-        head = self.teacher.head if hasattr(self.teacher, "run") else self._head()
-        self.targets, self.window = HiddenTargets(hidden, head), window
+                atomic_write(path, save(kept))
+        self.targets, self.window = HiddenTargets(kept.pop("hidden"), self._head()), window
+        self._opened(own, kept)
 
     def _head(self) -> Any:
-        from moe2dense.losses.head import model_head
+        return self.teacher.head if hasattr(self.teacher, "run") else model_head(self.teacher)
 
-        return model_head(self.teacher)
+    def _opened(self, own: list[int], kept: dict[str, Tensor]) -> None:
+        """The window's blocks and targets are there; kept: what else was noted while the rows `own` were written."""
 
-    def _written(self, fixed: Blocks, own: list[int], first: int) -> Tensor:
+    def _answers(self, rows: slice, own: bool) -> Targets:
+        """What the teacher says of some of the window's blocks."""
+        return self.targets[rows]
+
+    def _written(self, fixed: Blocks, own: list[int], first: int) -> dict[str, Tensor]:
         """input_ids [n, S] of a window, those of the rows `own` continued by the student. Processes share the work."""
-        sampling = Sampling(self.options.sample_temperature, self.options.top_p, seed=self.trainer.seed)
         mine = own[my_share(len(own))]
         ids = fixed.input_ids.clone()
-        text = continued(self.trainer.model, ids[mine], self.prompt, sampling, [first + row for row in mine])
+        text, notes = self._continued(ids[mine], [first + row for row in mine])
         ids[own] = gather_rows(text)
-        return ids
+        kept = {"input_ids": ids}
+        for name, found in notes.items():
+            kept[name] = torch.zeros(ids.shape, dtype=found.dtype)
+            kept[name][own] = gather_rows(found)
+        return kept
+
+    def _sampling(self) -> Sampling:
+        return Sampling(self.options.sample_temperature, self.options.top_p, seed=self.trainer.seed)
+
+    def _continued(self, ids: Tensor, numbers: list[int]) -> tuple[Tensor, dict[str, Tensor]]:
+        """ids [m, S] with the student's words, and what is to be remembered of them, [m, S] by name."""
+        return continued(self.trainer.model, ids, self.prompt, self._sampling(), numbers), {}
 
     def _scored(self) -> Tensor:
         """The teacher's final hidden states [n, S, H] on the window's text, in one pass."""
@@ -138,10 +154,10 @@ class OnPolicy(Regime):
             return hidden_targets(self.teacher, self.blocks).hidden
         return gather_rows(hidden_targets(self.teacher, self.blocks[my_share(len(self.blocks))]).hidden)
 
-    def _as_learnt(self, blocks: Blocks) -> Blocks:
-        """The student's own words with the positions that carry loss: those that predict what it wrote."""
+    def _words(self, blocks: Blocks, generated_only: bool = True) -> Tensor:
+        """[N, S] bool: the student's own words that are learnt."""
         learnt = torch.ones_like(blocks.input_ids, dtype=torch.bool)
-        if self.options.generated_only:
+        if generated_only:
             learnt[:, : self.prompt] = False
         if blocks.labels_mask is not None:  # chats end where the student closes its turn; plain text goes on
             closed = torch.zeros_like(learnt)
@@ -149,6 +165,11 @@ class OnPolicy(Regime):
                 closed |= blocks.input_ids == i
             closed[:, : self.prompt] = False
             learnt &= closed.cumsum(1) - closed.long() == 0
+        return learnt
+
+    def _as_learnt(self, blocks: Blocks) -> Blocks:
+        """The student's own words with the positions that carry loss: those that predict what it wrote."""
+        learnt = self._words(blocks, self.options.generated_only)
         every = bool(learnt.all())
         return Blocks(blocks.input_ids, blocks.domains, labels_mask=None if every else learnt)
 

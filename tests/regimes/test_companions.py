@@ -1,11 +1,11 @@
 """Regimes with a second model against hand-written loops, in float64, and that they resume bit by bit."""
 
 import copy
-import multiprocessing
 import random
 
 import pytest
 import torch
+from kills import run_killed
 from test_training import make_blocks, make_student, make_teacher, same, settings, weights
 from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
@@ -248,19 +248,23 @@ class Stop(Exception):
     pass
 
 
+LOSSES = {"policy-gradient": "reverse_kl"}
+RESUMED = ["policy-gradient", "online", "mutual", "ema", "multiview", "mtp"]
+
+
 def regime_called(name):
-    options = RegimeConfig(share="linear:0.2:0.8", decay=0.9)
+    options = RegimeConfig(share="linear:0.2:0.8", decay=0.9, rollout_steps=3, teacher_mix=0.2)
     return make_regime(name, options, make_teacher(), make_peer())
 
 
 def run(name, out, student, **more):
     return distill(
         student, make_teacher(), make_blocks(), valid=make_blocks(5, seed=9), seed=3, out=out, regime=regime_called(name),
-        config=settings(epochs=1.0, save_every=2, alpha=0.3), **more,
+        config=settings(epochs=1.0, save_every=2, alpha=0.3, loss=LOSSES.get(name, "forward_kl")), **more,
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["online", "mutual", "ema", "multiview"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_resumed_runs_are_bit_exact(tmp_path, name):
     def stop(stage, done, total, **numbers):
         if stage == "distill" and done == 3:
@@ -272,38 +276,26 @@ def test_resumed_runs_are_bit_exact(tmp_path, name):
         run(name, tmp_path / "part", make_student(), progress=stop)
     found = run(name, tmp_path / "part", resumed, resume=True)
     assert same(weights(whole), weights(resumed))
-    kept = ("step", "loss", "valid_kl", "peer_loss", "teacher_ce")
+    kept = ("step", "loss", "valid_kl", "peer_loss", "teacher_ce", "reward", "head_1")
     assert [[r.get(k) for k in kept] for r in found.history] == [[r.get(k) for k in kept] for r in expected.history]
 
 
-def to_the_end(name, out, final, started):
+def to_the_end(name, out, final, progress):
     student = make_student()
-    run(name, out, student, resume=True, progress=lambda *a, **k: started.set())
+    run(name, out, student, resume=True, progress=progress)
     torch.save(student.state_dict(), final)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["online", "mutual", "ema", "multiview"])
+@pytest.mark.parametrize("name", RESUMED)
 def test_killed_runs_go_on_bit_exactly(tmp_path, name):
     whole, rng, killed = make_student(), random.Random(2), 0
     run(name, tmp_path / "whole", whole)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
-    for attempt in range(3):
-        final, kills = tmp_path / f"{attempt}.pt", 2
-        while not final.exists():
-            started = context.Event()
-            process = context.Process(target=to_the_end, args=(name, tmp_path / str(attempt), final, started))
-            process.start()
-            assert started.wait(100)
-            process.join(rng.uniform(0, 0.2) if kills else 100)
-            if process.exitcode is None:
-                process.kill()
-                killed += 1
-            process.join()
-            kills -= kills > 0
+    for attempt in range(2):
+        final = tmp_path / f"{attempt}.pt"
+        killed += run_killed(to_the_end, (name, tmp_path / str(attempt)), final, rng)
         assert same(torch.load(final, weights_only=True), weights(whole))
-    assert killed >= 2
+    assert killed >= 3
 
 
 def test_what_they_cannot_work_with():

@@ -1,10 +1,10 @@
 """On-policy distillation: what the student writes, what the teacher says of it, when, and that it resumes bit by bit."""
 
-import multiprocessing
 import random
 
 import pytest
 import torch
+from kills import run_killed
 from test_training import make_blocks, make_student, make_teacher, same, settings, weights
 
 from moe2dense.config import RegimeConfig, RunConfig, TrainConfig
@@ -177,32 +177,20 @@ def test_passed_rollouts_are_dropped_and_other_options_refused(straight, tmp_pat
         distill(make_student(), make_teacher(), make_blocks(), resume=True, **options)
 
 
-def to_the_end(out, final, started):
+def to_the_end(out, final, progress):
     student = make_student()
-    options = run_options(out) | {"progress": lambda *a, **k: started.set(), "resume": True}
-    distill(student, make_teacher(), make_blocks(), **options)
+    distill(student, make_teacher(), make_blocks(), **run_options(out), progress=progress, resume=True)
     torch.save(student.state_dict(), final)
 
 
 @pytest.mark.slow
 def test_killed_runs_go_on_bit_exactly(straight, tmp_path):
-    context, rng, killed = multiprocessing.get_context("forkserver"), random.Random(1), 0
-    context.set_forkserver_preload(["transformers.models.mixtral.modeling_mixtral", "moe2dense.trainer"])
-    for attempt in range(6):
-        final, kills = tmp_path / f"{attempt}.pt", 3
-        while not final.exists():
-            started = context.Event()
-            process = context.Process(target=to_the_end, args=(tmp_path / str(attempt), final, started))
-            process.start()
-            assert started.wait(100)
-            process.join(rng.uniform(0, 0.4) if kills else 100)
-            if process.exitcode is None:
-                process.kill()
-                killed += 1
-            process.join()
-            kills -= kills > 0
+    rng, killed = random.Random(1), 0
+    for attempt in range(4):
+        final = tmp_path / f"{attempt}.pt"
+        killed += run_killed(to_the_end, (tmp_path / str(attempt),), final, rng, steps=9)
         assert same(torch.load(final, weights_only=True), straight[0])
-    assert killed >= 3
+    assert killed >= 6
 
 
 @pytest.mark.parametrize(

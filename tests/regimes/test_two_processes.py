@@ -9,7 +9,7 @@ from test_training import make_blocks, make_student, make_teacher, settings
 from moe2dense.config import RegimeConfig
 
 pytestmark = pytest.mark.slow
-NAMES = ["on-policy", "online", "mutual", "ema", "multiview", "mtp"]
+NAMES = ["on-policy", "policy-gradient", "online", "mutual", "ema", "multiview", "mtp"]
 
 
 def worker(rank, world, port, out, name, stop_at, resume, queue):
@@ -23,15 +23,16 @@ def worker(rank, world, port, out, name, stop_at, resume, queue):
 
     double, kls = torch.float64, []
     teacher, student = make_teacher(double), make_student(double)
-    options = RegimeConfig(share="linear:0.2:0.8", rollout_steps=3)
+    options = RegimeConfig(share="linear:0.2:0.8", rollout_steps=3, teacher_mix=0.2)
     regime = make_regime(name, options, make_teacher(double), make_peer(double))
-    config = settings(epochs=2.0, batch=60, micro_batch=2, alpha=0.2, save_every=4)
+    loss = "reverse_kl" if name == "policy-gradient" else "forward_kl"
+    config = settings(epochs=2.0, batch=60, micro_batch=2, alpha=0.2, save_every=4, loss=loss)
     try:
         result = distill(
             student, teacher, make_blocks(20), valid=make_blocks(5, seed=9), out=out, seed=3, config=config,
             progress=stop, regime=regime, resume=resume,
         )  # fmt: skip
-        keys = ("loss", "valid_kl", "peer_loss", "teacher_ce", "head_1")
+        keys = ("loss", "valid_kl", "peer_loss", "teacher_ce", "head_1", "reward")
         kls = [r[k] for r in result.history for k in keys if r.get(k) is not None]
     except InterruptedError:
         pass
