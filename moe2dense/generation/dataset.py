@@ -1,6 +1,7 @@
 """A dataset that a teacher wrote: shards of records that `--data` reads, with where they came from.
 
 writing.json              teacher, settings, source of the prompts, checksum of every shard; a shard counts once it is listed here
+parts/                    what single processes have written of a shard that is not listed yet
 train-00000.jsonl.gz ...  {"prompt", "completion"} (or "text", where the prompt is learnt too; or "messages"), "nll", "stopped", "number"
 """
 
@@ -9,6 +10,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,8 @@ from moe2dense.fingerprint import checkpoint_fingerprint
 from moe2dense.generation.filters import Filters, Sieve, parse_band
 from moe2dense.generation.prompts import Prompt, read_prompts
 from moe2dense.generation.sampling import Sampling
-from moe2dense.generation.sequences import Completion, generate
+from moe2dense.generation.sequences import Completion, check_lengths, generate
+from moe2dense.generation.sharing import drop_parts, from_first, written_by_all
 from moe2dense.run import atomic_write
 
 VERSION = 1
@@ -68,8 +71,9 @@ def write_text(
     """Let the teacher write about `tokens` tokens, prompts included, into `folder`; an unfinished folder is continued.
 
     Prompts are beginnings of `source`'s passages (see `read_prompts`); they come round again, drawn anew, when the text needs more.
-    Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Raises UserError for a folder that holds something
-    else, a teacher that writes nothing, and filters that keep nothing; finished shards stay.
+    Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Under torch.distributed every process writes its
+    share of each shard and rank 0 filters and lists them, so the result is that of one process. Raises UserError for a folder
+    that holds something else, a teacher that writes nothing, and filters that keep nothing; finished shards stay.
     """
     folder, tokenizer = Path(folder), tokenizer or teacher.tokenizer()
     prompt_tokens, new = sizes(
@@ -77,11 +81,16 @@ def write_text(
     )
     sampling = Sampling(settings.temperature, settings.top_p, settings.beams, seed)
     sieve = Sieve(Filters(settings.min_tokens, parse_band(settings.nll), settings.duplicates, settings.same_script))
-    about = _begin(folder, _identity(teacher, source, settings, split, seed, new))
-    _check_shards(folder, about, sieve)
+
+    def begin() -> dict[str, Any]:
+        about = _begin(folder, _identity(teacher, source, settings, split, seed, new))
+        _check_shards(folder, about, sieve)
+        drop_parts(folder, _done(about)[0])
+        return about
+
+    about = from_first(begin)
     prompts = _endless(source, tokenizer, split, seed, prompt_tokens, prompt_tokens + new, sampling.temperature > 0)
-    done = about["shards"][-1]["to"] if about["shards"] else 0
-    kept = sum(s["tokens"] for s in about["shards"])
+    done, kept = _done(about)
     for _ in islice(prompts, done):
         pass
     stop = stop_ids(teacher, tokenizer)
@@ -89,20 +98,48 @@ def write_text(
         batch = list(islice(prompts, min(settings.shard, -(-(tokens - kept) // (prompt_tokens + new)))))
         if not batch:
             break  # greedy text of every passage: there is no more
-        answers = generate(teacher, [p.ids for p in batch], new, stop, sampling, first=done)
-        if not any(a.ids for a in answers):
-            raise UserError(
-                f"the teacher wrote only its end-of-text token after all {len(batch)} prompts; give longer prompts or others "
-                f"(what was written before is kept in {folder})"
-            )
-        rows = _records(batch, answers, done, settings.learn_prompt, tokenizer, sieve)
-        size = sum(n for _, n in rows)
-        _add_shard(folder, about, [row for row, _ in rows], done + len(batch), size, len(batch), dict(sieve.dropped))
-        done, kept = done + len(batch), kept + size
-        _check_hope(about, sieve, folder)
+        texts = [p.ids for p in batch]
+        check_lengths(teacher, texts, new)
+
+        def write(rows: slice, texts: list[list[int]] = texts, done: int = done) -> list[Completion]:
+            return generate(teacher, texts[rows], new, stop, sampling, first=done + rows.start)
+
+        answers = written_by_all(folder, done, len(batch), write)
+        add = partial(_add_round, folder, about, batch, answers, settings.learn_prompt, tokenizer, sieve)
+        about = from_first(add)
+        done, kept = _done(about)
         if progress:
             progress("write", min(kept, tokens), tokens, tokens=kept)
     return folder
+
+
+def _done(about: dict[str, Any]) -> tuple[int, int]:
+    """(prompts answered, tokens kept) so far."""
+    return about["shards"][-1]["to"] if about["shards"] else 0, sum(s["tokens"] for s in about["shards"])
+
+
+def _add_round(
+    folder: Path,
+    about: dict[str, Any],
+    batch: list[Prompt],
+    answers: list[Completion],
+    learn: bool,
+    tokenizer: Any,
+    sieve: Sieve,
+) -> dict[str, Any]:
+    """Filter what was written after `batch` and enter it as a shard; returns what writing.json says then."""
+    done = _done(about)[0]
+    if not any(a.ids for a in answers):
+        raise UserError(
+            f"the teacher wrote only its end-of-text token after all {len(batch)} prompts; give longer prompts or others "
+            f"(what was written before is kept in {folder})"
+        )
+    rows = _records(batch, answers, done, learn, tokenizer, sieve)
+    size = sum(n for _, n in rows)
+    _add_shard(folder, about, [row for row, _ in rows], done + len(batch), size, dict(sieve.dropped))
+    drop_parts(folder, done + len(batch))
+    _check_hope(about, sieve, folder)
+    return about
 
 
 def _identity(teacher: Any, source: Any, settings: WriteConfig, split: str, seed: int, new: int) -> dict[str, Any]:
@@ -201,7 +238,7 @@ def as_record(prompt: Prompt, text: str, learn_prompt: bool) -> dict[str, Any]:
 
 
 def _add_shard(
-    folder: Path, about: dict[str, Any], rows: list[Any], to: int, tokens: int, prompts: int, dropped: dict[str, int]
+    folder: Path, about: dict[str, Any], rows: list[Any], to: int, tokens: int, dropped: dict[str, int]
 ) -> None:
     data = gzip.compress("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode(), mtime=0)
     name = f"train-{len(about['shards']):05d}.jsonl.gz"

@@ -18,7 +18,11 @@ def world() -> tuple[int, int]:
 
 def my_share(blocks: int) -> slice:
     """The contiguous rows of `blocks` that this process streams; shares differ by one at most."""
-    rank, processes = world()
+    return share_of(blocks, *world())
+
+
+def share_of(blocks: int, rank: int, processes: int) -> slice:
+    """The contiguous rows of `blocks` that process `rank` streams."""
     return slice(blocks * rank // processes, blocks * (rank + 1) // processes)
 
 

@@ -30,6 +30,8 @@ def generate_text(
 ) -> None:
     """Let the teacher continue passages, prompts or conversations; leaves shards and where they came from in OUT.
 
+    Under torchrun every process writes its share of the texts.
+
     Parameters
     ----------
     teacher: folder of a checkpoint, hub id, or known name
@@ -58,6 +60,7 @@ def generate_text(
 
     from moe2dense.config import RunConfig
     from moe2dense.generation.dataset import summary, write_text
+    from moe2dense.generation.sharing import processes
     from moe2dense.progress import progress_for
     from moe2dense.settings import merge, merge_flags, read_toml
     from moe2dense.units import parse_count
@@ -69,11 +72,13 @@ def generate_text(
         "learn_prompt": learn_prompt, "min_tokens": min_tokens, "nll": nll, "duplicates": duplicates, "same_script": same_script,
     }  # fmt: skip
     settings = merge_flags(base, {f"write.{k}": v for k, v in flags.items()}).write
-    console, count = Console(), parse_count(tokens, "--tokens")
-    model = open_teacher(teacher, memory=memory, experts=experts, device=device, card=teacher_card)
-    longest = min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", 2048))
-    with progress_for(console) as progress:
-        write_text(model, out, data, settings, count, block=block or longest, seed=seed, progress=progress)
+    count = parse_count(tokens, "--tokens")
+    with processes() as rank:
+        console = Console(quiet=rank > 0)
+        model = open_teacher(teacher, memory=memory, experts=experts, device=device, card=teacher_card)
+        longest = min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", 2048))
+        with progress_for(console) as progress:
+            write_text(model, out, data, settings, count, block=block or longest, seed=seed, progress=progress)
     found = summary(out)
     dropped = ", ".join(f"{n} {reason}" for reason, n in found["dropped"].items()) or "none"
     console.print(
