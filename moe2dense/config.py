@@ -66,6 +66,7 @@ class WalkConfig:
     polish_epochs: float = 4.0  # passes of the end-to-end fit over the walk's own tokens
     polish_lr: float = 1e-3
     polish_batch: int = 2048  # tokens
+    polish_hints: float = 10.0  # weight of the teacher's hidden states beside its distributions; 0 = these alone
     hold_out: float = 0.06  # share of the walk's blocks kept back to choose the best step of every fit
     gram_tokens: int = 16_384  # tokens of the Gram matrix for choosing neurons; 0 = all
     score: str = "acp"  # of whole experts: frequency | cp | acp | do-acp | reap
@@ -138,6 +139,9 @@ class RegimeConfig:
     dropout: float = 0.1  # multiview: of the embeddings, different in every view
     heads: int = 2  # mtp: for the tokens after the next one
     head_weight: str = "0.3"  # mtp: of their loss, a number or SHAPE:FROM:TO
+    trunk: str = (
+        "0"  # mtp: share of the heads' gradient that reaches the student's own weights, a number or SHAPE:FROM:TO
+    )
     keep_heads: bool = False  # mtp: beside the exported model as mtp_heads.safetensors
 
 

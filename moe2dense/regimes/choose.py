@@ -21,12 +21,12 @@ def check_regime(name: str, options: RegimeConfig) -> None:
         raise UserError(
             f"train.regime {name!r} is unknown{nearest(name, list(TRAINED))}; use one of {', '.join(TRAINED)}"
         )
-    for key in ("share", "head_weight"):
+    for key, bounded in (("share", True), ("head_weight", False), ("trunk", True)):
         ends = [scheduled(getattr(options, key), step, 2) for step in (0, 1)]
-        if min(ends) < 0 or (key == "share" and max(ends) > 1):
+        if min(ends) < 0 or (bounded and max(ends) > 1):
             found = getattr(options, key)
             raise UserError(
-                f"regime.{key} must {'lie between 0 and 1' if key == 'share' else 'not be negative'}; found {found!r}"
+                f"regime.{key} must {'lie between 0 and 1' if bounded else 'not be negative'}; found {found!r}"
             )
     for key, low, high in (("prompt", 0, 1), ("top_p", 0, None), ("dropout", None, 1), ("decay", None, 1)):
         value = getattr(options, key)

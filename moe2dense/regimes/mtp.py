@@ -8,6 +8,7 @@ No serving stack loads that file by itself.
 
 import math
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,12 +46,33 @@ class Heads(nn.Module):
         return hidden + F.silu(self.maps[head](hidden))
 
 
+class _Scaled(torch.autograd.Function):
+    """The tensor as it is, its gradient times `share`."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *outputs: Tensor) -> Any:
+        return outputs[0] * ctx.share, None
+
+
+def scaled(value: Tensor, share: float) -> Tensor:
+    """`value`, through which `share` of a gradient passes."""
+    return value.detach() if share == 0 else _Scaled.apply(value, share)  # type: ignore[return-value]
+
+
 class HeadsLoss(nn.Module):
-    """The heads' distillation loss, `weight` times their mean. `seen`: its value [K], summed over the passes of a step."""
+    """The heads' distillation loss, `weight` times their mean; `trunk` of its gradient reaches the model that they sit on.
+
+    `seen`: its value [K], summed over the passes of a step.
+    """
 
     def __init__(self, heads: Heads):
         super().__init__()
-        self.heads, self.weight = heads, 0.0
+        self.heads, self.weight, self.trunk = heads, 0.0, 1.0
         self.seen = torch.zeros(len(heads.maps), dtype=torch.float64)
 
     def forward(self, hidden: Tensor, head: Any, inputs: dict[str, Tensor], teacher: Any, options: dict) -> Tensor:
@@ -58,6 +80,10 @@ class HeadsLoss(nn.Module):
         if teacher is None:
             raise UserError("the mtp regime learns from the teacher's distributions; train.alpha must stay below 1")
         total = sum((p.sum() * 0.0 for p in self.parameters()), hidden.new_zeros(()))
+        hidden, bias = scaled(hidden, self.trunk), head.bias
+        head = replace(
+            head, weight=scaled(head.weight, self.trunk), bias=None if bias is None else scaled(bias, self.trunk)
+        )
         for j in range(len(self.heads.maps)):
             here, there = pairs(inputs, options.get("mask"), j + 1)
             if len(here) == 0:
@@ -96,7 +122,7 @@ class MultiToken(Regime):
         self.options = options
 
     def about(self) -> dict[str, Any]:
-        return {k: getattr(self.options, k) for k in ("heads", "head_weight")}
+        return {k: getattr(self.options, k) for k in ("heads", "head_weight", "trunk")}
 
     def extra(self, model: Any) -> nn.Module:
         weight = model.get_output_embeddings().weight
@@ -108,6 +134,7 @@ class MultiToken(Regime):
 
     def lesson(self, step: int, lesson: Lesson, plan: Plan) -> tuple[Lesson, Plan]:
         self.loss.weight = scheduled(self.options.head_weight, step, self.steps)
+        self.loss.trunk = scheduled(self.options.trunk, step, self.steps)
         self.loss.seen.zero_()
         return lesson, plan
 

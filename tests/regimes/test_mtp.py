@@ -18,13 +18,18 @@ DOUBLE = torch.float64
 
 
 def mtp(**options):
-    return make_regime("mtp", RegimeConfig(**({"heads": 2, "head_weight": "linear:0.5:0.1"} | options)))
+    return make_regime(
+        "mtp", RegimeConfig(**({"heads": 2, "head_weight": "linear:0.5:0.1", "trunk": "linear:0:0.5"} | options))
+    )
 
 
-def test_equals_a_hand_written_loop():
-    """Teacher's distribution at t + j against x + silu(W x) at t through the student's own head."""
+@pytest.mark.parametrize("trunk", [0.0, 0.25, 1.0])
+def test_equals_a_hand_written_loop(trunk):
+    """Teacher's distribution at t + j against x + silu(W x) at t through the student's own head; `trunk` of the slope goes on."""
     teacher, student, blocks = make_teacher(DOUBLE), make_student(DOUBLE), make_blocks()
-    result = distill(student, teacher, blocks, config=settings(micro_batch=3, temperature=1.5), seed=5, regime=mtp())
+    result = distill(
+        student, teacher, blocks, config=settings(micro_batch=3, temperature=1.5), seed=5, regime=mtp(trunk=str(trunk))
+    )
     other, heads = make_student(DOUBLE), Heads(2, 24).double()
     parameters = [*other.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, betas=(0.9, 0.95), weight_decay=0.0, foreach=False, fused=False)
@@ -35,8 +40,11 @@ def test_equals_a_hand_written_loop():
         hidden = other.model(ids).last_hidden_state
         total, seen = 0.0, []
         for j in range(3):
-            state = hidden if j == 0 else hidden + F.silu(hidden @ heads.maps[j - 1].weight.T)
-            log_q = (other.lm_head(state) / 1.5).log_softmax(-1)[:, : 12 - j]
+            under = hidden if j == 0 else trunk * hidden + (1 - trunk) * hidden.detach()
+            own = other.lm_head.weight
+            own = own if j == 0 else trunk * own + (1 - trunk) * own.detach()
+            state = under if j == 0 else under + F.silu(under @ heads.maps[j - 1].weight.T)
+            log_q = (state @ own.T / 1.5).log_softmax(-1)[:, : 12 - j]
             kl = 1.5**2 * (p[:, j:] * (p[:, j:].log() - log_q)).sum() / 48  # over the step's tokens
             seen.append(kl.item())
             total = total + kl * (1 if j == 0 else (0.5 - 0.08 * step) / 2)
@@ -106,7 +114,9 @@ def test_heads_learn_to_look_ahead():
     blocks.input_ids = ids
     teacher = make_student()
     distill(teacher, data=blocks, config=settings(alpha=1.0, epochs=60.0, lr=1e-2))
-    found = distill(make_student(), teacher, blocks, config=settings(epochs=60.0, lr=1e-2), regime=mtp(head_weight="1"))
+    found = distill(
+        make_student(), teacher, blocks, config=settings(epochs=60.0, lr=1e-2), regime=mtp(head_weight="1", trunk="1")
+    )
     first, last = found.history[0], found.history[-1]
     assert last["head_1"] < 0.2 * first["head_1"] and last["head_2"] < 0.2 * first["head_2"]
 
@@ -118,5 +128,7 @@ def test_what_it_cannot_work_with(tmp_path):
         mtp(heads=0)
     with pytest.raises(UserError, match="regime.head_weight must not be negative"):
         mtp(head_weight="linear:1:-1")
+    with pytest.raises(UserError, match="regime.trunk must lie between 0 and 1"):
+        mtp(trunk="2")
     with pytest.raises(UserError, match="train with regime mtp and keep_heads"):
         load_heads(tmp_path)
