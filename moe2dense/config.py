@@ -16,6 +16,7 @@ class TeacherConfig:
     card: str = ""  # path of a teacher card for a family that is not shipped
     quantize: str = ""  # int8 | int4 | nf4: teach with experts rounded as they are read (simulated); the student is judged by the full teacher
     top_k: int = 0  # experts per token of the teacher that writes the targets; 0 = its own number
+    draws: int = 0  # its experts are drawn from the router's distribution; above 1: so many times, the answers averaged; 0 = the likeliest experts
 
 
 @dataclass(frozen=True)
@@ -105,9 +106,8 @@ class TrainConfig:
     shard: bool = False  # on several processes: spread weights and optimiser over them (FSDP2) instead of copies (DDP)
     alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
     temperature_schedule: str = ""  # a schedule, or auto: chosen by short trainings (needs validation text)
-    features: str = (
-        ""  # KIND:MAP@WEIGHT joined with +: mse, cosine, attention, relation or rkd; uniform, last:K, 0=1,3=7
-    )
+    features: str = "auto"  # KIND:MAP@WEIGHT joined with +: mse, cosine, attention, relation or rkd; uniform, even:K, last:K, 0=1,3=7;
+    # auto: hidden states where the student shares the teacher's residual stream; "" = none
     feature_weight: str = "0.1"  # of features without one of their own: a number or a schedule SHAPE:FROM:TO
     token_weights: str = ""  # weigh each token's loss by the teacher's routing: router-entropy | expert-saliency
     lora: int = 0  # rank; 0 = full training

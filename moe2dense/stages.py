@@ -246,31 +246,38 @@ def training_targets(job: Job) -> Any:
     """The teacher's targets on the training text: the store the user names, else one written to the run folder; None for hard labels alone."""
     from moe2dense.losses.matching import teacher_features
     from moe2dense.regimes.choose import brings_targets
+    from moe2dense.regimes.mixture import MixedTargets
     from moe2dense.regimes.texts import lesson_teacher, needs_targets
     from moe2dense.targets import open_targets, write_targets
+    from moe2dense.trainsetup import features_to_store
 
     settings = job.settings.train
     if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
         return None
     if settings.targets:
         return open_targets(settings.targets, job.text.train)
+    draws = 1 if job.leader is not None else max(1, job.settings.teacher.draws)
+    features = features_to_store(settings, job.target) if draws == 1 else ""  # of several answers there is none
     folder = job.run.folder / "targets"
+    folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
     if not job.run.finished("targets"):
         with job.timed("targets"):
-            write_targets(
-                lesson_teacher(job, targets=True),
-                job.text.train,
-                folder,
-                format=settings.target_format,
-                temperature=settings.temperature,
-                seed=job.settings.seed,
-                features=teacher_features(
-                    settings.features, job.target.config.num_hidden_layers, job.target.teacher.num_hidden_layers
-                ),
-                routing=[settings.token_weights] * bool(settings.token_weights),
-                progress=job.progress,
-            )
-    return open_targets(folder, job.text.train)
+            for draw, place in enumerate(folders):
+                write_targets(
+                    lesson_teacher(job, targets=True, draw=draw),
+                    job.text.train,
+                    place,
+                    format=settings.target_format,
+                    temperature=settings.temperature,
+                    seed=job.settings.seed,
+                    features=teacher_features(
+                        features, job.target.config.num_hidden_layers, job.target.teacher.num_hidden_layers
+                    ),
+                    routing=[settings.token_weights] * bool(settings.token_weights),
+                    progress=job.progress,
+                )
+    found = [open_targets(place, job.text.train) for place in folders]
+    return found[0] if draws == 1 else MixedTargets([(1 / draws, one) for one in found])
 
 
 def control(job: Job) -> "Student":

@@ -63,6 +63,7 @@ class MixedTargets:
     """Targets of several sources with weights that sum to 1; those of weight 0 are not asked."""
 
     parts: list[tuple[float, Targets]]
+    head = None  # there is none that gives their logits
 
     def __len__(self) -> int:
         return len(self.parts[0][1])

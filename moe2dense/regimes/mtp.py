@@ -2,8 +2,9 @@
 
 Head j reads the student's last hidden state at t and learns what the teacher says at t + j: its distribution of the token
 t + j + 1. Heads are Medusa's (2401.10774): x + silu(W x), W zero at first, read by the student's own output embedding. The
-exported model has none; with regime.keep_heads they lie beside it in mtp_heads.safetensors, which `load_heads` here reads.
-No serving stack loads that file by itself.
+heads know nothing at first, so their gradient would push the student off its course: `regime.trunk` says how much of it reaches the
+student's own weights, by default none, as in Medusa's first stage; a schedule that rises warms the heads up first. The exported model
+has none; with regime.keep_heads they lie beside it in mtp_heads.safetensors, which `load_heads` here reads and no serving stack does.
 """
 
 import math

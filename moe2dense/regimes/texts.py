@@ -9,7 +9,7 @@ from moe2dense.errors import UserError
 from moe2dense.generation.filters import parse_band
 from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.selection import parse_selection, select_blocks
-from moe2dense.regimes.choose import brings_targets
+from moe2dense.regimes.choose import OWN_TEXT, brings_targets
 from moe2dense.regimes.seqkd import written_text
 from moe2dense.run import atomic_write
 from moe2dense.units import show_count
@@ -29,10 +29,32 @@ def check_text_settings(settings: RunConfig) -> None:
         raise UserError(
             f"train.select chooses by the teacher's targets of the text, which the {settings.train.regime} regime has none of; leave one out"
         )
+    check_draws(settings)
     if settings.train.targets and (write.share or settings.train.select):
         raise UserError(
             "train.targets are of the data as it is; leave out write.share and train.select, or the targets"
         )
+
+
+def check_draws(settings: RunConfig) -> None:
+    """Raises UserError where several answers of a teacher with drawn experts cannot be averaged."""
+    draws, train = settings.teacher.draws, settings.train
+    if draws < 0:
+        raise UserError(f"teacher.draws must not be negative; found {draws}")
+    if draws < 2:
+        return
+    for name, found, plain in (
+        ("regime", train.regime, train.regime not in OWN_TEXT),
+        ("features", train.features, train.features in ("", "auto")),
+        ("token_weights", train.token_weights, not train.token_weights),
+        ("select", train.select, not train.select),
+        ("target_format", train.target_format, train.target_format in ("hidden", "full")),
+    ):
+        if not plain:
+            raise UserError(
+                f"teacher.draws {draws} averages stored distributions, which train.{name} = {found!r} cannot be used with; "
+                f"set one of them otherwise (draws = 1 works with all)"
+            )
 
 
 def describe(settings: RunConfig, plan: Any) -> str:
@@ -49,7 +71,11 @@ def describe(settings: RunConfig, plan: Any) -> str:
         said.append(
             f"the lesson is taught by experts rounded to {teacher.quantize} as they are read; the full teacher judges"
         )
-    if teacher.top_k:
+    if teacher.draws:
+        how = f"{teacher.top_k or 'as many'} experts per token{'' if teacher.top_k else ' as ever'}"
+        times = f", {teacher.draws} times, and their distributions averaged" if teacher.draws > 1 else ""
+        said.append(f"targets come from {how}, drawn from the router's distribution{times}")
+    elif teacher.top_k:
         said.append(f"targets come from {teacher.top_k} experts per token")
     return "; ".join(said)
 
@@ -57,18 +83,22 @@ def describe(settings: RunConfig, plan: Any) -> str:
 def needs_targets(settings: RunConfig) -> bool:
     """Whether training reads the teacher's distributions at all: hard labels alone do not."""
     return settings.train.alpha < 1 or bool(
-        settings.train.alpha_schedule or settings.train.features or settings.train.select
+        settings.train.alpha_schedule or settings.train.features not in ("", "auto") or settings.train.select
     )
 
 
-def lesson_teacher(job: Any, targets: bool = False) -> Any:
-    """The teacher that the student learns from: with rounded experts, or for targets with more of them, where the settings say so.
+def lesson_teacher(job: Any, targets: bool = False, draw: int = 0) -> Any:
+    """The teacher that the student learns from: with rounded experts, or for targets with other experts, where the settings say so.
 
-    The student is always judged by the checkpoint as it is.
+    draw: which drawing of experts, where they are drawn. The student is always judged by the checkpoint as it is.
     """
     about = job.settings.teacher
-    options = {"quantize": about.quantize, "top_k": about.top_k if targets else 0}
-    if job.leader is not None or not any(options.values()):
+    options: dict[str, Any] = {"quantize": about.quantize} if about.quantize else {}
+    if targets and about.top_k:
+        options["top_k"] = about.top_k
+    if targets and about.draws:
+        options |= {"draw": draw, "seed": job.settings.seed}
+    if job.leader is not None or not options:
         return job.source
     from moe2dense.teacher.load import load_teacher
 

@@ -23,6 +23,7 @@ from moe2dense.teacher.layers import Layer, assign
 from moe2dense.teacher.memory import Arena, SpillFolder, memory_budget
 from moe2dense.teacher.plan import MemoryPlan, plan_memory
 from moe2dense.teacher.quantized_experts import BITS
+from moe2dense.teacher.resample import Resample, normalizes
 from moe2dense.teacher.stream import Stream
 from moe2dense.teacher.weights import Weights
 
@@ -52,8 +53,9 @@ class Teacher:
         experts: str,
         device: str,
         quantize: str = "",
+        resample: Resample | None = None,
     ):
-        self.path, self.config, self.card, self.quantize = path, config, card, quantize
+        self.path, self.config, self.card, self.quantize, self.resample = path, config, card, quantize, resample
         self.device = pick_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
         text = config.get_text_config()
@@ -297,12 +299,21 @@ def find_card(config: Any, card: TeacherCard | str | Path | None) -> TeacherCard
     return family_card(config) if any(getattr(text, f, None) for f in fields) else None
 
 
+def number_of_experts(config: Any, card: TeacherCard | None) -> int:
+    """How many experts a token uses. Raises UserError where that is not one number."""
+    own = getattr(config.get_text_config(), card.top_k, None) if card else None
+    if not isinstance(own, int):
+        raise UserError(
+            "teacher.top_k and teacher.draws need a teacher with one number of experts per token; leave them out"
+        )
+    return own
+
+
 def widen_routing(config: Any, card: TeacherCard | None, top_k: int) -> None:
     """Let every token use `top_k` experts. Raises UserError for a number the model cannot do."""
+    number_of_experts(config, card)
     text = config.get_text_config()
-    own = getattr(text, card.top_k, None) if card else None
-    if card is None or not isinstance(own, int):
-        raise UserError("teacher.top_k needs a teacher with one number of experts per token; leave it out")
+    assert card is not None
     if not 1 <= top_k <= getattr(text, card.num_experts):
         raise UserError(
             f"teacher.top_k must lie between 1 and the teacher's {getattr(text, card.num_experts)} experts; found {top_k}"
@@ -330,6 +341,8 @@ def load_teacher(
     card: TeacherCard | str | Path | None = None,
     quantize: str = "",
     top_k: int = 0,
+    draw: int | None = None,
+    seed: int = 0,
 ) -> Teacher:
     """A teacher from a folder in hub layout, a hub id, or a known name.
 
@@ -337,7 +350,8 @@ def load_teacher(
     experts: auto | streamed | grouped_mm | megablocks. device: auto | cpu | cuda.
     card: the family's card, for a family that is not shipped; a model without experts needs none and has `.card` None.
     quantize: int8 | int4 | nf4 rounds every expert as it is read (simulated: nothing gets smaller); top_k: experts per token, in the
-    place of the checkpoint's own number. Raises UserError naming file and tensor when the checkpoint is incomplete or damaged.
+    place of the checkpoint's own number; draw: draw that many from the router's distribution, each number another time (`seed`).
+    Raises UserError naming file and tensor when the checkpoint is incomplete or damaged.
     """
     folder = Path(path)
     if not folder.exists():
@@ -348,6 +362,13 @@ def load_teacher(
         )
     config = adapter.read_config(str(folder))
     found = find_card(config, card)
+    backend, resample = check_quantize(quantize, found, experts), None
+    if draw is not None:
+        own = number_of_experts(config, found)
+        plain = Teacher(folder, adapter.read_config(str(folder)), found, memory, "streamed", device)
+        resample = Resample(top_k or own, normalizes(plain), draw, seed)
     if top_k:
         widen_routing(config, found, top_k)
-    return Teacher(folder, config, found, memory, check_quantize(quantize, found, experts), device, quantize)
+    if resample is not None:
+        widen_routing(config, found, getattr(config.get_text_config(), found.num_experts if found else ""))
+    return Teacher(folder, config, found, memory, backend, device, quantize, resample)

@@ -200,9 +200,14 @@ class Stream:
         for rows in self.chunks():
             flat = self._flat(rows)
 
-            def stop(x: Tensor, index: Tensor, weights: Tensor, logits: Tensor, flat: slice = flat) -> Tensor:
+            def stop(
+                x: Tensor, index: Tensor, weights: Tensor, logits: Tensor, flat: slice = flat, rows: slice = rows
+            ) -> Tensor:
                 made.x[flat] = x.to(made.x.device)
-                parts.append((logits.cpu(), index.cpu(), weights.cpu()))
+                routed = index.cpu(), weights.cpu()
+                if self.teacher.resample is not None:
+                    routed = self.teacher.resample(self.ids[rows], layer.index, *routed)
+                parts.append((logits.cpu(), *routed))
                 raise _AtExperts
 
             replaced = {m: self._recording(m, kept[m], rows) for m in layer.mixers}

@@ -1,16 +1,19 @@
 """Runs whose text, or teacher, is not the plain one: written and chosen text, rounded experts, more of them, and resuming."""
 
 import json
+import math
 
 import pytest
 import tomlkit
+import torch
 
 import moe2dense as m2d
-from moe2dense import stages
+from moe2dense import stages, training
 from moe2dense.errors import UserError
 from moe2dense.regimes import texts
 from moe2dense.regimes.texts import check_text_settings, needs_targets
 from moe2dense.settings import configure
+from moe2dense.teacher.load import load_teacher
 
 QUICK = {
     "walk": {"init": "obs+refit", "min_tokens": 2048, "gram_tokens": 512},
@@ -59,8 +62,8 @@ def test_other_teachers_for_the_lesson(tiny, tmp_path, monkeypatch):
     taught = []
     real = texts.lesson_teacher
 
-    def noted(job, targets=False):
-        found = real(job, targets)
+    def noted(job, targets=False, draw=0):
+        found = real(job, targets, draw)
         taught.append((targets, found.quantize, found.config.num_experts_per_tok))
         return found
 
@@ -75,9 +78,39 @@ def test_other_teachers_for_the_lesson(tiny, tmp_path, monkeypatch):
     assert result.scores["student"]["kl"] != plain.scores["student"]["kl"]
 
 
+@pytest.mark.slow
+def test_experts_drawn_twice_teach_with_their_mean(tiny, tmp_path, monkeypatch):
+    """The targets of a run against the distributions of two teachers asked by hand."""
+    real, asked = training.distill, []
+
+    def noted(student, **options):
+        asked.append((options["data"], options["targets"]))
+        return real(student, **options)
+
+    monkeypatch.setattr(training, "distill", noted)
+    file = config(tmp_path / "c.toml", teacher={"draws": 2}, train={"tokens": 4096})
+    result = m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o", control=False)
+    assert result.scores["student"]["kl"]["value"] > 0
+    (blocks, targets), mean = asked[0], 0
+    for draw in range(2):
+        teacher = load_teacher(tiny, memory="300MB", draw=draw)
+        logits = teacher.run(blocks.input_ids, None, blocks.document_ids).logits[:3].flatten(0, 1)
+        mean = mean + logits.softmax(-1) / 2
+    rows = targets.batch([0, 1, 2])
+    uniform = torch.full_like(mean, -math.log(mean.shape[1]))
+    found, _ = rows.tile(slice(0, len(mean)), "forward_kl", 1.0, torch.float32)(uniform.clone(), slice(0, len(mean)))
+    torch.testing.assert_close(found, (mean * (mean.log() - uniform)).sum(-1), rtol=0.02, atol=0.02)  # kept in bf16
+    full = load_teacher(tiny, memory="300MB").run(blocks.input_ids, None, blocks.document_ids).logits[:3]
+    assert (full.softmax(-1).flatten(0, 1) - mean).abs().max() > 0.05
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        ({"teacher.draws": -1}, "teacher.draws must not be negative; found -1"),
+        ({"teacher.draws": 2, "train.regime": "on-policy"}, "which train.regime = 'on-policy' cannot be used with"),
+        ({"teacher.draws": 2, "train.features": "mse:uniform"}, "train.features = 'mse:uniform' cannot be used with"),
+        ({"teacher.draws": 3, "train.target_format": "topk"}, "train.target_format = 'topk' cannot be used with"),
         ({"write.share": 1.5}, "write.share must lie between 0 and 1"),
         ({"write.share": 0.5, "write.nll": "4"}, "LOW:HIGH"),
         ({"write.share": 0.5, "write.beams": 4}, "beam search chooses"),
@@ -119,4 +152,9 @@ def test_the_plan_says_what_is_not_plain(tiny, tmp_path, capsys):
         or "first writes 4096 tokens" in shown
         or "first writes 4.10k tokens" in shown
     )
-    assert "coreset:0.5 is trained on" in shown and "3 experts per token" in shown
+    assert "coreset:0.5 is trained on" in shown and "targets come from 3 experts per token" in shown
+    drawn = configure(str(tiny), "3.2m", None, {"teacher.draws": 2})
+    said = texts.describe(drawn, None)
+    assert said == (
+        "targets come from as many experts per token as ever, drawn from the router's distribution, 2 times, and their distributions averaged"
+    )
