@@ -190,6 +190,16 @@ def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int
     return layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool, walk, local, layer_fit if c.layer_steps else 0)
 
 
+def kept_states(config: RunConfig, target: "Target") -> int:
+    """Hidden states of the teacher's layers beside its last that the stored targets hold, one byte a number."""
+    from moe2dense.losses.matching import teacher_features
+    from moe2dense.trainsetup import features_to_store
+
+    text, layers = features_to_store(config.train, target), target.teacher.num_hidden_layers
+    names = teacher_features(text, target.config.num_hidden_layers, layers)
+    return sum(name.startswith("hidden-") for name in names)
+
+
 def fit_flops(config: RunConfig, target: "Target", walk: int, polish: bool = True) -> float:
     """FLOPs of the walk's gradient fits: each layer's FFN, each whole layer, then the student end to end. 0 for other inits."""
     if config.walk.init != "walk":
@@ -270,7 +280,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     }
     disk = {
         "walk": 2 * 4 * n,
-        "targets": 2 * shape.hidden_size * tokens,
+        "targets": (2 + kept_states(config, target)) * shape.hidden_size * tokens,
         "checkpoints": 2 * (4 * n + 8 * trained) if tokens else 0,
         "model": 2 * n,
     }

@@ -19,7 +19,7 @@ from moe2dense.targets.record import weighed
 from moe2dense.targets.store import StoredTargets, process
 from moe2dense.temperature import settle_temperature
 from moe2dense.trainer import Trainer, TrainResult
-from moe2dense.trainsetup import check_training, default_learning_rate, make_match
+from moe2dense.trainsetup import check_training, default_learning_rate, make_match, settle_features
 from moe2dense.trainstep import Lesson, rare_positions
 
 __all__ = ["TrainResult", "distill"]
@@ -71,6 +71,7 @@ def distill(
     data = data if tokens is None else data[: tokens // block]
     if not bool(data.loss_mask().any()):
         raise UserError("data: no token carries loss; the blocks are masked throughout")
+    config = settle_features(config, student, known, teacher, regime)
     match = make_match(config, model, known, teacher, seed) if config.features else None
     if known is None and teacher is not None and not (regime is not None and regime.brings_targets):
         features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)
@@ -102,7 +103,7 @@ def _check_arguments(config: TrainConfig, teacher: Any, targets: Any, out: Any, 
     if config.shard and regime is not None:
         raise UserError(f"shard=True spreads one model; the {regime.name} regime runs on copies: leave shard out")
     for name in ("features", "token_weights"):
-        if getattr(config, name) and regime is not None and brought:
+        if getattr(config, name) not in ("", "auto") and regime is not None and brought:
             raise UserError(f"{name} belong to fixed text; the {regime.name} regime brings its own: leave {name} out")
     if config.shard and (config.lora or out is None):
         raise UserError(

@@ -1,5 +1,6 @@
 """What a training run is made of: accelerator, optimiser groups, adapters, and a check of the student's head."""
 
+import dataclasses
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,12 @@ from moe2dense.losses.matching import FeatureMatch, parse_features, teacher_feat
 from moe2dense.losses.student import head_error
 from moe2dense.metrics import model_inputs
 from moe2dense.schedules import scheduled
+from moe2dense.student.methods import made_of_teacher
 from moe2dense.targets.formats import FORMATS
 from moe2dense.targets.record import check_token_weights
 
 BETAS = (0.9, 0.95)
+AUTO_FEATURES = "mse:even:4@10"
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
 
 
@@ -26,7 +29,7 @@ def check_training(config: TrainConfig) -> None:
     divergence(config.loss)
     if config.target_format not in FORMATS:
         raise UserError(f"train.target_format must be one of {', '.join(FORMATS)}; found {config.target_format!r}")
-    if config.features:
+    if wanted_features(config):
         parse_features(config.features)
         scheduled(config.feature_weight, 0, 1)
     if config.token_weights:
@@ -42,8 +45,40 @@ def check_training(config: TrainConfig) -> None:
         raise UserError(f"{kept}, which serves forward_kl only, not loss {config.loss!r}; use hidden or full")
     if config.temperature_schedule:
         raise UserError(f"{kept} at one temperature, not {config.temperature_schedule!r}; use hidden or full")
-    if config.features:
+    if wanted_features(config):
         raise UserError(f"{kept} and no features; use hidden")
+
+
+def wanted_features(config: TrainConfig) -> str:
+    """The features a user asks for; "" where that is left to the run."""
+    return "" if config.features == "auto" else config.features
+
+
+def settle_features(config: TrainConfig, student: Any, known: Any, teacher: Any, regime: Any) -> TrainConfig:
+    """`config` with features "auto" settled: AUTO_FEATURES where the student was made of the teacher's own residual stream, at the same
+    width, and the targets hold what is needed; none elsewhere."""
+    if config.features != "auto":
+        return config
+    about = getattr(student, "model", student).config.get_text_config()
+    layers, width, held = 0, 0, None
+    if known is not None:
+        layers, width, held = (getattr(known, name, 0) for name in ("layers", "width", "features"))
+    elif teacher is not None and scheduled(config.alpha, 0, 1) < 1:
+        sizes = teacher.config.get_text_config()
+        layers, width = sizes.num_hidden_layers, sizes.hidden_size
+    brought = regime is not None and regime.brings_targets
+    fits = not brought and layers and width == about.hidden_size and made_of_teacher(getattr(student, "method", ""))
+    if fits and known is not None:
+        fits = set(teacher_features(AUTO_FEATURES, about.num_hidden_layers, layers)) <= set(held or ())
+    return dataclasses.replace(config, features=AUTO_FEATURES if fits else "")
+
+
+def features_to_store(config: TrainConfig, target: Any) -> str:
+    """The features that a run's targets are to hold for a student of the shape `target` (student.target.Target)."""
+    if config.features != "auto":
+        return config.features
+    same = not target.checkpoint and target.config.hidden_size == target.teacher.hidden_size
+    return AUTO_FEATURES if same and config.target_format == "hidden" else ""
 
 
 def make_match(config: TrainConfig, model: Any, targets: Any, teacher: Any, seed: int) -> FeatureMatch:

@@ -45,14 +45,19 @@ def make_projector(student: int, teacher: int) -> nn.Module:
 def layer_pairs(spec: str, student_layers: int, teacher_layers: int) -> list[tuple[int, int]]:
     """Which student layer learns from which teacher layer (counted from 0; -1 is the last).
 
-    `uniform`: every student layer, spread evenly to the last of both; `last:k`: the last k of both; `0=1,3=7`: as written.
+    `uniform`: every student layer, spread evenly to the last of both; `even:k`: k of these, spread evenly to the last; `last:k`: the last k
+    of both; `0=1,3=7`: as written.
     Raises UserError for anything else or layers that are not there.
     """
+    everywhere = [(i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
     if spec == "uniform":
-        return [(i, round((i + 1) * teacher_layers / student_layers) - 1) for i in range(student_layers)]
+        return everywhere
     name, _, count = spec.partition(":")
     try:
-        if name == "last":
+        if name == "even":
+            k = min(int(count), student_layers)
+            pairs = [everywhere[round((i + 1) * student_layers / k) - 1] for i in range(k)]
+        elif name == "last":
             k = int(count or 1)
             pairs = [(student_layers - 1 - i, teacher_layers - 1 - i) for i in reversed(range(k))]
         else:
@@ -60,7 +65,9 @@ def layer_pairs(spec: str, student_layers: int, teacher_layers: int) -> list[tup
             pairs = [(int(s) % student_layers if int(s) < 0 else int(s), int(t)) for s, t in written]
             pairs = [(s, t % teacher_layers if t < 0 else t) for s, t in pairs]
     except ValueError:
-        raise UserError(f"layer map {spec!r} must be uniform, learned, last:K or pairs such as 0=1,3=7") from None
+        raise UserError(
+            f"layer map {spec!r} must be uniform, learned, even:K, last:K or pairs such as 0=1,3=7"
+        ) from None
     if not pairs or any(not (0 <= s < student_layers and 0 <= t < teacher_layers) for s, t in pairs):
         raise UserError(
             f"layer map {spec!r} names layers outside {student_layers} (student) and {teacher_layers} (teacher)"

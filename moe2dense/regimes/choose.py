@@ -57,7 +57,7 @@ def check_regime_settings(settings: "RunConfig") -> None:
     if not name or not brings_targets(name, settings.regime):
         return
     for key in ("select", "targets", "features", "token_weights"):
-        if getattr(train, key):
+        if getattr(train, key) not in ("", "auto"):
             raise UserError(
                 f"train.{key} belongs to the teacher's answers on fixed text, which the {name} regime does not use"
             )

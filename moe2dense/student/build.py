@@ -14,9 +14,10 @@ from torch import Tensor
 
 from moe2dense.config import WalkConfig
 from moe2dense.errors import UserError
+from moe2dense.losses.capture import feature_name
 from moe2dense.student.assemble import CarriedOver, empty_student, unload
 from moe2dense.student.carry import Carrier
-from moe2dense.student.footprint import polish_bytes
+from moe2dense.student.footprint import hint_layers, polish_bytes
 from moe2dense.student.heap import closely, give_back
 from moe2dense.student.host import dense_config
 from moe2dense.student.layerwise import Walk, build_layer
@@ -49,6 +50,7 @@ class Building(Walk):
     cut: Cut | None = None  # channels, layers and heads that a pruned student keeps
     store: LayerStore | None = None  # where finished layers go
     final: Tensor | None = None  # [N, S, H] the teacher's final hidden states
+    hints: dict[str, Tensor] = field(default_factory=dict)  # [N, S, H] bf16: the teacher's states by a student's layer
 
 
 def build_student(
@@ -121,6 +123,14 @@ def _target_of(teacher: Teacher, to: str | Target, data: "Blocks", init: str, co
 
 def _fits(state: Building) -> bool:
     return polish_bytes(state.target.parameters) <= state.teacher.budget
+
+
+def _hinted(state: Building) -> Sequence[int]:
+    """The student's layers whose states the polish follows."""
+    if not (polishes(state.steps, state.config) and state.config.polish_hints and _fits(state)):
+        return ()
+    layers = len(state.carrier.body.layers)
+    return hint_layers(layers, 2 * state.hidden.numel(), state.teacher.budget // 4)
 
 
 def _unpolished(state: Building) -> list[dict[str, Any]]:
@@ -208,7 +218,7 @@ def _whole(state: Building, init: str, data: "Blocks", progress: Progress | None
     state.carried.fill_missing()
     model.tie_weights()
     if state.final is not None:
-        state.history.append(polish(model, state.teacher, state.carrier, state.final, state, progress))
+        state.history.append(polish(model, state.teacher, state.carrier, state.final, state, progress, state.hints))
     else:
         state.history += _unpolished(state)
     missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -266,6 +276,8 @@ def _layer(state: Building, made: LayerPass) -> dict[str, Any]:
             state.store.write(index, layer, fate, record)
     else:
         fate, record = kept
+    if index in _hinted(state):
+        state.hints[feature_name(index)] = (cut.layer(made) if cut else made).hidden_out.to(torch.bfloat16)
     state.hidden = carrier.run(index, state.hidden)
     if state.store:
         unload(layer)

@@ -15,6 +15,12 @@ def polish_bytes(parameters: int) -> int:
     return FP32 * FIT_COPIES * parameters
 
 
+def hint_layers(layers: int, each: int, budget: int) -> range:
+    """Which of so many layers keep the teacher's states of `each` bytes for the polish: all but the last, or evenly spaced ones that fit."""
+    most = min(layers - 1, budget // max(each, 1))
+    return range(-(-layers // (most + 1)) - 1, layers - 1, -(-layers // (most + 1))) if most > 0 else range(0)
+
+
 def pool_bytes(pool: int, hidden: int) -> int:
     """Memory of eliminating neurons of a pool: Gram matrix, its factor and inverse, one to spare; the neurons and their outputs."""
     return FP32 * (4 * pool**2 + 6 * pool * hidden)

