@@ -93,7 +93,9 @@ def bare_loop(teacher, blocks: Blocks, steps: int, labels_only: bool = False) ->
 
 
 def our_loop(teacher, blocks: Blocks, targets, alpha: float = 0.0) -> float:
-    config = TrainConfig(batch=PER_STEP * 256, micro_batch=PER_STEP, alpha=alpha, save_every=10**9, eval_every=10**9)
+    config = TrainConfig(
+        batch=PER_STEP * 256, micro_batch=PER_STEP, alpha=alpha, features="", save_every=10**9, eval_every=10**9
+    )
     student = make_student(teacher)
     return sum(
         256 * PER_STEP / r["tokens_per_second"]
@@ -200,7 +202,7 @@ def formats(teacher, blocks: Blocks, valid: Blocks, tokens: int) -> None:
                 size = sum(p.stat().st_size for p in Path(folder).glob("shard-*")) / small.tokens
             line = f"{name:20s} {size:12.1f}"
             if tokens:
-                config = TrainConfig(alpha=alpha, eval_every=10**9)
+                config = TrainConfig(alpha=alpha, features="", eval_every=10**9)
                 store = WithoutTail(store) if "without" in name else store
                 run = distill(
                     make_student(teacher), data=small, targets=store, valid=valid, valid_targets=held, config=config
@@ -210,7 +212,7 @@ def formats(teacher, blocks: Blocks, valid: Blocks, tokens: int) -> None:
 
 
 FEATURES = (
-    {}, {"features": "mse:uniform@0.1"}, {"features": "mse:uniform@linear:0.1:0"}, {"features": "mse:last@0.1"},
+    {}, {"features": "mse:even:4@10"}, {"features": "mse:even:4@10+attention:last@1"}, {"features": "mse:uniform@0.1"}, {"features": "mse:uniform@linear:0.1:0"}, {"features": "mse:last@0.1"},
     {"features": "mse:learned@0.1"}, {"features": "cosine:uniform@0.1"}, {"features": "attention:last@1"},
     {"features": "attention:last@linear:1:0"}, {"features": "relation:last@1"}, {"features": "relation:last@linear:1:0"},
     {"features": "rkd:uniform@1"}, {"token_weights": "router-entropy"}, {"token_weights": "expert-saliency"},
@@ -228,7 +230,7 @@ def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folde
     teacher = load_teacher(ROOT / "examples/tiny-mixtral")
     start = load_student(folder) if folder else build_student(teacher, to="3.2m", data=blocks[: 49152 // 256])
     layers = teacher.config.num_hidden_layers
-    names = teacher_features("+".join(o["features"] for o in rows if "features" in o), layers, layers)
+    names = teacher_features("+".join(o["features"] for o in rows if o.get("features")), layers, layers)
     used = blocks[: tokens // 256]
     known = hidden_targets(teacher, used, features=names, routing=TOKEN_WEIGHTS)
     held = hidden_targets(teacher, valid)
@@ -236,7 +238,7 @@ def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folde
     for options in rows:
         kls, clock = [], time.perf_counter()
         for seed in range(seeds):
-            student, config = copy.deepcopy(start), TrainConfig(eval_every=10**9, **options)
+            student, config = copy.deepcopy(start), TrainConfig(eval_every=10**9, **({"features": ""} | options))
             run = distill(student, data=used, targets=known, valid=valid, valid_targets=held, config=config, seed=seed)
             kls.append(run.history[-1]["valid_kl"])
         shown = " ".join(f"{kl:.4f}" for kl in kls)

@@ -36,6 +36,7 @@ import torch
 from moe2dense.config import TrainConfig, WalkConfig
 from moe2dense.data import Blocks, load_blocks
 from moe2dense.evaluation import Reference, evaluate, reference
+from moe2dense.losses.matching import teacher_features
 from moe2dense.sources import passages
 from moe2dense.student.build import build_student
 from moe2dense.student.host import dense_config
@@ -43,6 +44,7 @@ from moe2dense.student.target import Target, resolve_target
 from moe2dense.targets import hidden_targets
 from moe2dense.teacher.load import Teacher, load_teacher
 from moe2dense.training import distill
+from moe2dense.trainsetup import AUTO_FEATURES
 
 ROOT = Path(__file__).parent.parent
 ALL = (
@@ -79,13 +81,11 @@ def judge(model: Any, texts: dict[str, Reference]) -> dict[str, float]:
     return found
 
 
-def trained(student: Any, data: Blocks, targets: Any, budget: int, epochs: float, seed: int) -> None:
-    """Distil on the first `budget` tokens of the text, `epochs` times over."""
-    config = TrainConfig(epochs=epochs) if epochs else TrainConfig()
+def trained(student: Any, data: Blocks, targets: Any, budget: int, config: TrainConfig, seed: int) -> None:
+    """Distil on the first `budget` tokens of the text."""
     config = dataclasses.replace(config, tokens=budget, eval_every=10**9, save_every=10**9)
-    rows = range(max(1, budget // data.input_ids.shape[1]))
-    part = dataclasses.replace(targets, hidden=targets.hidden[rows.start : rows.stop])
-    distill(student, data=data[rows.start : rows.stop], targets=part, config=config, seed=seed)
+    part = slice(0, max(1, budget // data.input_ids.shape[1]))
+    distill(student, data=data[part], targets=targets[part], config=config, seed=seed)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -99,7 +99,10 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     data = load_blocks(args.data, tokenizer, args.block, "train")
     count = min(len(data), max([*budgets, args.walk_tokens]) // args.block)
     data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]]  # from many passages
-    targets = hidden_targets(teacher, data) if budgets else None
+    layers = teacher.config.get_text_config().num_hidden_layers
+    names = teacher_features(AUTO_FEATURES if args.features == "auto" else args.features, layers, layers)
+    targets = hidden_targets(teacher, data, features=names) if budgets else None
+    training = TrainConfig(features=args.features, epochs=args.epochs)
     rows = []
     print(
         f"teacher NLL: {', '.join(f'{n} {judge_teacher(r):.3f}' for n, r in texts.items())}; text: {data.tokens} tokens",
@@ -124,7 +127,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 rows.append(show(row | judge(student, texts) | {"seconds": built}))
                 for budget in budgets:
                     copied, begun = copy.deepcopy(student), time.monotonic()
-                    trained(copied, data, targets, budget, args.epochs, seed)
+                    trained(copied, data, targets, budget, training, seed)
                     rows.append(
                         show(
                             row
@@ -176,9 +179,8 @@ def main() -> None:
     parser.add_argument("--budgets", default="", help="total teacher tokens to train with, such as 49152,491520")
     parser.add_argument("--walk-tokens", type=int, default=49_152)
     parser.add_argument("--block", type=int, default=256)
-    parser.add_argument(
-        "--epochs", type=float, default=0.0, help="passes over the training text; 0 = the default of the project"
-    )
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training text")
+    parser.add_argument("--features", default="auto", help="feature losses of the training; '' = distributions alone")
     parser.add_argument(
         "--sibling", type=int, default=0, help="also train a dense model of this shape on so many tokens of text"
     )

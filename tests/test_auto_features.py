@@ -69,7 +69,7 @@ def test_what_is_asked_for_stays(setting):
 
 
 def test_the_loss_counts_the_states(setting):
-    """Training with the default differs from training without, by a feature loss in the log."""
+    """Training by default differs from training without features."""
     import copy
 
     teacher, student, data = setting
