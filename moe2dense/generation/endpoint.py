@@ -1,8 +1,10 @@
 """Answers of an OpenAI-compatible server, one HTTP request each, kept as they come in.
 
-answers.jsonl in the folder holds every whole answer; a half-written last line is dropped when the collection goes on.
+answers.jsonl in the folder holds every whole answer; a half-written last line is dropped when the collection goes on, and what a
+damaged line held is asked for again.
 """
 
+import contextlib
 import http.client
 import json
 import os
@@ -94,7 +96,7 @@ class Endpoint:
             raise _Failed(f"an answer that is no completion: {raw[:60].decode(errors='replace')!r}") from None
         if not isinstance(text, str):
             raise _Failed(f"an answer without text: {raw[:60].decode(errors='replace')!r}")
-        return text
+        return text.encode(errors="replace").decode()  # half a character, where a server cut its text, is no text
 
     def _fetch(self, request: urllib.request.Request) -> bytes:
         """The body of one response, whole, within the timeout however slowly it drips."""
@@ -163,7 +165,7 @@ def _begin(folder: Path, identity: dict[str, str]) -> dict[int, str]:
     """Answers that are there already; what remains of a line cut short is removed."""
     folder.mkdir(parents=True, exist_ok=True)
     about = folder / "endpoint.json"
-    if about.exists() and json.loads(about.read_text()) != identity:
+    if about.exists() and _read(about) != identity:
         raise UserError(f"{folder} holds answers of another model or to other prompts; choose another --out")
     atomic_write(about, json.dumps(identity, indent=1))
     file = folder / ANSWERS
@@ -173,8 +175,19 @@ def _begin(folder: Path, identity: dict[str, str]) -> dict[int, str]:
     end = whole.rfind(b"\n") + 1
     if end < len(whole):
         atomic_write(file, whole[:end])
-    rows = [json.loads(line) for line in whole[:end].splitlines()]
-    return {row["number"]: row["answer"] for row in rows}
+    found = {}
+    for line in whole[:end].splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line is asked for again
+            row = json.loads(line)
+            found[int(row["number"])] = str(row["answer"])
+    return found
+
+
+def _read(file: Path) -> Any:
+    try:
+        return json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file} cannot be read: {error}; choose another --out") from error
 
 
 def _ask_all(

@@ -106,6 +106,18 @@ def test_a_teacher_that_only_ends(teacher, text, tmp_path, monkeypatch):
     assert records(tmp_path / "w")
 
 
+def test_a_teacher_whose_every_word_ends_the_text(teacher, text, tmp_path, monkeypatch, capsys):
+    """Decoded for real: any token closes the text."""
+    monkeypatch.setattr(dataset, "stop_ids", lambda *_: list(range(teacher.config.vocab_size)))
+    with pytest.raises(UserError, match="only its end-of-text token after all 16 prompts"):
+        write_text(teacher, tmp_path / "w", text, SMALL, 900, block=64)
+    assert json.loads((tmp_path / "w" / "writing.json").read_text())["shards"] == []
+    call = ["generate", str(teacher.path), "--data", str(text), "--out", str(tmp_path / "c"), "--tokens", "200"]
+    assert main([*call, "--block", "64", "--memory", "300MB"]) == 2
+    said = capsys.readouterr().err
+    assert said.count("error:") == 1 and "only its end-of-text token" in said and "Traceback" not in said
+
+
 def test_filters_that_keep_nothing(teacher, text, tmp_path):
     with pytest.raises(UserError, match="kept 0 of 16 written texts .* by nll"):
         write_text(teacher, tmp_path / "w", text, dataclasses.replace(SMALL, nll="100:200"), 900, block=64)

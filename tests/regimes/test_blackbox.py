@@ -108,9 +108,13 @@ def broken(data, status=200, length=None):
         (broken(b'{"choices": [{"te'), "no completion: '{\"choices"),
         (broken(b'{"choices": [{"te', length=80), "half an answer"),
         (broken(b'{"choices": [{"text": null}]}'), "an answer without text"),
+        (broken(b'{"choices": []}'), 'no completion: \'{"choices": []}'),
+        (broken(b"[1, 2]"), "no completion: '[1, 2]"),
+        (broken(b"\xff\xfe\x00junk"), "no completion"),
+        (broken(b""), "no completion: ''"),
         (broken(b"overloaded", 500), "HTTP 500: overloaded"),
     ],
-    ids=["stall", "drip", "junk", "half json", "half body", "null", "500"],
+    ids=["stall", "drip", "junk", "half json", "half body", "null", "none", "list", "bytes", "empty", "500"],
 )
 def test_what_goes_wrong_is_one_sentence_and_nothing_is_lost(fault, message, tmp_path):
     ill = True
@@ -157,6 +161,28 @@ def test_a_line_cut_short_is_asked_for_again(tmp_path):
         assert len(server.requests) == 5
         with pytest.raises(UserError, match="another model or to other prompts"):
             collect(Endpoint(server.url, "other"), PROMPTS[:4], tmp_path, "p")
+
+
+def test_a_damaged_line_loses_no_other(tmp_path):
+    with Server(lambda h, n, b: answer(h, b)) as server:
+        collect(endpoint(server, parallel=1), PROMPTS[:4], tmp_path, "p")
+        file = tmp_path / "answers.jsonl"
+        lines = file.read_text().splitlines()
+        file.write_text("\n".join([lines[0], lines[1][: len(lines[1]) // 2], '{"number": "x"}', *lines[2:]]) + "\n")
+        found = collect(endpoint(server), PROMPTS[:4], tmp_path, "p")
+        assert [r["completion"] for r in found] == [f" an answer to Question {i}:" for i in range(4)]
+        assert len(server.requests) == 5
+        (tmp_path / "endpoint.json").write_text("{")
+        with pytest.raises(UserError, match="endpoint.json cannot be read"):
+            collect(endpoint(server), PROMPTS[:4], tmp_path, "p")
+
+
+def test_half_a_character_is_kept_as_a_question_mark(tmp_path):
+    """As servers send that cut a text after a number of tokens."""
+    with Server(lambda h, n, b: send(h, b'{"choices": [{"text": " so \\ud83d"}]}')) as server:
+        found = collect(endpoint(server), PROMPTS[:2], tmp_path, "p")
+        assert [r["completion"] for r in found] == [" so ?"] * 2
+        assert collect(endpoint(server), PROMPTS[:2], tmp_path, "p") == found and len(server.requests) == 2
 
 
 def test_only_empty_answers(tmp_path):
