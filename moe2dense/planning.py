@@ -14,7 +14,7 @@ from moe2dense.errors import UserError
 from moe2dense.geometry import Geometry, teacher_geometry
 from moe2dense.resolve import ResolvedTeacher, resolve_teacher
 from moe2dense.run import free_bytes
-from moe2dense.student.footprint import STATE_COPIES, layer_bytes, polish_bytes, pool_limit
+from moe2dense.student.footprint import STATE_COPIES, layer_bytes, polish_bytes, pool_limit, refit_limit
 from moe2dense.units import parse_bytes, show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -187,7 +187,8 @@ def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int
     tables = target.config.vocab_size * hidden * (1 if target.config.tie_word_embeddings else 2)
     layer, ffn = (target.parameters - tables) // layers, 3 * hidden * target.width
     pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, target.width, hidden))
-    return layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool, walk, local, layer_fit if c.layer_steps else 0)
+    limit, layer_fit = refit_limit(budget // 2), layer_fit if c.layer_steps else 0
+    return layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool, walk, limit, local, layer_fit)
 
 
 def kept_states(config: RunConfig, target: "Target") -> int:

@@ -37,6 +37,11 @@ def refit_bytes(width: int) -> int:
     return (FP32 + 2 * 8) * width**2
 
 
+def refit_limit(budget: int) -> int:
+    """Most neurons whose refit's matrices fit in `budget` bytes."""
+    return max(1, math.isqrt(max(budget, 0) // (FP32 + 2 * 8)))
+
+
 def rows_at_once(width: int) -> int:
     """Tokens whose activations are made at once: a matrix of them takes some 64 MB, and holds 256 to 8192 tokens."""
     return max(256, min(8192, 16_000_000 // max(width, 1)))
@@ -53,16 +58,17 @@ def trained_bytes(width: int, hidden: int, batch: int) -> int:
 
 
 def layer_bytes(
-    layer: int, ffn: int, width: int, hidden: int, pool: int, tokens: int, local_batch: int = 0, layer_batch: int = 0
-) -> int:
+    layer: int, ffn: int, width: int, hidden: int, pool: int, tokens: int, limit: int, local_batch: int = 0, layer_batch: int = 0
+) -> int:  # fmt: skip
     """Most memory that building one layer takes beside its hidden states: `layer` and `ffn` parameters, a pool of neurons to choose from.
 
-    The largest of choosing neurons, of the refit, and of the fits with batches of so many tokens (0 = no such fit). A fit's optimiser
-    works on one tensor at a time, for which it takes two more of that size.
+    The largest of choosing neurons, of the refit (of `limit` neurons at once), and of the fits with batches of so many tokens (0 = no such
+    fit). A fit's optimiser works on one tensor at a time, for which it takes two more of that size.
     """
     rest, at_once, spare = FP32 * (layer - ffn), activation_bytes(width, tokens), FP32 * 2 * width * hidden
     choice = pool_bytes(pool, hidden) + activation_bytes(pool, tokens) if pool > width else FP32 * 2 * ffn
-    refit = FP32 * 2 * ffn + max(FP32 * width**2 + at_once, refit_bytes(width))
+    solved = min(width, limit)
+    refit = FP32 * 2 * ffn + max(FP32 * solved**2 + at_once, refit_bytes(solved))
     local = FP32 * (1 + FIT_COPIES) * ffn + max(at_once, spare, trained_bytes(width, 0, local_batch))
     whole = FP32 * FIT_COPIES * layer + max(at_once, spare, trained_bytes(width, hidden, layer_batch))
     return max(rest + max(choice, refit, local if local_batch else 0), whole if layer_batch else 0)

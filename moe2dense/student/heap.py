@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-_MMAP_THRESHOLD = -3  # M_MMAP_THRESHOLD of malloc.h
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
 _USUAL, _CLOSE = (
     32 << 20,
     1 << 20,
@@ -44,4 +44,5 @@ def closely(wanted: bool = True) -> Iterator[None]:
         yield
     finally:
         library.mallopt(_MMAP_THRESHOLD, _USUAL)
+        library.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
         library.malloc_trim(0)

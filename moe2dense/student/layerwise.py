@@ -10,9 +10,10 @@ from torch import Tensor
 from moe2dense.config import WalkConfig
 from moe2dense.student.assemble import put_ffn
 from moe2dense.student.carry import Carrier
+from moe2dense.student.device import with_room
 from moe2dense.student.ffn.local import Fit, fit, local, relative_error
 from moe2dense.student.ffn.refit import refit
-from moe2dense.student.footprint import pool_limit
+from moe2dense.student.footprint import layer_bytes, pool_limit, refit_limit
 from moe2dense.student.heap import give_back
 from moe2dense.student.methods import Block, make_ffn
 from moe2dense.student.prune import mean_gate
@@ -59,7 +60,7 @@ def block_of(state: Walk, made: LayerPass, x: Tensor, target: Tensor) -> Block:
         experts=made.experts or (), stats=state.stats[made.index] if made.sparse else None, probability=probability,
         input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
         seed=state.seed * 1000 + made.index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
-        pool_limit=pool_limit(state.teacher.budget // 2, state.target.width, hidden_size),
+        pool_limit=pool_limit(state.teacher.budget // 2, state.target.width, hidden_size), device=state.teacher.device,
     )  # fmt: skip
     return replace(block, gating=gating) if gating else block
 
@@ -74,6 +75,14 @@ def seen_and_wanted(state: Walk, made: LayerPass, index: int) -> tuple[Tensor, T
     return x, rest.reshape(-1, rest.shape[2])[state.real].div_(state.carrier.multiplier())
 
 
+def _device(state: Walk, ffn: DenseFFN, x: Tensor) -> torch.device:
+    """Where an FFN is refitted and fitted on inputs x [T, H]: beside its matrices, x and the target are there."""
+    numbers = sum(p.numel() for p in ffn.parameters())
+    limit = refit_limit(state.teacher.budget // 2)
+    fits = layer_bytes(numbers, numbers, ffn.width, x.shape[1], 0, len(x), limit, state.config.local_batch)
+    return with_room(state.teacher.device, fits + 2 * x.nbytes)
+
+
 def build_ffn(state: Walk, made: LayerPass, index: int) -> tuple[DenseFFN, LayerFate | None, dict[str, Any]]:
     """Method, refit and local fit of one layer's FFN, with the errors after each."""
     config = state.config
@@ -81,13 +90,14 @@ def build_ffn(state: Walk, made: LayerPass, index: int) -> tuple[DenseFFN, Layer
     held = state.held.repeat_interleave(made.hidden_in.shape[1])[state.real]
     with torch.no_grad():
         ffn, fate = make_ffn(block_of(state, made, x, wanted), state.base)
-        record: dict[str, Any] = {"layer": index, "error_init": relative_error(ffn, x, wanted)}
+        limit, device = refit_limit(state.teacher.budget // 2), _device(state, ffn, x)
+        record: dict[str, Any] = {"layer": index, "error_init": relative_error(ffn.to(device), x, wanted)}
         if "refit" in state.steps:
-            ffn = refit(ffn, x, wanted, config.ridge)
-            record["error_refit"] = relative_error(ffn, x, wanted)
+            ffn = refit(ffn, x, wanted, config.ridge, limit, device)
+            record["error_refit"] = relative_error(ffn.to(device), x, wanted)
     if "local" in state.steps and bool(held.any()):
         ffn, done = local(
-            ffn, x, wanted, held, config.local_steps, config.local_lr, config.local_batch, state.seed + index
+            ffn, x, wanted, held, config.local_steps, config.local_lr, config.local_batch, state.seed + index, device
         )
         record |= _fit_record("local", done)
     return ffn, fate, record

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from moe2dense.config import WalkConfig
 from moe2dense.errors import UserError
+from moe2dense.student.device import with_room
 from moe2dense.student.ffn.align import aligned_average
 from moe2dense.student.ffn.average import average
 from moe2dense.student.ffn.cluster import cluster
@@ -18,6 +19,7 @@ from moe2dense.student.ffn.refit import grams
 from moe2dense.student.ffn.scores import best_experts
 from moe2dense.student.ffn.select import best_neurons, gather, output_energy
 from moe2dense.student.ffn.svd import svd_gather
+from moe2dense.student.footprint import activation_bytes, pool_bytes
 from moe2dense.student.types import (
     MIXED,
     NEW,
@@ -55,6 +57,7 @@ class Block:
     gating: Gating = silu_glu
     config: WalkConfig = field(default_factory=WalkConfig)
     pool_limit: int = 0  # most neurons a Gram matrix may have; 0 = no limit
+    device: torch.device | str = "cpu"  # where Gram matrices are made and neurons eliminated, if there is room
 
     @property
     def alpha(self) -> Tensor:
@@ -163,9 +166,11 @@ def _obs(block: Block, width: int) -> tuple[DenseFFN, Tensor, Tensor]:
         target = target - fixed(block.x[tokens])
     if pool.width <= width:
         return pool, expert, neuron
-    gram, cross = grams(replace(pool, down_bias=None), block.x[tokens], target)
-    step = max(1, pool.width // 256)
-    keep = eliminate(gram, cross, pool.down.T, min(width, pool.width), block.config.ridge, step, overwrite=True)
+    need = pool_bytes(pool.width, block.hidden_size) + activation_bytes(pool.width, len(target))
+    device, step = with_room(block.device, need), max(1, pool.width // 256)
+    gram, cross = grams(replace(pool, down_bias=None), block.x[tokens], target, device=device)
+    start = pool.down.T.to(device)
+    keep = eliminate(gram, cross, start, min(width, pool.width), block.config.ridge, step, overwrite=True).cpu()
     return dense(pool, rows=keep), expert[keep], neuron[keep]
 
 

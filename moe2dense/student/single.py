@@ -53,9 +53,9 @@ def single_expert(made: LayerPass, stats: RoutingStats) -> LayerPass:
     view.__dict__["shared"] = []
     rows = torch.nonzero(made.token_mask.cpu()).flatten()
     for part in rows.split(4096):
-        hidden = ffn.hidden(made.x[part])
+        hidden = ffn.hidden(made.x[part].to(ffn.gate))
         output = torch.nn.functional.linear(hidden, ffn.down.to(hidden), ffn.down_bias)
-        stats.expert(view, 0, part, torch.ones(len(part)), hidden, output)
+        stats.expert(view, 0, part, hidden.new_ones(len(part)), hidden, output)
     stats.layer(view)
     return view
 

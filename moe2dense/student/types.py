@@ -74,6 +74,14 @@ class DenseFFN:
         """Outputs [n, H] of inputs [n, H]."""
         return F.linear(self.hidden(x), self.down, self.down_bias)
 
+    def to(self, device: torch.device | str) -> "DenseFFN":
+        """The same FFN on `device`; tensors that are there already are shared."""
+        moved = [
+            None if t is None else t.to(device)
+            for t in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
+        ]
+        return DenseFFN(*moved, gating=self.gating)  # type: ignore[arg-type]
+
     def parameters(self) -> list[Tensor]:
         """The tensors of the FFN, biases included where there are any."""
         every = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)

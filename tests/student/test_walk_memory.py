@@ -95,12 +95,14 @@ def test_layer_bytes_is_the_largest_step():
     """By hand, for a layer of 10 parameters outside an FFN of 3 * 4 * 5: width 5, hidden 4."""
     states = 4 * 4 * 5 * 7  # four activations of seven tokens
     refit = 4 * 10 + 4 * 2 * 60 + max(4 * 25 + states, 20 * 25)
-    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7) == refit
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, limit=9) == refit
     local = 4 * 10 + 4 * 6 * 60 + 4 * 100 * 7 * 5
-    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, local_batch=100) == local > refit
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, limit=9, local_batch=100) == local > refit
     whole = 4 * 5 * 70 + 4 * 100 * (7 * 5 + 16 * 4)
-    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, local_batch=100, layer_batch=100) == whole > local
-    assert layer_bytes(70, 60, 5, 4, pool=1000, tokens=7) == 40 + pool_bytes(1000, 4) + 4 * 4 * 1000 * 7
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, limit=9, local_batch=100, layer_batch=100) == whole > local
+    grouped = 4 * 10 + 4 * 2 * 60 + 4 * 3**2 + states
+    assert layer_bytes(70, 60, 5, 4, pool=5, tokens=7, limit=3) == grouped < refit
+    assert layer_bytes(70, 60, 5, 4, pool=1000, tokens=7, limit=9) == 40 + pool_bytes(1000, 4) + 4 * 4 * 1000 * 7
 
 
 @pytest.mark.skipif(_glibc() is None or not Path("/proc/self/status").exists(), reason="glibc's heap, seen in /proc")
@@ -119,6 +121,8 @@ def test_freed_memory_goes_back():
     held = anonymous()
     give_back()
     assert held - anonymous() > 60e6 and float(last.sum()) == 500_000
+    del last
+    give_back()
     with closely():
         blocks = [torch.ones(500_000) for _ in range(60)]
         full, last = anonymous(), blocks[-1]

@@ -84,11 +84,13 @@ def fit(
 
 
 def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor) -> float:
-    """Mean of |f(x) - t|^2 over tokens, relative to the mean of |t|^2; x [T, H], target [T, H]."""
+    """Mean of |f(x) - t|^2 over tokens, relative to the mean of |t|^2; x [T, H], target [T, H]. Computed where the FFN is."""
     if len(x) == 0:
         return math.nan
-    chunk = rows_at_once(ffn.width)
-    missed = sum(float((ffn(x[i : i + chunk]) - target[i : i + chunk]).pow(2).sum()) for i in range(0, len(x), chunk))
+    chunk, device, missed = rows_at_once(ffn.width), ffn.down.device, 0.0
+    for i in range(0, len(x), chunk):
+        got = ffn(x[i : i + chunk].to(device))
+        missed += float((got - target[i : i + chunk].to(device)).pow(2).sum())
     return missed / max(float(target.pow(2).sum()), 1e-30)
 
 
@@ -101,18 +103,21 @@ def local(
     lr: float = 2e-3,
     batch: int = 2048,
     seed: int = 0,
+    device: torch.device | str = "cpu",
 ) -> tuple[DenseFFN, Fit]:
     """`ffn` trained for `steps` batches of tokens towards target [T, H] on inputs x [T, H]: local feature distillation.
 
     `held_out` [T] bool marks the tokens that are kept back to choose the step; the result's error on them is never above the start's.
+    Computed on `device`; the result is on the CPU.
     """
-    copy = dense(ffn)
+    copy = dense(ffn).to(device)
+    x, target, held_out = (t.to(device) for t in (x, target, held_out))
     rows = torch.nonzero(~held_out).flatten()
     x_held, t_held = x[held_out], target[held_out]
     scale = target.pow(2).mean().clamp_min(1e-30)
 
     def loss(index: Tensor) -> Tensor:
-        pick = rows[index]
+        pick = rows[index.to(rows.device)]
         return (copy(x[pick]) - target[pick]).pow(2).mean() / scale
 
     def check() -> float:
@@ -120,5 +125,6 @@ def local(
             return relative_error(copy, x_held, t_held)
 
     if len(rows) == 0 or not bool(held_out.any()):
-        return copy, Fit(math.nan, math.nan, 0)
-    return copy, fit(copy.parameters(), loss, check, len(rows), steps, lr, batch, seed)
+        return copy.to("cpu"), Fit(math.nan, math.nan, 0)
+    done = fit(copy.parameters(), loss, check, len(rows), steps, lr, batch, seed)
+    return copy.to("cpu"), done

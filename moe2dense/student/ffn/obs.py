@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+from moe2dense.student.ffn.symmetric import add_product
+
 
 def eliminate(
     gram: Tensor,
@@ -19,7 +21,8 @@ def eliminate(
     |W_i|^2 / [A^-1]_ii with A = H'H + lambda I (optimal brain surgeon, Hassibi and Stork 1993; for experts in output space HEAPr,
     arXiv 2509.22299), after which W and A^-1 are downdated exactly. `block` neurons are dropped per step; 1 is the exact greedy order.
 
-    gram [P, P], cross [P, H], start [P, H] (W0); lambda is `ridge` times the Gram's mean diagonal. `overwrite`: the memory of `gram` and `cross` may be used.
+    gram [P, P], cross [P, H], start [P, H] (W0), all on the device that is to work; lambda is `ridge` times the Gram's mean diagonal.
+    `overwrite`: the memory of `gram` and `cross` may be used.
     """
     least = 10 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5  # below it rounding leaves no positive definite matrix
     strength = max(ridge, least) * gram.diagonal().mean().clamp_min(1e-12)
@@ -29,19 +32,77 @@ def eliminate(
     weights = torch.addcmul(cross, start, strength.expand_as(start), out=cross if overwrite else None)
     weights = torch.cholesky_solve(weights, inverse)
     torch.cholesky_inverse(inverse, out=inverse)
-    index = torch.arange(len(gram), device=gram.device)  # of what is still stored
-    alive = torch.ones(len(gram), dtype=torch.bool, device=gram.device)
-    left = len(gram)
-    while left > width:
-        score = (weights.pow(2).sum(1) / inverse.diagonal()).masked_fill(~alive, torch.inf)
-        drop = score.topk(min(block, left - width), largest=False).indices
-        columns = inverse[:, drop]
-        solved = torch.linalg.solve(columns[drop], torch.cat([weights[drop], columns.T], dim=1))
-        weights.addmm_(columns, solved[:, : weights.shape[1]], alpha=-1)
-        inverse.addmm_(columns, solved[:, weights.shape[1] :], alpha=-1)
-        alive[drop] = False
-        left -= len(drop)
-        if left < 0.8 * len(alive):  # compacting costs as much as a downdate, so it is done now and then
-            index, weights, inverse = index[alive], weights[alive], inverse[alive][:, alive]
-            alive = alive[alive]
-    return index[alive].sort().values
+    left = _Left(weights, inverse)
+    while left.count > width:
+        left.drop(min(block, left.count - width))
+        if left.count < 0.8 * len(left.index):  # compacting costs as much as a downdate, so it is done now and then
+            left.compact()
+    return left.survivors()[0]
+
+
+class _Left:
+    """The neurons that are left, their weights W [P, H] and A^-1 [P, P], of which the lower triangle alone is kept up to date.
+
+    Downdates of A^-1 wait until there are enough of them for one matrix product, as in blocked factorisations (LAPACK's pstrf):
+    A^-1 is `inverse` - `done` @ `owed`. Every shape is known without looking at values.
+    """
+
+    def __init__(self, weights: Tensor, inverse: Tensor):
+        self.weights, self.inverse = weights, inverse
+        self.index = torch.arange(len(weights), device=weights.device)  # of what is still stored
+        self.diagonal = inverse.diagonal().clone()
+        self.gone = torch.zeros_like(self.index)
+        self.count = len(weights)
+        self.waiting = 0
+        self.most = max(32, min(512, len(weights) // 16))  # columns that may wait
+        self.done = weights.new_empty(len(weights), self.most)
+        self.owed = weights.new_empty(self.most, len(weights))
+
+    def drop(self, number: int) -> None:
+        """Force those weights to zero whose loss costs least."""
+        if self.waiting + number > self.most:
+            self.settle()
+        score = (self.weights.pow(2).sum(1) / self.diagonal).masked_fill(self.gone.bool(), torch.inf)
+        drop = score.topk(number, largest=False).indices
+        columns = self._columns(drop)
+        solved = torch.linalg.solve(columns[drop], torch.cat([self.weights[drop], columns.T], dim=1))
+        weights, owed = solved.split([self.weights.shape[1], len(self.index)], dim=1)
+        self.weights.addmm_(columns, weights, alpha=-1)
+        self.diagonal -= (columns * owed.T).sum(1)
+        if number > self.most:
+            add_product(self.inverse, columns, owed, -1, lower=True)
+        else:
+            self.done[:, self.waiting : self.waiting + number] = columns
+            self.owed[self.waiting : self.waiting + number] = owed
+            self.waiting += number
+        self.gone[drop] = 1
+        self.count -= number
+
+    def _columns(self, pick: Tensor) -> Tensor:
+        """Columns [P, n] of A^-1 as it is now, from the lower triangle and what waits."""
+        above = torch.arange(len(self.index), device=pick.device)[:, None] < pick
+        columns = torch.where(above, self.inverse[pick].T, self.inverse[:, pick])
+        if self.waiting:
+            columns.addmm_(self.done[:, : self.waiting], self.owed[: self.waiting, pick], alpha=-1)
+        return columns
+
+    def settle(self) -> None:
+        """Carry out the downdates that wait."""
+        if self.waiting:
+            add_product(self.inverse, self.done[:, : self.waiting], self.owed[: self.waiting], -1, lower=True)
+            self.waiting = 0
+            self.diagonal = self.inverse.diagonal().clone()
+
+    def survivors(self) -> tuple[Tensor, Tensor]:
+        """(indices of the neurons that are left, ascending; where they are stored)."""
+        places = self.gone.topk(self.count, largest=False).indices.sort().values
+        return self.index[places], places
+
+    def compact(self) -> None:
+        """Store only what is left."""
+        self.settle()
+        self.index, places = self.survivors()
+        self.weights, self.diagonal = self.weights[places], self.diagonal[places]
+        self.inverse = self.inverse[places][:, places]
+        self.gone = torch.zeros_like(self.index)
+        self.done, self.owed = self.done[: self.count], self.owed[:, : self.count].contiguous()

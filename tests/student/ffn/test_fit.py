@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe2dense.student.ffn import symmetric
 from moe2dense.student.ffn.local import cosine, local, relative_error
 from moe2dense.student.ffn.obs import eliminate
 from moe2dense.student.ffn.refit import grams, refit, ridge_solve
@@ -107,6 +108,56 @@ def test_elimination_in_blocks_stays_close_to_the_greedy_one():
     chance = np.mean([_loss(hidden, target, start, strength, sorted(np.random.default_rng(i).permutation(p)[:20].tolist())) for i in range(20)])  # fmt: skip
     greedy, blocked = (_loss(hidden, target, start, strength, keep) for keep in (one, many))
     assert greedy <= blocked * 1.0000001 < 0.9 * chance and len(many) == 20
+
+
+def _eliminate_plainly(gram: Tensor, cross: Tensor, start: Tensor, width: int, ridge: float, block: int) -> list[int]:
+    """The same elimination with everything computed anew at every step."""
+    strength = ridge * gram.diagonal().mean()
+    left = torch.arange(len(gram))
+    while len(left) > width:
+        inverse = (gram[left][:, left] + strength * torch.eye(len(left), dtype=gram.dtype)).inverse()
+        weights = inverse @ (cross[left] + strength * start[left])
+        score = weights.pow(2).sum(1) / inverse.diagonal()
+        keep = score.argsort()[min(block, len(left) - width) :].sort().values
+        left = left[keep]
+    return left.tolist()
+
+
+@pytest.mark.parametrize(("block", "width"), [(1, 20), (5, 20), (7, 123), (40, 30)])
+def test_elimination_with_waiting_downdates_is_the_plain_one(block, width):
+    """150 neurons: downdates wait for one another, are carried out, and what is left is stored anew several times."""
+    p = 150
+    hidden, target, start = data(1, p) * torch.linspace(0.1, 2, p), data(2), data(3, p)[:H].T.contiguous()
+    gram, cross = hidden.T @ hidden, hidden.T @ target
+    want = _eliminate_plainly(gram, cross, start, width, 1e-2, block)
+    kept = [t.clone() for t in (gram, cross)]
+    assert eliminate(gram, cross, start, width, 1e-2, block).tolist() == want
+    assert torch.equal(gram, kept[0]) and torch.equal(cross, kept[1])
+    assert eliminate(*kept, start, width, 1e-2, block, overwrite=True).tolist() == want
+
+
+def test_symmetric_products_panel_by_panel(monkeypatch):
+    monkeypatch.setattr(symmetric, "_PANEL", 5)
+    left, total = data(1, 13)[:9].T, data(2, 13)[:13]
+    total = total + total.T
+    want = total - 0.5 * left @ left.T
+    torch.testing.assert_close(symmetric.add_product(total.clone(), left, left.T, -0.5), want)
+    below = symmetric.add_product(total.clone(), left, left.T, -0.5, lower=True)
+    torch.testing.assert_close(below.tril(), want.tril())
+    torch.testing.assert_close(symmetric.mirror(below), want)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_refit_of_groups_nears_the_whole_one(bias):
+    """Groups of neurons are fitted in turn where one Gram matrix of all would be too large: never worse, and in the end the same."""
+    ffn, x = concatenate([expert(e, bias) for e in range(4)]), torch.cat([data(5), data(6), data(7)])
+    target = concatenate([expert(e, bias) for e in range(8, 12)])(x) + 1
+    whole = relative_error(refit(ffn, x, target, 1e-9), x, target)
+    errors = [relative_error(refit(ffn, x, target, 1e-9, limit=7, sweeps=n), x, target) for n in (0, 1, 2, 50)]
+    assert errors[0] == relative_error(ffn, x, target) > errors[1] > errors[2] > errors[3] > whole * (1 - 1e-9)
+    assert errors[3] < 1.02 * whole and errors[2] < 0.5 * errors[0]
+    same = refit(ffn, x, target, limit=24)
+    assert torch.equal(same.down, refit(ffn, x, target).down)
 
 
 def test_selection_by_energy_is_the_brute_force_ranking():
