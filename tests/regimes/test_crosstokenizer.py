@@ -6,9 +6,10 @@ import json
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from moe2dense.__main__ import main
+from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.regimes.crosstokenizer import CrossRows, common_boundaries, cross_targets, shared_tokens, uld
 from moe2dense.teacher.load import load_teacher
@@ -138,10 +139,38 @@ def test_vocabularies_are_compared_by_contents():
     assert "200 tokens and the student's 100" in compare_vocabularies(Words(words), Words(words[:100])).difference
 
 
+def test_a_vocabulary_of_the_same_size_with_other_contents_is_another(tiny, text, tmp_path, monkeypatch, capsys):
+    """Two tokens exchanged: the teacher's logits are not used, and the user is told which id differs."""
+    import moe2dense.verbs.answers as answers
+
+    for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
+        if (tiny / name).exists():
+            (tmp_path / name).write_bytes((tiny / name).read_bytes())
+    about = json.loads((tmp_path / "tokenizer.json").read_text())
+    words = about["model"]["vocab"]
+    a, b = list(words)[300:302]
+    words[a], words[b] = words[b], words[a]
+    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    dense = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    dense.save_pretrained(tmp_path)
+
+    def stop(say, *_):
+        raise UserError(say)
+
+    monkeypatch.setattr(answers, "across", stop)
+    call = ["distill", str(tmp_path), "--teacher", str(tiny), "--data", str(text), "--out", str(tmp_path / "o")]
+    assert main([*call, "--tokens", "1500", "--block", "64", "--memory", "300MB"]) == 2
+    said = " ".join(capsys.readouterr().err.split())
+    first = min(words[a], words[b])
+    assert f"the vocabularies have as many tokens, but id {first} is" in said
+
+
 @pytest.mark.parametrize("mode", ["text", "uld", "aligned"])
 def test_distill_says_that_tokenizers_differ(mode, tiny, text, other, tmp_path, capsys):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(other), hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
