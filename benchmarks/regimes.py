@@ -133,6 +133,12 @@ def on_policy(bench: Bench, _: Path) -> dict[str, dict[str, float]]:
         "fixed, reverse KL": ({"loss": "reverse_kl"}, "", {}),
         "half own, reverse KL": ({"loss": "reverse_kl"}, own, {"share": "0.5"}),
         "all own, reverse KL": ({"loss": "reverse_kl"}, own, {"share": "1"}),
+        "policy gradient": (
+            {"loss": "reverse_kl", "alpha": 1.0},
+            "policy-gradient",
+            {"share": "0.8", "rollout_steps": 4},
+        ),
+        "all own, policy gradient": ({"loss": "reverse_kl"}, "policy-gradient", {"share": "1", "teacher_mix": 0.2}),
     }
 
     def row_of(student) -> dict[str, float]:
