@@ -45,7 +45,7 @@ def settings_of(recipe: Path, args: argparse.Namespace, seed: int, out: Path) ->
         settings = merge_flags(settings, {"train.tokens": args.tokens})
     for pair in args.set:
         key, _, value = pair.partition("=")
-        settings = merge_flags(settings, {key: json.loads(value) if value[:1] in '0123456789"[' else value})
+        settings = merge_flags(settings, {key: json.loads(value) if value and value[0] in '0123456789"[' else value})
     return merge_flags(settings, {"train.eval_every": 10**9, "train.save_every": 10**9})
 
 
