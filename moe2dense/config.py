@@ -64,7 +64,8 @@ class WalkConfig:
     layer_steps: int = 200  # of the fit of a whole layer, attention and norms too
     layer_lr: float = 1e-3
     layer_batch: int = 2048  # tokens
-    polish_epochs: float = 4.0  # passes of the end-to-end fit over the walk's own tokens
+    sweeps: int = 1  # passes over the layers; each further one fits them again, reading the teacher once more for the same tokens
+    polish_epochs: float = 8.0  # passes of the end-to-end fit over the walk's own tokens
     polish_lr: float = 1e-3
     polish_batch: int = 2048  # tokens
     polish_hints: float = 10.0  # weight of the teacher's hidden states beside its distributions; 0 = these alone

@@ -210,7 +210,7 @@ def fit_flops(config: RunConfig, target: "Target", walk: int, polish: bool = Tru
     ffn = 3 * hidden * target.width
     layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
     fits = layers * (c.local_steps * c.local_batch * ffn + c.layer_steps * c.layer_batch * max(layer, ffn))
-    return 6.0 * (fits + polish * c.polish_epochs * walk * target.parameters)
+    return 6.0 * (c.sweeps * fits + polish * c.polish_epochs * walk * target.parameters)
 
 
 def _warnings(shape: Geometry, target: "Target", tokens: int, walk: int, memory: dict[str, int]) -> list[str]:
@@ -268,7 +268,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     size = checkpoint_bytes(teacher, shape)
     budget = memory_budget(config.teacher.memory)
     batch = macro_batch_tokens(budget, shape)
-    reads = -(-walk // batch) * (1 + scored(target.geometry, config.walk.depth)) + -(-max(tokens - walk, 0) // batch)
+    reads = -(-walk // batch) * (config.walk.sweeps + scored(target.geometry, config.walk.depth)) + -(-max(tokens - walk, 0) // batch)
     n, polish = target.parameters, polish_runs(config, target, budget)
     layer = resident_layer_bytes(shape)
     states = 4 * HIDDEN_COPIES * shape.hidden_size
@@ -280,14 +280,14 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         "evaluate": 4 * n,
     }
     disk = {
-        "walk": 2 * 4 * n,
+        "walk": (1 + config.walk.sweeps) * 4 * n,
         "targets": (2 + kept_states(config, target)) * shape.hidden_size * tokens,
         "checkpoints": 2 * (4 * n + 8 * trained) if tokens else 0,
         "model": 2 * n,
     }
     flops = {
         "teacher": 2.0 * shape.active_parameters * max(tokens, walk),
-        "walk": 2.0 * shape.parameters * walk + fit_flops(config, target, walk, polish),
+        "walk": 2.0 * shape.parameters * walk * config.walk.sweeps + fit_flops(config, target, walk, polish),
         "student": 6.0 * n * tokens * config.train.epochs,
         "from_scratch": 6.0 * n * TOKENS_PER_PARAMETER * n,
     }

@@ -75,6 +75,13 @@ def test_plain_values():
     assert {f.name for f in dataclasses.fields(plan)} - {"target", "machine", "shape"} <= set(table)
 
 
+def test_a_further_sweep_costs_a_reading_and_its_fits():
+    one, three = planned(walk__polish_epochs=0.0), planned(walk__polish_epochs=0.0, walk__sweeps=3)
+    assert three.flops["walk"] == pytest.approx(3 * one.flops["walk"]) and three.disk["walk"] == 2 * one.disk["walk"]
+    extra = 2 * -(-one.walk_tokens // one.macro_batch)
+    assert three.reads == one.reads + extra and three.memory["walk"] == one.memory["walk"]
+
+
 def test_the_walk_costs_its_fits():
     walk, plain = planned(), planned(walk__init="concat")
     assert plain.flops["walk"] == 2 * plain.shape.parameters * plain.walk_tokens

@@ -58,9 +58,13 @@ class CarriedOver:
             if wanted(name):
                 assign(self.model, name, self._read(name, source))
 
-    def fill_missing(self) -> None:
-        """Read what lies outside the layers and is not in memory."""
-        self.fill(lambda name: not self.in_layer(name) and self.model.get_parameter(name).is_meta)
+    def fill_missing(self, without: str = " ") -> None:
+        """Read what lies outside the layers and is not in memory, but for names that begin with `without`."""
+
+        def wanted(name: str) -> bool:
+            return not (self.in_layer(name) or name.startswith(without)) and self.model.get_parameter(name).is_meta
+
+        self.fill(wanted)
 
     def outside(self) -> dict[str, Tensor]:
         """What lies outside the layers, by name; tied tensors once."""

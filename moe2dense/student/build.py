@@ -28,6 +28,7 @@ from moe2dense.student.resume import LayerStore
 from moe2dense.student.sibling import pretrained_sibling
 from moe2dense.student.single import dense_target, single_expert
 from moe2dense.student.store import save_parts, save_student
+from moe2dense.student.sweeps import sweep
 from moe2dense.student.target import Target, resolve_target
 from moe2dense.student.types import Student
 from moe2dense.teacher.capture import Observer, RoutingStats
@@ -112,6 +113,8 @@ def polishes(steps: Sequence[str], config: WalkConfig) -> bool:
 
 def _target_of(teacher: Teacher, to: str | Target, data: "Blocks", init: str, config: WalkConfig) -> Target:
     parse_method(init)
+    if config.sweeps < 1:
+        raise UserError(f"walk.sweeps must be at least 1, the walk itself; found {config.sweeps}")
     if len(data) == 0:
         raise UserError("data has no blocks; the walk needs some text")
     if isinstance(to, Target):
@@ -180,10 +183,13 @@ def _walk(
     """Build every layer. Afterwards those of a walk with a store are on disk and not in memory."""
     state = _start(teacher, target, data, init, out, config, seed)
     with closely(not _fits(state)):
-        return _layers(state, data, observers, progress)
+        _layers(state, data, observers, progress)
+        for number in range(2, config.sweeps + 1):
+            sweep(state, data, number, progress)
+    return state
 
 
-def _layers(state: Building, data: "Blocks", observers: Sequence[Observer], progress: Progress | None) -> Building:
+def _layers(state: Building, data: "Blocks", observers: Sequence[Observer], progress: Progress | None) -> None:
     teacher, stats, cut, last = state.teacher, state.stats, state.cut, 1.0
     stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
     for observer in observers:
@@ -206,7 +212,6 @@ def _layers(state: Building, data: "Blocks", observers: Sequence[Observer], prog
     state.hidden = torch.empty(0)
     if stream.hidden_states is not None and polishes(state.steps, state.config) and _fits(state):
         state.final = stream.hidden_states.to("cpu", torch.float32)
-    return state
 
 
 def _whole(state: Building, init: str, data: "Blocks", progress: Progress | None) -> Student:

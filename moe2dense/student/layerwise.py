@@ -75,7 +75,7 @@ def seen_and_wanted(state: Walk, made: LayerPass, index: int) -> tuple[Tensor, T
     return x, rest.reshape(-1, rest.shape[2])[state.real].div_(state.carrier.multiplier())
 
 
-def _device(state: Walk, ffn: DenseFFN, x: Tensor) -> torch.device:
+def place_for(state: Walk, ffn: DenseFFN, x: Tensor) -> torch.device:
     """Where an FFN is refitted and fitted on inputs x [T, H]: beside its matrices, x and the target are there."""
     numbers = sum(p.numel() for p in ffn.parameters())
     limit = refit_limit(state.teacher.budget // 2)
@@ -90,7 +90,7 @@ def build_ffn(state: Walk, made: LayerPass, index: int) -> tuple[DenseFFN, Layer
     held = state.held.repeat_interleave(made.hidden_in.shape[1])[state.real]
     with torch.no_grad():
         ffn, fate = make_ffn(block_of(state, made, x, wanted), state.base)
-        limit, device = refit_limit(state.teacher.budget // 2), _device(state, ffn, x)
+        limit, device = refit_limit(state.teacher.budget // 2), place_for(state, ffn, x)
         record: dict[str, Any] = {"layer": index, "error_init": relative_error(ffn.to(device), x, wanted)}
         if "refit" in state.steps:
             ffn = refit(ffn, x, wanted, config.ridge, limit, device)

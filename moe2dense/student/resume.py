@@ -1,5 +1,6 @@
 """Finished layers of a walk on disk, so that an interrupted one continues where it stopped."""
 
+import copy
 import dataclasses
 import json
 import os
@@ -32,10 +33,20 @@ class LayerStore:
         self.folder = Path(folder)
         text = json.dumps([data.keys(), init, dataclasses.asdict(config), seed, target.config.to_dict()], default=str)
         self.key = xxhash.xxh3_128_hexdigest(text.encode())
+        self._make()
+
+    def _make(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
+
+    def sweep(self, number: int) -> "LayerStore":
+        """Where the layers of a further sweep are kept: a folder in this sweep's."""
+        other = copy.copy(self)
+        other.folder = self.folder / f"sweep-{number}"
+        other._make()
+        return other
 
     def path(self, index: int) -> Path:
         """The file of one layer."""
