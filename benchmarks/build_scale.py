@@ -5,7 +5,8 @@
     python benchmarks/build_scale.py walk                   # peak memory of whole walks beside the plan's number: a minute
 
 Each size is experts x expert width x hidden size x student width; experts are made when they are read (`read s`), as a streamed teacher's are. The
-pool of neurons that the elimination works on is cut to what `--memory` holds, so the Gram matrix of all neurons exists only where it fits. Each
+pool of neurons that the elimination works on is cut to what `--memory` holds (never below the student's width, with which nothing is eliminated),
+and a refit of more neurons than it holds is done in groups, so no Gram matrix exists that does not fit. Each
 size runs in a process of its own, so that peaks are its own; they hold the layer's tokens' inputs and targets too.
 
 `walk` builds whole students layer by layer, on disk, from teachers of layers x experts x expert width x hidden size -> student width, and prints the
@@ -26,7 +27,7 @@ from moe2dense.config import WalkConfig
 from moe2dense.student.ffn.local import relative_error
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.ffn.refit import refit
-from moe2dense.student.footprint import pool_limit
+from moe2dense.student.footprint import pool_limit, refit_limit
 from moe2dense.student.methods import Block, make_ffn
 from moe2dense.student.types import DenseFFN
 from moe2dense.teacher.capture import LayerStats
@@ -77,7 +78,7 @@ def measure(size: str, memory: int, tokens: int) -> tuple[float, ...]:
     begun = time.monotonic()
     ffn, _ = make_ffn(block, "obs")
     chosen = time.monotonic()
-    ffn = refit(ffn, x, target)
+    ffn = refit(ffn, x, target, limit=refit_limit(memory))
     done = time.monotonic()
     peak = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
     read, error = experts.seconds, relative_error(ffn, x, target)

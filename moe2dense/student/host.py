@@ -1,4 +1,8 @@
-"""The dense host architecture: its config and which teacher tensor each of its tensors comes from."""
+"""The dense host architecture: its config and which teacher tensor each of its tensors comes from.
+
+All layers of a student have FFNs of one width: of the dense text models in transformers 5 only gemma3n takes a width for each layer, and its layers
+(AltUp, Laurel, embeddings of their own) have tensors that no MoE family could fill.
+"""
 
 import re
 from collections.abc import Sequence
