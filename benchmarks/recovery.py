@@ -1,6 +1,7 @@
 """What each way of making a student is worth: KL and NLL before training, and at equal total teacher tokens after it.
 
-    python benchmarks/recovery.py                                  # random, concat and the walk before training, one seed; with --budgets 491520 ten minutes on two cores
+    python benchmarks/recovery.py                                  # random, concat and the walk before training, one seed
+    python benchmarks/recovery.py --methods walk,concat --budgets 49152,491520 --epochs 5 --data FOLDER
     python benchmarks/recovery.py --methods all --widths 256,512,1024 --seeds 3 --budgets 49152,491520 --data FOLDER
     python benchmarks/recovery.py --sibling 4915200 --data FOLDER  # a dense model of the student's shape, trained from scratch
 
@@ -14,8 +15,13 @@ Measured once, one seed, M = 512, walk of 49k tokens (192 blocks from as many pl
     obs+refit                                     0.547
       + local, 300 steps of 2048 tokens, 2e-3     0.234      + 4 polish epochs  0.191
       + layer, 200 steps                          0.208
-    walk: local 1200 steps of 512 at 4e-3, layer, polish                        0.174 (ood 0.243)
-    walk, then 0.49M tokens twice (480 steps)     0.0906 (ood 0.136), NLL 3.757
+    walk: local 1200 steps of 512 at 4e-3, layer, 4 epochs of polish            0.165 (ood 0.228)
+      polish with hints, weight 10, 8 epochs      0.145 (ood 0.211)
+    walk, then 0.49M tokens twice (480 steps)     0.0906 (ood 0.136); from the walk with hints, and with hints 0.0826 (ood 0.123)
+      four times 0.0743 (ood 0.115), five times 0.072 (ood 0.112)
+
+Hints in the polish (4 epochs, the last layer left out, weight per layer and mean square): 0 0.162, 1 0.151, 5 0.148, 20 0.149; 5 with embeddings and head
+frozen 0.156 (0 frozen: 0.160); 5 with other tokens' errors added to the states between layers 0.183.
 
 What lost, as held-out relative error of one layer's local fit (plain: 0.077 in the first, 0.114 in the second layer): inputs mixed with other
 tokens' (0.087; 0.115) or shifted by differences of tokens' (0.087 to 0.098; 0.115 to 0.122); first-layer inputs with the embedding of a random token
