@@ -64,7 +64,9 @@ class WalkConfig:
     layer_steps: int = 200  # of the fit of a whole layer, attention and norms too
     layer_lr: float = 1e-3
     layer_batch: int = 2048  # tokens
-    sweeps: int = 1  # passes over the layers; each further one fits them again, reading the teacher once more for the same tokens
+    sweeps: int = (
+        1  # passes over the layers; each further one fits them again, reading the teacher once more for the same tokens
+    )
     polish_epochs: float = 8.0  # passes of the end-to-end fit over the walk's own tokens
     polish_lr: float = 1e-3
     polish_batch: int = 2048  # tokens

@@ -268,7 +268,9 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     size = checkpoint_bytes(teacher, shape)
     budget = memory_budget(config.teacher.memory)
     batch = macro_batch_tokens(budget, shape)
-    reads = -(-walk // batch) * (config.walk.sweeps + scored(target.geometry, config.walk.depth)) + -(-max(tokens - walk, 0) // batch)
+    reads = -(-walk // batch) * (config.walk.sweeps + scored(target.geometry, config.walk.depth)) + -(
+        -max(tokens - walk, 0) // batch
+    )
     n, polish = target.parameters, polish_runs(config, target, budget)
     layer = resident_layer_bytes(shape)
     states = 4 * HIDDEN_COPIES * shape.hidden_size

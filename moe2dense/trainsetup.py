@@ -59,17 +59,16 @@ def settle_features(config: TrainConfig, student: Any, known: Any, teacher: Any,
     width, and the targets hold what is needed; none elsewhere."""
     if config.features != "auto":
         return config
-    about = getattr(student, "model", student).config.get_text_config()
-    layers, width, held = 0, 0, None
+    model = student.model if hasattr(student, "fate") else student
+    about, brought = model.config.get_text_config(), regime is not None and regime.brings_targets
+    fits = not brought and made_of_teacher(getattr(student, "method", ""))
     if known is not None:
-        layers, width, held = (getattr(known, name, 0) for name in ("layers", "width", "features"))
-    elif teacher is not None and scheduled(config.alpha, 0, 1) < 1:
-        sizes = teacher.config.get_text_config()
-        layers, width = sizes.num_hidden_layers, sizes.hidden_size
-    brought = regime is not None and regime.brings_targets
-    fits = not brought and layers and width == about.hidden_size and made_of_teacher(getattr(student, "method", ""))
-    if fits and known is not None:
-        fits = set(teacher_features(AUTO_FEATURES, about.num_hidden_layers, layers)) <= set(held or ())
+        layers, width = (getattr(known, name, 0) for name in ("layers", "width"))
+        wanted = teacher_features(AUTO_FEATURES, about.num_hidden_layers, layers) if layers else ("any",)
+        fits &= width == about.hidden_size and set(wanted) <= set(getattr(known, "features", ()))
+    else:
+        fits &= teacher is not None and scheduled(config.alpha, 0, 1) < 1
+        fits &= teacher is None or teacher.config.get_text_config().hidden_size == about.hidden_size
     return dataclasses.replace(config, features=AUTO_FEATURES if fits else "")
 
 

@@ -62,7 +62,7 @@ def test_others_do_not(case, setting):
 
 
 def test_what_is_asked_for_stays(setting):
-    teacher, student, data = setting
+    teacher, student, _ = setting
     for asked in ("", "cosine:last:1@0.2"):
         config = TrainConfig(features=asked)
         assert settle_features(config, student.model, None, teacher, Brings()) is config
