@@ -118,6 +118,11 @@ class TrainConfig:
     report_to: str = "none"
     regime: str = ""  # "" = fixed text; on-policy, policy-gradient, online, mutual, ema, multiview or mtp, whose options are in [regime]
 
+    @property
+    def wanted_features(self) -> str:
+        """The features that were asked for; "" where they are left to the run."""
+        return "" if self.features == "auto" else self.features
+
 
 @dataclass(frozen=True)
 class RegimeConfig:

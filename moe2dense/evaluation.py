@@ -158,7 +158,6 @@ def evaluate(
 
 
 @torch.no_grad()
-@torch.no_grad()
 def label_scores(hidden: Tensor, head: Any, labels: Tensor, chunk: int = metrics.CHUNK) -> tuple[Tensor, Tensor]:
     """(log-probability [n] of each label, whether it is the first choice [n]) from final hidden states [n, H], on the CPU.
 

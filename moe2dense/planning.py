@@ -14,7 +14,7 @@ from moe2dense.errors import UserError
 from moe2dense.geometry import Geometry, teacher_geometry
 from moe2dense.resolve import ResolvedTeacher, resolve_teacher
 from moe2dense.run import free_bytes
-from moe2dense.student.footprint import STATE_COPIES, layer_bytes, polish_bytes, pool_limit, refit_limit
+from moe2dense.student.footprint import STATE_COPIES, hint_layers, layer_bytes, polish_bytes, pool_limit, refit_limit
 from moe2dense.units import parse_bytes, show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -172,8 +172,13 @@ def walk_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, 
     statistics = 8 * len(shape.moe_layers) * shape.num_experts * (shape.expert_width + shape.hidden_size)
     table, states = 4 * sizes.vocab_size * hidden, 4 * hidden * walk
     building = STATE_COPIES * states + _layer_bytes(config, shape, target, walk, budget)
-    polishing = polish_bytes(target.parameters) + 2 * table + states if polish_runs(config, target, budget) else 0
-    most = weights + statistics + max(buffers + max(table + states, WORK_BYTES + states, building), polishing)
+    polishing = hints = 0
+    if polish_runs(config, target, budget):
+        polishing = polish_bytes(target.parameters) + 2 * table + states
+        if config.walk.polish_hints:
+            hints = len(hint_layers(sizes.num_hidden_layers, states // 2, budget // 4)) * states // 2
+    walking = buffers + max(table + states, WORK_BYTES + states, building)
+    most = weights + statistics + hints + max(walking, polishing)
     return most if not target.checkpoint else 4 * target.parameters + (most if config.walk.graft else 0)
 
 

@@ -12,14 +12,13 @@ from moe2dense.config import TrainConfig
 from moe2dense.data import Blocks
 from moe2dense.errors import UserError
 from moe2dense.regimes import Regime, make_regime
-from moe2dense.schedules import scheduled
 from moe2dense.targets.ahead import ReadAhead
 from moe2dense.targets.memory import as_targets, hidden_targets
 from moe2dense.targets.record import weighed
 from moe2dense.targets.store import StoredTargets, process
 from moe2dense.temperature import settle_temperature
 from moe2dense.trainer import Trainer, TrainResult
-from moe2dense.trainsetup import check_training, default_learning_rate, make_match, settle_features
+from moe2dense.trainsetup import check_training, default_learning_rate, make_match, needs_teacher, settle_features
 from moe2dense.trainstep import Lesson, rare_positions
 
 __all__ = ["TrainResult", "distill"]
@@ -98,7 +97,7 @@ def _check_arguments(config: TrainConfig, teacher: Any, targets: Any, out: Any, 
     """Raises UserError for arguments that do not fit together."""
     check_training(config)
     brought = regime is not None and regime.brings_targets
-    if teacher is None and targets is None and not brought and _needs_teacher(config):
+    if teacher is None and targets is None and not brought and needs_teacher(config):
         raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
     if config.shard and regime is not None:
         raise UserError(f"shard=True spreads one model; the {regime.name} regime runs on copies: leave shard out")
@@ -118,7 +117,3 @@ def _token_weights(name: str, targets: Any, blocks: Blocks) -> Tensor | None:
     if not hasattr(targets, "token_weights"):
         raise UserError(f"token_weights={name!r} needs a streamed teacher, or targets stored with it")
     return weighed(targets.token_weights(name)[: len(blocks)], blocks.loss_mask())
-
-
-def _needs_teacher(config: TrainConfig) -> bool:
-    return bool(config.alpha_schedule) or scheduled(config.alpha, 0, 1) < 1

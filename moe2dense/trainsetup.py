@@ -29,7 +29,7 @@ def check_training(config: TrainConfig) -> None:
     divergence(config.loss)
     if config.target_format not in FORMATS:
         raise UserError(f"train.target_format must be one of {', '.join(FORMATS)}; found {config.target_format!r}")
-    if wanted_features(config):
+    if config.wanted_features:
         parse_features(config.features)
         scheduled(config.feature_weight, 0, 1)
     if config.token_weights:
@@ -45,13 +45,13 @@ def check_training(config: TrainConfig) -> None:
         raise UserError(f"{kept}, which serves forward_kl only, not loss {config.loss!r}; use hidden or full")
     if config.temperature_schedule:
         raise UserError(f"{kept} at one temperature, not {config.temperature_schedule!r}; use hidden or full")
-    if wanted_features(config):
+    if config.wanted_features:
         raise UserError(f"{kept} and no features; use hidden")
 
 
-def wanted_features(config: TrainConfig) -> str:
-    """The features a user asks for; "" where that is left to the run."""
-    return "" if config.features == "auto" else config.features
+def needs_teacher(config: TrainConfig) -> bool:
+    """Whether hard labels are not all that is learnt."""
+    return bool(config.alpha_schedule) or scheduled(config.alpha, 0, 1) < 1
 
 
 def settle_features(config: TrainConfig, student: Any, known: Any, teacher: Any, regime: Any) -> TrainConfig:
@@ -67,7 +67,7 @@ def settle_features(config: TrainConfig, student: Any, known: Any, teacher: Any,
         wanted = teacher_features(AUTO_FEATURES, about.num_hidden_layers, layers) if layers else ("any",)
         fits &= width == about.hidden_size and set(wanted) <= set(getattr(known, "features", ()))
     else:
-        fits &= teacher is not None and scheduled(config.alpha, 0, 1) < 1
+        fits &= teacher is not None and needs_teacher(config)
         fits &= teacher is None or teacher.config.get_text_config().hidden_size == about.hidden_size
     return dataclasses.replace(config, features=AUTO_FEATURES if fits else "")
 

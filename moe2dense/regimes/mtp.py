@@ -47,22 +47,9 @@ class Heads(nn.Module):
         return hidden + F.silu(self.maps[head](hidden))
 
 
-class _Scaled(torch.autograd.Function):
-    """The tensor as it is, its gradient times `share`."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, share: float) -> Tensor:
-        ctx.share = share
-        return value.view_as(value)
-
-    @staticmethod
-    def backward(ctx: Any, *outputs: Tensor) -> Any:
-        return outputs[0] * ctx.share, None
-
-
 def scaled(value: Tensor, share: float) -> Tensor:
-    """`value`, through which `share` of a gradient passes."""
-    return value.detach() if share == 0 else _Scaled.apply(value, share)  # type: ignore[return-value]
+    """`value`, exactly, through which `share` of a gradient passes."""
+    return value.detach() if share == 0 else torch.lerp(value.detach(), value, share)
 
 
 class HeadsLoss(nn.Module):

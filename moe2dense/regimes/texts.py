@@ -45,7 +45,7 @@ def check_draws(settings: RunConfig) -> None:
         return
     for name, found, plain in (
         ("regime", train.regime, train.regime not in OWN_TEXT),
-        ("features", train.features, train.features in ("", "auto")),
+        ("features", train.features, not train.wanted_features),
         ("token_weights", train.token_weights, not train.token_weights),
         ("select", train.select, not train.select),
         ("target_format", train.target_format, train.target_format in ("hidden", "full")),
@@ -83,7 +83,7 @@ def describe(settings: RunConfig, plan: Any) -> str:
 def needs_targets(settings: RunConfig) -> bool:
     """Whether training reads the teacher's distributions at all: hard labels alone do not."""
     return settings.train.alpha < 1 or bool(
-        settings.train.alpha_schedule or settings.train.features not in ("", "auto") or settings.train.select
+        settings.train.alpha_schedule or settings.train.wanted_features or settings.train.select
     )
 
 

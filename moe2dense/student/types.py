@@ -80,7 +80,7 @@ class DenseFFN:
             None if t is None else t.to(device)
             for t in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
         ]
-        return DenseFFN(*moved, gating=self.gating)  # type: ignore[arg-type]
+        return DenseFFN(*moved, gating=self.gating)  # type: ignore[arg-type]  # the first three are never None
 
     def parameters(self) -> list[Tensor]:
         """The tensors of the FFN, biases included where there are any."""

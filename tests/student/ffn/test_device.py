@@ -72,7 +72,7 @@ def other() -> Iterator[OtherDevice]:
 def ffn(bias: bool = False, width: int = M, seed: int = 0) -> DenseFFN:
     g = torch.Generator().manual_seed(seed)
     shapes = [(width, H), (width, H), (H, width), *([(width,), (width,), (H,)] if bias else [])]
-    return DenseFFN(*(torch.randn(shape, generator=g) for shape in shapes))  # type: ignore[arg-type]
+    return DenseFFN(*(torch.randn(shape, generator=g) for shape in shapes))  # type: ignore[arg-type]  # as many as there are shapes
 
 
 def task(bias: bool = False) -> tuple[Tensor, Tensor]:
