@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py                                  # random, concat and the walk before training, one seed
     python benchmarks/recovery.py --methods walk,concat --budgets 49152,491520 --epochs 5 --data FOLDER
-    python benchmarks/recovery.py --methods all --widths 256,512,1024 --seeds 3 --budgets 49152,491520 --data FOLDER
+    python benchmarks/recovery.py --methods all --widths 256,512,1024 --seeds 0,1,2 --budgets 49152,491520 --data FOLDER
     python benchmarks/recovery.py --sibling 4915200 --data FOLDER  # a dense model of the student's shape, trained from scratch
 
 Teacher tokens count every position the teacher was run on, the walk's included; replays of the same positions are free. Text is judged in one
@@ -32,8 +32,11 @@ nothing and 0.1 costs 3%. Half the batch in the polish: 0.193 for 0.191. The wal
 import argparse
 import copy
 import dataclasses
+import itertools
 import json
+import statistics
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -102,49 +105,67 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
         s: reference(teacher, one_block_per_passage(args.data, s, tokenizer, args.block, 96)) for s in ("valid", "ood")
     }
     budgets = [int(b) for b in args.budgets.split(",") if b]
-    data = load_blocks(args.data, tokenizer, args.block, "train")
-    count = min(len(data), max([*budgets, args.walk_tokens]) // args.block)
-    data = data[torch.randperm(len(data), generator=torch.Generator().manual_seed(0))[:count]]  # from many passages
-    layers = teacher.config.get_text_config().num_hidden_layers
-    names = teacher_features(AUTO_FEATURES if args.features == "auto" else args.features, layers, layers)
-    targets = hidden_targets(teacher, data, features=names) if budgets else None
-    training = TrainConfig(features=args.features, epochs=args.epochs)
-    rows = []
-    print(
-        f"teacher NLL: {', '.join(f'{n} {judge_teacher(r):.3f}' for n, r in texts.items())}; text: {data.tokens} tokens",
-        flush=True,
-    )
+    seeds, widths = ([int(n) for n in text.split(",")] for text in (args.seeds, args.widths))
     methods = ALL if args.methods == "all" else args.methods.split(",")
-    for seed in range(args.seeds):
-        for width in (int(w) for w in args.widths.split(",")):
-            for method in methods:
-                walk_data = data[: max(1, args.walk_tokens // args.block)]
-                begun = time.monotonic()
-                student = build_student(
-                    teacher, width_target(teacher, width), walk_data, init=method, config=WalkConfig(), seed=seed
-                )
-                built = time.monotonic() - begun
-                row = {
-                    "method": method,
-                    "M": width,
-                    "seed": seed,
-                    "tokens": walk_data.tokens if method != "random" else 0,
-                }
-                rows.append(show(row | judge(student, texts) | {"seconds": built}))
-                for budget in budgets:
-                    copied, begun = copy.deepcopy(student), time.monotonic()
-                    trained(copied, data, targets, budget, training, seed)
-                    rows.append(
-                        show(
-                            row
-                            | {"tokens": budget}
-                            | judge(copied, texts)
-                            | {"seconds": built + time.monotonic() - begun}
-                        )
-                    )
+    print(f"teacher NLL: {', '.join(f'{n} {judge_teacher(r):.3f}' for n, r in texts.items())}", flush=True)
+    text = load_blocks(args.data, tokenizer, args.block, "train")
+    rows: list[dict[str, Any]] = []
+    for seed in seeds:
+        data = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))]  # from many passages
+        data = data[: max([*budgets, args.walk_tokens]) // args.block]
+        targets = hidden_targets(teacher, data, features=followed(teacher, args.features)) if budgets else None
+        for width, method in itertools.product(widths, methods):
+            for row in one_student(teacher, method, width, seed, data, targets, texts, budgets, args):
+                rows.append(show(row))
+                if args.out:
+                    Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
     if args.sibling:
         rows.append(show(sibling(teacher, tokenizer, texts, args)))
     return rows
+
+
+def followed(teacher: Teacher, features: str) -> tuple[str, ...]:
+    """The teacher's states that training reads."""
+    layers = teacher.config.get_text_config().num_hidden_layers
+    return teacher_features(AUTO_FEATURES if features == "auto" else features, layers, layers)
+
+
+def one_student(
+    teacher: Teacher,
+    method: str,
+    width: int,
+    seed: int,
+    data: Blocks,
+    targets: Any,
+    texts: dict[str, Reference],
+    budgets: list[int],
+    args: argparse.Namespace,
+) -> Iterator[dict[str, Any]]:
+    """Rows of a student before training and after each budget; `seed` chose the text and chooses every random number."""
+    walk, begun = data[: max(1, args.walk_tokens // args.block)], time.monotonic()
+    student = build_student(teacher, width_target(teacher, width), walk, init=method, config=WalkConfig(), seed=seed)
+    built, tokens = time.monotonic() - begun, walk.tokens if method != "random" else 0
+    row = {"method": method, "M": width, "seed": seed}
+    yield row | {"tokens": tokens} | judge(student, texts) | {"seconds": built}
+    training = TrainConfig(features=args.features, epochs=args.epochs)
+    for budget in budgets:
+        copied, begun = copy.deepcopy(student), time.monotonic()
+        trained(copied, data, targets, budget, training, seed)
+        seconds = built + time.monotonic() - begun
+        yield row | {"tokens": budget} | judge(copied, texts) | {"seconds": seconds}
+
+
+def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
+    """A line for each method, width and budget: the mean over seeds and the standard deviation between them."""
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["method"], row["M"], row["tokens"]), []).append(row)
+    for (method, width, tokens), group in groups.items():
+        names = [n for n in group[0] if n.endswith((" KL", " NLL")) or n == "seconds"]
+        found = {n: [row[n] for row in group] for n in names}
+        spread = {n: f" ±{statistics.stdev(v):.3f}" if len(v) > 1 and n != "seconds" else "" for n, v in found.items()}
+        numbers = (f"{n} {statistics.fmean(v):.{0 if n == 'seconds' else 3}f}{spread[n]}" for n, v in found.items())
+        yield f"{method:24s} M {width} tokens {tokens} seeds {len(group)}  {'  '.join(numbers)}"
 
 
 def judge_teacher(ref: Reference) -> float:
@@ -181,7 +202,7 @@ def main() -> None:
     )
     parser.add_argument("--methods", default="random,concat,walk", help=f"comma-separated, or all: {', '.join(ALL)}")
     parser.add_argument("--widths", default="512")
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", default="0", help="each chooses its own text, such as 0,1,2")
     parser.add_argument("--budgets", default="", help="total teacher tokens to train with, such as 49152,491520")
     parser.add_argument("--walk-tokens", type=int, default=49_152)
     parser.add_argument("--block", type=int, default=256)
@@ -191,10 +212,8 @@ def main() -> None:
         "--sibling", type=int, default=0, help="also train a dense model of this shape on so many tokens of text"
     )
     parser.add_argument("--out", default="", help="write the rows as JSON")
-    args = parser.parse_args()
-    rows = run(args)
-    if args.out:
-        Path(args.out).write_text(json.dumps(rows, indent=2) + "\n")
+    for line in summary(run(parser.parse_args())):
+        print(line)
 
 
 if __name__ == "__main__":
