@@ -124,7 +124,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def followed(teacher: Teacher, features: str) -> tuple[str, ...]:
+def followed(teacher: Teacher, features: str = "auto") -> tuple[str, ...]:
     """The teacher's states that training reads."""
     layers = teacher.config.get_text_config().num_hidden_layers
     return teacher_features(AUTO_FEATURES if features == "auto" else features, layers, layers)

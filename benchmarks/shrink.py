@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recovery import ROOT, judge, judge_teacher, one_block_per_passage, show, trained
+from recovery import ROOT, followed, judge, judge_teacher, one_block_per_passage, show, trained
 
-from moe2dense.config import WalkConfig
+from moe2dense.config import TrainConfig, WalkConfig
 from moe2dense.data import Blocks, load_blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation import reference
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     data = load_blocks(args.data, tokenizer, args.block, "train")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     data = data[order[: args.tokens // args.block]]
-    targets, walk = hidden_targets(teacher, data), data[: args.walk_tokens // args.block]
+    targets, walk = hidden_targets(teacher, data, features=followed(teacher)), data[: args.walk_tokens // args.block]
     print(
         f"teacher NLL {judge_teacher(texts['valid']):.3f}; {data.tokens} tokens, the walk's {walk.tokens} included",
         flush=True,
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
                 student = made(start, teacher, target, walk, WalkConfig())
                 row = {"method": f"{size} {prune} {start}", "tokens": walk.tokens if start == "walk" else 0}
                 rows.append(show(row | judge(student, texts)))
-                trained(student, data, targets, data.tokens, args.epochs, 0)
+                trained(student, data, targets, data.tokens, TrainConfig(epochs=args.epochs), 0)
                 rows.append(show(row | {"tokens": data.tokens} | judge(student, texts)))
     return rows
 
@@ -82,9 +82,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=98_304, help="of teacher positions, the walk's included")
     parser.add_argument("--walk-tokens", type=int, default=49_152)
     parser.add_argument("--block", type=int, default=256)
-    parser.add_argument(
-        "--epochs", type=float, default=0.0, help="passes over the text; 0 = the default of the project"
-    )
+    parser.add_argument("--epochs", type=float, default=1.0, help="passes over the text")
     parser.add_argument("--out", default="", help="write the rows as JSON")
     args = parser.parse_args()
     rows = run(args)
