@@ -186,11 +186,11 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "examples" / "text"))
     parser.add_argument("--tokens", type=int, default=98_304)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--walk", type=int, default=200, help="local steps of the walk; a third as many of layers")
+    parser.add_argument("--walk", type=int, default=200, help="local steps of the walk")
     args = parser.parse_args()
     import tempfile
 
-    short = replace(WalkConfig(), local_steps=args.walk, layer_steps=args.walk // 3, polish_epochs=1.0)
+    short = replace(WalkConfig(), local_steps=args.walk, polish_epochs=1.0)
     run = {"progressive": progressive, "on-policy": on_policy, "companions": companions}[args.what]
     begun, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as tmp:

@@ -58,16 +58,18 @@ class WalkConfig:
     max_tokens: int = 200_000
     min_tokens: int = 49_152
     ridge: float = 1e-3  # of the Gram matrix's mean diagonal
-    local_steps: int = 1200  # of the fit of a layer's FFN
+    local_steps: int = 0  # of the fit of a layer's FFN; 0 = 600 where a polish follows, 1200 where none does
     local_lr: float = 4e-3
     local_batch: int = 512  # tokens
-    layer_steps: int = 200  # of the fit of a whole layer, attention and norms too
+    layer_steps: int = (
+        200  # of the fit of a whole layer, attention and norms too; walks that end with a polish leave it out
+    )
     layer_lr: float = 1e-3
     layer_batch: int = 2048  # tokens
     sweeps: int = (
         1  # passes over the layers; each further one fits them again, reading the teacher once more for the same tokens
     )
-    polish_epochs: float = 8.0  # passes of the end-to-end fit over the walk's own tokens
+    polish_epochs: float = 16.0  # passes of the end-to-end fit over the walk's own tokens
     polish_lr: float = 1e-3
     polish_batch: int = 2048  # tokens
     polish_hints: float = 10.0  # weight of the teacher's hidden states beside its distributions; 0 = these alone

@@ -15,6 +15,7 @@ from moe2dense.geometry import Geometry, teacher_geometry
 from moe2dense.resolve import ResolvedTeacher, resolve_teacher
 from moe2dense.run import free_bytes
 from moe2dense.student.footprint import STATE_COPIES, hint_layers, layer_bytes, polish_bytes, pool_limit, refit_limit
+from moe2dense.student.steps import local_steps, steps_of
 from moe2dense.units import parse_bytes, show_bytes, show_count, show_seconds
 
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ def walk_tokens(config: RunConfig, block: int) -> int:
 
 def polish_asked(config: RunConfig, target: "Target") -> bool:
     """Whether the walk is to end with the end-to-end fit of the student."""
-    steps = config.walk.init.split("+")
-    return (steps == ["walk"] or "polish" in steps) and config.walk.polish_epochs > 0 and not target.checkpoint
+    asked = "polish" in steps_of(config.walk.init, polished=False)
+    return asked and config.walk.polish_epochs > 0 and not target.checkpoint
 
 
 def polish_runs(config: RunConfig, target: "Target", budget: int) -> bool:
@@ -185,10 +186,8 @@ def walk_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, 
 def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", walk: int, budget: int) -> int:
     """Most memory of building one of the student's layers, by the steps that --init has."""
     c, hidden, layers = config.walk, target.config.hidden_size, target.config.num_hidden_layers
-    steps = c.init.split("+")
-    local, layer_fit = (
-        n if steps == ["walk"] or s in steps else 0 for n, s in ((c.local_batch, "local"), (c.layer_batch, "layer"))
-    )
+    steps = steps_of(c.init, polish_runs(config, target, budget), target.card.join)
+    local, layer_fit = (n if s in steps else 0 for n, s in ((c.local_batch, "local"), (c.layer_batch, "layer")))
     tables = target.config.vocab_size * hidden * (1 if target.config.tie_word_embeddings else 2)
     layer, ffn = (target.parameters - tables) // layers, 3 * hidden * target.width
     pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, target.width, hidden))
@@ -214,7 +213,8 @@ def fit_flops(config: RunConfig, target: "Target", walk: int, polish: bool = Tru
     layers, hidden = sizes.num_hidden_layers, sizes.hidden_size
     ffn = 3 * hidden * target.width
     layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
-    fits = layers * (c.local_steps * c.local_batch * ffn + c.layer_steps * c.layer_batch * max(layer, ffn))
+    whole = c.layer_steps * c.layer_batch if "layer" in steps_of(c.init, polish, target.card.join) else 0
+    fits = layers * (local_steps(c.local_steps, polish) * c.local_batch * ffn + whole * max(layer, ffn))
     return 6.0 * (c.sweeps * fits + polish * c.polish_epochs * walk * target.parameters)
 
 

@@ -27,6 +27,7 @@ from moe2dense.student.prune import Cut, cut_for, norm_factor, scale_norms
 from moe2dense.student.resume import LayerStore
 from moe2dense.student.sibling import pretrained_sibling
 from moe2dense.student.single import dense_target, single_expert
+from moe2dense.student.steps import local_steps, steps_of
 from moe2dense.student.store import save_parts, save_student
 from moe2dense.student.sweeps import sweep
 from moe2dense.student.target import Target, resolve_target
@@ -163,6 +164,9 @@ def _start(
         teacher, carrier, target, base, steps, config, seed, held_out(len(data), config.hold_out, seed),
         real.reshape(-1).bool(), RoutingStats(neurons=True), carrier.embed(), carried=carried, cut=cut,
     )  # fmt: skip
+    polished = polishes(steps, config) and _fits(state)
+    state.steps = steps_of(init, polished, target.card.join)
+    state.config = replace(config, local_steps=local_steps(config.local_steps, polished))
     if out:
         state.store = LayerStore(out, data, init, config, seed, target)
         unload(carrier.body.embed_tokens)

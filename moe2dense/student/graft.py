@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +15,7 @@ from moe2dense.student.carry import Carrier
 from moe2dense.student.layerwise import Walk, build_ffn
 from moe2dense.student.methods import parse_method
 from moe2dense.student.polish import cpu_head, kl_of
+from moe2dense.student.steps import local_steps
 from moe2dense.student.target import Target
 from moe2dense.student.types import Student
 from moe2dense.teacher import adapter
@@ -61,6 +63,7 @@ def graft(
     check_graft(target, teacher, len(data))
     model, card = student.model.eval().requires_grad_(False), student.card
     base, steps = parse_method(init)
+    config = replace(config, local_steps=local_steps(config.local_steps, polished=False))
     held = held_out(len(data), config.hold_out, seed)
     judge = _Judge(student, teacher, data[torch.nonzero(held).flatten()])
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)

@@ -20,6 +20,7 @@ from moe2dense.student.ffn.scores import best_experts
 from moe2dense.student.ffn.select import best_neurons, gather, output_energy
 from moe2dense.student.ffn.svd import svd_gather
 from moe2dense.student.footprint import activation_bytes, pool_bytes
+from moe2dense.student.steps import STEPS, parts, steps_of
 from moe2dense.student.types import (
     MIXED,
     NEW,
@@ -35,8 +36,6 @@ from moe2dense.student.types import (
 from moe2dense.teacher.capture import LayerStats
 
 # T tokens, E experts, F expert width, M student FFN width
-STEPS = ("refit", "local", "layer", "polish")
-WALK = "obs+refit+local+layer+polish"
 
 
 @dataclass
@@ -189,13 +188,13 @@ BASES: dict[str, Method] = {
 
 def parse_method(init: str) -> tuple[str, list[str]]:
     """`obs+refit` -> ("obs", ["refit"]); `walk` is short for the default recipe. Raises UserError on an unknown part."""
-    base, *steps = (WALK if init == "walk" else init).split("+")
+    base, *steps = parts(init)
     if base not in BASES:
         raise UserError(f"init {init!r} starts with no known method; known: walk, {', '.join(BASES)}")
     for step in steps:
         if step not in STEPS:
             raise UserError(f"init {init!r}: {step!r} is no step that can follow a method; known: {', '.join(STEPS)}")
-    return base, [step for step in STEPS if step in steps]
+    return base, steps_of(init, polished=False)
 
 
 def made_of_teacher(method: str) -> bool:

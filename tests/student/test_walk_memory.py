@@ -106,35 +106,36 @@ def test_layer_bytes_is_the_largest_step():
     assert layer_bytes(70, 60, 5, 4, pool=1000, tokens=7, limit=9) == 40 + pool_bytes(1000, 4) + 4 * 4 * 1000 * 7
 
 
-def _heap() -> tuple[int, int]:
-    """Bytes given back: by give_back() below a block in use, and by freeing large blocks in the context."""
+def _anonymous() -> int:
+    rows = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(row for row in rows if row.startswith("RssAnon")).split()[1])
 
-    def anonymous() -> int:
-        rows = Path("/proc/self/status").read_text().splitlines()
-        return 1024 * int(next(row for row in rows if row.startswith("RssAnon")).split()[1])
 
+def _given_back() -> int:
+    """Bytes that give_back() returns of what was freed below a block in use."""
     with contextlib.suppress(ZeroDivisionError), closely():  # leaves the heap taking blocks of up to 32 MB
         _ = 1 / 0
     blocks = [torch.ones(500_000) for _ in range(60)]
     last = blocks[-1]
     del blocks
-    held = anonymous()
+    held = _anonymous()
     give_back()
-    told = held - anonymous()
-    del last
-    give_back()
+    return (held - _anonymous()) * int(last[0])
+
+
+def _freed_at_once() -> int:
+    """Bytes that freeing large blocks returns within the context."""
     with closely():
         blocks = [torch.ones(500_000) for _ in range(60)]
-        full, last = anonymous(), blocks[-1]
+        full, last = _anonymous(), blocks[-1]
         del blocks
-        at_once = full - anonymous()
-    return told, at_once * int(last[0])
+        return (full - _anonymous()) * int(last[0])
 
 
 @pytest.mark.skipif(_glibc() is None or not Path("/proc/self/status").exists(), reason="glibc's heap, seen in /proc")
 def test_freed_memory_goes_back():
     """A heap whose last block is in use keeps what was freed below it until it is told; large blocks never enter it in the context.
-    In a process of its own: what other tests left in the heap counts too."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        told, at_once = pool.apply(_heap)
-    assert told > 60e6 and at_once > 100e6
+    Each in a process of its own: a hole that is left in the heap is used before anything else."""
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        assert pool.apply(_given_back) > 60e6
+        assert pool.apply(_freed_at_once) > 100e6

@@ -1,0 +1,30 @@
+"""What `--init BASE[+refit][+local][+layer][+polish]` asks for; `walk` is the whole recipe."""
+
+STEPS = ("refit", "local", "layer", "polish")
+WALK = "obs+refit+local+layer+polish"
+
+
+# of the local fit: what more of them give, the polish gives sooner
+STEPS_BEFORE_POLISH, STEPS_ALONE = 600, 1200
+
+
+def parts(init: str) -> list[str]:
+    """The base method and the steps as they are written."""
+    return (WALK if init == "walk" else init).split("+")
+
+
+def steps_of(init: str, polished: bool, join: str = "additive") -> list[str]:
+    """The steps after the base method, in the order they are taken.
+
+    polished: whether the end-to-end fit runs, where it is asked for. Whole layers of a walk are then left to it, which does more in the same
+    seconds (benchmarks/recovery.py), except where the host norms the FFN's output (`join`): what comes behind that norm only they are fitted to.
+    """
+    found = [step for step in STEPS if step in parts(init)[1:]]
+    if init == "walk" and polished and join != "post_norm":
+        found.remove("layer")
+    return found
+
+
+def local_steps(wanted: int, polished: bool) -> int:
+    """Steps of the local fit of a layer's FFN: as many as are wanted, by whether a polish follows where that is 0."""
+    return wanted or (STEPS_BEFORE_POLISH if polished else STEPS_ALONE)
