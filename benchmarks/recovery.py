@@ -8,25 +8,7 @@
 Teacher tokens count every position the teacher was run on, the walk's included; replays of the same positions are free. Text is judged in one
 block from each passage. Each budget starts from the same built student and trains on the first blocks of the same text.
 
-Measured once, one seed, M = 512, walk of 49k tokens (192 blocks from as many places), 96 passages of validation text, teacher NLL 3.676:
-
-    start                                         KL before training (nats per token)
-    random / average / concat / select            5.56 / 5.69 / 2.02 / 2.06 (8k tokens)
-    obs+refit                                     0.547
-      + local, 300 steps of 2048 tokens, 2e-3     0.234      + 4 polish epochs  0.191
-      + layer, 200 steps                          0.208
-    walk: local 1200 steps of 512 at 4e-3, layer, 4 epochs of polish            0.165 (ood 0.228)
-      polish with hints, weight 10, 8 epochs      0.145 (ood 0.211)
-    walk, then 0.49M tokens twice (480 steps)     0.0906 (ood 0.136); from the walk with hints, and with hints 0.0826 (ood 0.123)
-      four times 0.0743 (ood 0.115), five times 0.072 (ood 0.112)
-
-Hints in the polish (4 epochs, the last layer left out, weight per layer and mean square): 0 0.162, 1 0.151, 5 0.148, 20 0.149; 5 with embeddings and head
-frozen 0.156 (0 frozen: 0.160); 5 with other tokens' errors added to the states between layers 0.183.
-
-What lost, as held-out relative error of one layer's local fit (plain: 0.077 in the first, 0.114 in the second layer): inputs mixed with other
-tokens' (0.087; 0.115) or shifted by differences of tokens' (0.087 to 0.098; 0.115 to 0.122); first-layer inputs with the embedding of a random token
-(0.078); Muon (0.107 at twice the time, where Adam at 4e-3 has 0.102); fewer tokens a step below 512 (0.108); a refit ridge of 1e-4 to 3e-2 changes
-nothing and 0.1 costs 3%. Half the batch in the polish: 0.193 for 0.191. The walk's text from 37 long passages instead of 192 places: 0.294 for 0.234.
+What was measured with it, and what won and lost on the way: docs/students.md.
 """
 
 import argparse
@@ -146,26 +128,26 @@ def one_student(
     student = build_student(teacher, width_target(teacher, width), walk, init=method, config=WalkConfig(), seed=seed)
     built, tokens = time.monotonic() - begun, walk.tokens if method != "random" else 0
     row = {"method": method, "M": width, "seed": seed}
-    yield row | {"tokens": tokens} | judge(student, texts) | {"seconds": built}
+    yield row | {"trained": 0, "tokens": tokens} | judge(student, texts) | {"seconds": built}
     training = TrainConfig(features=args.features, epochs=args.epochs)
     for budget in budgets:
         copied, begun = copy.deepcopy(student), time.monotonic()
         trained(copied, data, targets, budget, training, seed)
         seconds = built + time.monotonic() - begun
-        yield row | {"tokens": budget} | judge(copied, texts) | {"seconds": seconds}
+        yield row | {"trained": 1, "tokens": budget} | judge(copied, texts) | {"seconds": seconds}
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
     """A line for each method, width and budget: the mean over seeds and the standard deviation between them."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["method"], row["M"], row["tokens"]), []).append(row)
-    for (method, width, tokens), group in groups.items():
+        groups.setdefault((row["method"], row["M"], row["trained"], row["tokens"]), []).append(row)
+    for (method, width, after, tokens), group in groups.items():
         names = [n for n in group[0] if n.endswith((" KL", " NLL")) or n == "seconds"]
         found = {n: [row[n] for row in group] for n in names}
         spread = {n: f" ±{statistics.stdev(v):.3f}" if len(v) > 1 and n != "seconds" else "" for n, v in found.items()}
         numbers = (f"{n} {statistics.fmean(v):.{0 if n == 'seconds' else 3}f}{spread[n]}" for n, v in found.items())
-        yield f"{method:24s} M {width} tokens {tokens} seeds {len(group)}  {'  '.join(numbers)}"
+        yield f"{method:24s} M {width} {'trained' if after else 'built'} tokens {tokens} seeds {len(group)}  {'  '.join(numbers)}"
 
 
 def judge_teacher(ref: Reference) -> float:
@@ -183,7 +165,7 @@ def sibling(teacher: Teacher, tokenizer: Any, texts: dict[str, Reference], args:
     data = load_blocks(args.data, tokenizer, args.block, "train", tokens=args.sibling)
     config = TrainConfig(tokens=data.tokens, alpha=1.0, lr=2e-3, eval_every=10**9, save_every=10**9)
     distill(model, data=data, config=config)
-    row = {"method": "dense sibling", "M": width, "seed": 0, "tokens": data.tokens}
+    row = {"method": "dense sibling", "M": width, "seed": 0, "trained": 1, "tokens": data.tokens}
     return row | judge(model, texts) | {"seconds": time.monotonic() - begun}
 
 
