@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -18,24 +19,24 @@ COLUMNS = (
     ("KL", "kl", False), ("rare KL", "rare_kl", False), ("NLL", "nll", False), ("ppl", "perplexity", False),
     ("same choice", "agreement", True), ("ECE", "ece", False),
 )  # fmt: skip
+SPARED = ("ECE", "ppl", "rare KL")  # what goes first where the terminal is too narrow for a table
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Quality of every row, domains, what became of the experts, and the diagnosis."""
     console = console or Console()
     console.print(_headline(report), highlight=False)
-    columns = COLUMNS if console.width >= 96 else COLUMNS[:5]
     apart = report.get("apart") or {}
     for title, key, rows in (
         ("held-out text", "held_out", report["rows"]),
         ("out-of-distribution text", "ood", report.get("ood")),
     ):
         if rows:
-            console.print(_rows(title, rows, columns))
+            console.print(_rows(title, rows, console))
         if parts := apart.get(key):
             lost = ", ".join(apart["domains"])
-            console.print(_rows(f"{title} without {lost}", parts["kept"], columns))
-            console.print(_rows(f"{title}, {lost} alone: may be lost", parts["lost"], columns))
+            console.print(_rows(f"{title} without {lost}", parts["kept"], console))
+            console.print(_rows(f"{title}, {lost} alone: may be lost", parts["lost"], console))
     domains = report["rows"]["student"].get("by_domain") or {}
     if len(domains) > 1:
         console.print(_domains(report, domains))
@@ -88,7 +89,18 @@ def _cell(x: dict[str, Any] | None, as_percent: bool = False) -> str:
     return number(x["value"]) + spread
 
 
-def _rows(title: str, rows: dict[str, Any], columns: Sequence[tuple[str, str, bool]]) -> Table:
+def _rows(title: str, rows: dict[str, Any], console: Console) -> Table:
+    """The table with as many columns as fit whole."""
+    wide, columns = console.options.update(max_width=10_000), COLUMNS
+    for spared in SPARED:
+        table = _filled(title, rows, columns)
+        if Measurement.get(console, wide, table).maximum <= console.width:
+            return table
+        columns = tuple(c for c in columns if c[0] != spared)
+    return _filled(title, rows, columns)
+
+
+def _filled(title: str, rows: dict[str, Any], columns: Sequence[tuple[str, str, bool]]) -> Table:
     table = _table(title, "", *(c[0] for c in columns))
     for name, row in rows.items():
         title = {"before": "before training"}.get(

@@ -226,6 +226,7 @@ def test_terminal_form_fits_and_names_what_matters(made_up_report, width):
     print_report(made_up_report(30, 100), console)
     text = console.export_text()
     assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text[: text.index("by domain")]  # columns go as a whole, none is cut
     for expected in ("student", "control", "0.106", "encyclopedia", "Few calibration tokens"):
         assert expected in text
     assert bars([0.0, 0.5, 1.0, None]) == "▁▅█·" and len(bars([0.5] * 300)) <= 64
