@@ -163,7 +163,7 @@ def memorised(report: Report) -> Finding | None:
     return _finding(
         "memorised", "warning", "Memorised its training text",
         f"KL is {train:.3f} on text it was trained on and {kl:.3f} on held-out text.",
-        "Use more unique tokens and fewer replays; scores on benchmarks that are in the training text do not count.",
+        "More unique tokens (--tokens) bring other text closer; scores on benchmarks that are in the training text do not count.",
     )  # fmt: skip
 
 
