@@ -18,16 +18,18 @@ import itertools
 import json
 import statistics
 import time
+import tomllib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from moe2dense.config import TrainConfig, WalkConfig
+from moe2dense.config import RunConfig, TrainConfig, WalkConfig
 from moe2dense.data import Blocks, load_blocks
 from moe2dense.evaluation import Reference, evaluate, reference
 from moe2dense.losses.matching import teacher_features
+from moe2dense.settings import merge_flags
 from moe2dense.sources import passages
 from moe2dense.student.build import build_student
 from moe2dense.student.host import dense_config
@@ -106,6 +108,14 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def walk_config(settings: list[str]) -> WalkConfig:
+    """The defaults, but for KEY=VALUE."""
+    pairs = (text.split("=", 1) for text in settings)
+    return merge_flags(
+        RunConfig(), {f"walk.{key}": tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
+    ).walk
+
+
 def followed(teacher: Teacher, features: str = "auto") -> tuple[str, ...]:
     """The teacher's states that training reads."""
     layers = teacher.config.get_text_config().num_hidden_layers
@@ -125,7 +135,9 @@ def one_student(
 ) -> Iterator[dict[str, Any]]:
     """Rows of a student before training and after each budget; `seed` chose the text and chooses every random number."""
     walk, begun = data[: max(1, args.walk_tokens // args.block)], time.monotonic()
-    student = build_student(teacher, width_target(teacher, width), walk, init=method, config=WalkConfig(), seed=seed)
+    student = build_student(
+        teacher, width_target(teacher, width), walk, init=method, config=walk_config(args.set), seed=seed
+    )
     built, tokens = time.monotonic() - begun, walk.tokens if method != "random" else 0
     row = {"method": method, "M": width, "seed": seed}
     yield row | {"trained": 0, "tokens": tokens} | judge(student, texts) | {"seconds": built}
@@ -187,6 +199,9 @@ def main() -> None:
     parser.add_argument("--seeds", default="0", help="each chooses its own text, such as 0,1,2")
     parser.add_argument("--budgets", default="", help="total teacher tokens to train with, such as 49152,491520")
     parser.add_argument("--walk-tokens", type=int, default=49_152)
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the walk, such as local_steps=300"
+    )
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training text")
     parser.add_argument("--features", default="auto", help="feature losses of the training; '' = distributions alone")

@@ -3,7 +3,6 @@
 STEPS = ("refit", "local", "layer", "polish")
 WALK = "obs+refit+local+layer+polish"
 
-
 # of the local fit: what more of them give, the polish gives sooner
 STEPS_BEFORE_POLISH, STEPS_ALONE = 600, 1200
 
@@ -17,7 +16,7 @@ def steps_of(init: str, polished: bool, join: str = "additive") -> list[str]:
     """The steps after the base method, in the order they are taken.
 
     polished: whether the end-to-end fit runs, where it is asked for. Whole layers of a walk are then left to it, which does more in the same
-    seconds (benchmarks/recovery.py), except where the host norms the FFN's output (`join`): what comes behind that norm only they are fitted to.
+    seconds (docs/students.md), except where the host norms the FFN's output (`join`): what comes behind that norm only they are fitted to.
     """
     found = [step for step in STEPS if step in parts(init)[1:]]
     if init == "walk" and polished and join != "post_norm":
