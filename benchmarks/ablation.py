@@ -21,13 +21,15 @@ METRICS = ("coverage", "kept_energy", "energy_share", "load", "error_after", "kl
 @torch.no_grad()
 def ablation_costs(student: Any, reference: Any, base: float) -> dict[tuple[int, int], float]:
     """(layer, expert) -> rise of KL when the student's neurons of that expert are silenced; experts without neurons cost 0."""
-    from moe2dense.evaluation import evaluate
+    from moe2dense.evaluation.api import evaluate
 
     costs = {}
-    for layer, (module, fate) in enumerate(zip(student.model.get_decoder().layers, student.fate, strict=True)):
+    for layer, (module, provenance) in enumerate(
+        zip(student.model.get_decoder().layers, student.provenance, strict=True)
+    ):
         down = module.get_submodule(student.card.ffn).get_submodule(student.card.down).weight
-        for e in range(len(fate.energy_total)):
-            own = fate.source_expert.to(down.device) == e
+        for e in range(len(provenance.energy_total)):
+            own = provenance.source_expert.to(down.device) == e
             kept = down[:, own].clone()
             down[:, own] = 0
             costs[layer, e] = evaluate(student, reference, bootstrap=0).kl - base if own.any() else 0.0
@@ -41,13 +43,14 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "examples" / "text"))
     parser.add_argument("--to", default="3.2m")
     parser.add_argument("--init", default="obs+refit")
-    parser.add_argument("--student", help="a folder written by a run's walk, instead of building one")
+    parser.add_argument("--student", help="a folder written by a run's build, instead of building one")
     parser.add_argument("--blocks", type=int, default=24)
     args = parser.parse_args()
-    from moe2dense.data import load_blocks
-    from moe2dense.evaluation import evaluate, reference
-    from moe2dense.reporting.transfer import measure_transfer
-    from moe2dense.student.build import build_student
+    from moe2dense.data.load import load_blocks
+    from moe2dense.evaluation.api import evaluate
+    from moe2dense.evaluation.reference import reference
+    from moe2dense.evaluation.transfer.measure import measure_transfer
+    from moe2dense.student.build.api import build_student
     from moe2dense.student.store import load_student
     from moe2dense.teacher.load import load_teacher
 

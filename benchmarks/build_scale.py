@@ -2,15 +2,15 @@
 
     python benchmarks/build_scale.py                        # four sizes, up to 128 experts of width 768, within 2 GB: a few minutes
     python benchmarks/build_scale.py --memory 500MB --sizes 64x512x1024x2048,...
-    python benchmarks/build_scale.py walk                   # peak memory of whole walks beside the plan's number: a minute
+    python benchmarks/build_scale.py build                   # peak memory of whole builds beside the plan's number: a minute
 
 Each size is experts x expert width x hidden size x student width; experts are made when they are read (`read s`), as a streamed teacher's are. The
 pool of neurons that the elimination works on is cut to what `--memory` holds (never below the student's width, with which nothing is eliminated),
 and a refit of more neurons than it holds is done in groups, so no Gram matrix exists that does not fit. Each
 size runs in a process of its own, so that peaks are its own; they hold the layer's tokens' inputs and targets too.
 
-`walk` builds whole students layer by layer, on disk, from teachers of layers x experts x expert width x hidden size -> student width, and prints the
-process's peak of anonymous memory (its own, not files it has mapped) above where it stood before, beside what the plan says of the same walk.
+`layerwise` builds whole students layer by layer, on disk, from teachers of layers x experts x expert width x hidden size -> student width, and prints the
+process's peak of anonymous memory (its own, not files it has mapped) above where it stood before, beside what the plan says of the same build.
 """
 
 import argparse
@@ -23,15 +23,15 @@ from pathlib import Path
 
 import torch
 
-from moe2dense.config import WalkConfig
+from moe2dense.common.units import parse_bytes, show_bytes
+from moe2dense.config.schema import BuildConfig
+from moe2dense.student.ffn.dense import DenseFFN
 from moe2dense.student.ffn.local import relative_error
+from moe2dense.student.ffn.methods import Block, make_ffn
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.ffn.refit import refit
 from moe2dense.student.footprint import pool_limit, refit_limit
-from moe2dense.student.methods import Block, make_ffn
-from moe2dense.student.types import DenseFFN
-from moe2dense.teacher.capture import LayerStats
-from moe2dense.units import parse_bytes, show_bytes
+from moe2dense.teacher.routing import LayerStats
 
 SIZES = "8x256x192x512,32x256x512x1024,64x512x1024x2048,128x768x2048x6144"
 WALKS = "6x8x512x256x1024,24x8x512x256x1024,4x4x1024x512x3072"
@@ -74,7 +74,7 @@ def measure(size: str, memory: int, tokens: int) -> tuple[float, ...]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     limit = min(pool_limit(memory, dense, hidden), count * width)
     experts.seconds = 0.0
-    block = Block(dense, hidden, x, target, [], experts, stats, config=WalkConfig(), pool_limit=limit)
+    block = Block(dense, hidden, x, target, [], experts, stats, config=BuildConfig(), pool_limit=limit)
     begun = time.monotonic()
     ffn, _ = make_ffn(block, "obs")
     chosen = time.monotonic()
@@ -122,16 +122,16 @@ def write_teacher(folder: str, layers: int, experts: int, width: int, hidden: in
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
 
 
-def measure_walk(folder: str, dense: int, memory: str, tokens: int) -> tuple[int, int, int, float]:
-    """(bytes of the student, what the plan says of its walk, peak bytes of the walk above the start, seconds); few steps, all of them."""
-    from moe2dense.cards import student_host
-    from moe2dense.config import RunConfig
-    from moe2dense.data import Blocks
-    from moe2dense.geometry import teacher_geometry
-    from moe2dense.planning import walk_bytes
-    from moe2dense.student.build import build_to_folder
-    from moe2dense.student.host import count_parameters, dense_config, empty_model
-    from moe2dense.student.target import Target
+def measure_build(folder: str, dense: int, memory: str, tokens: int) -> tuple[int, int, int, float]:
+    """(bytes of the student, what the plan says of its build, peak bytes of the build above the start, seconds); few steps, all of them."""
+    from moe2dense.config.schema import RunConfig
+    from moe2dense.data.blocks import Blocks
+    from moe2dense.families.cards import student_host
+    from moe2dense.modeling.shape import count_parameters, empty_model, teacher_geometry
+    from moe2dense.student.build.api import build_to_folder
+    from moe2dense.student.build.cost import build_bytes
+    from moe2dense.student.target.dense_config import dense_config
+    from moe2dense.student.target.resolve import Target
     from moe2dense.teacher.load import load_teacher
 
     torch.set_num_threads(1)
@@ -139,18 +139,18 @@ def measure_walk(folder: str, dense: int, memory: str, tokens: int) -> tuple[int
     assert teacher.card is not None
     card, shape = student_host("mistral"), teacher_geometry(teacher.config, teacher.card)
     config = dense_config(teacher.config, card, dense)
-    target = Target("walk", "walk", card, dense, config, count_parameters(empty_model(config)), shape)
+    target = Target("build", "build", card, dense, config, count_parameters(empty_model(config)), shape)
     text = Blocks(torch.randint(0, 512, (tokens // 128, 128), generator=torch.Generator().manual_seed(0)))
-    walk = WalkConfig(local_steps=4, local_batch=256, layer_steps=3, layer_batch=512)
-    plan = walk_bytes(RunConfig(walk=walk), shape, target, tokens, teacher.budget)
+    build = BuildConfig(local_steps=4, local_batch=256, layer_steps=3, layer_batch=512)
+    plan = build_bytes(RunConfig(build=build), shape, target, tokens, teacher.budget)
     with tempfile.TemporaryDirectory() as out:
         begun, peak = time.monotonic(), AnonymousPeak()
-        build_to_folder(teacher, target, text, Path(out) / "walk" / "student", Path(out) / "walk", config=walk)
+        build_to_folder(teacher, target, text, Path(out) / "build" / "student", Path(out) / "build", config=build)
         return 4 * target.parameters, plan, peak.end(), time.monotonic() - begun
 
 
-def walks(sizes: str, memory: str, tokens: int) -> None:
-    """Print a row for each walk."""
+def builds(sizes: str, memory: str, tokens: int) -> None:
+    """Print a row for each build."""
     spawn = multiprocessing.get_context("spawn")
     print(f"{'L x E x F x H -> M':>22} {'student':>8} {'plan':>8} {'peak':>8} {'seconds':>8}")
     for size in sizes.split(","):
@@ -159,7 +159,7 @@ def walks(sizes: str, memory: str, tokens: int) -> None:
             with spawn.Pool(1) as pool:
                 pool.apply(write_teacher, (folder, layers, experts, width, hidden))
             with spawn.Pool(1) as pool:
-                student, plan, peak, seconds = pool.apply(measure_walk, (folder, dense, memory, tokens))
+                student, plan, peak, seconds = pool.apply(measure_build, (folder, dense, memory, tokens))
         print(
             f"{size:>22} {show_bytes(student):>8} {show_bytes(plan):>8} {show_bytes(peak):>8} {seconds:8.1f}",
             flush=True,
@@ -168,13 +168,13 @@ def walks(sizes: str, memory: str, tokens: int) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="?", default="layer", choices=["layer", "walk"])
+    parser.add_argument("what", nargs="?", default="layer", choices=["layer", "build"])
     parser.add_argument("--sizes", default="")
-    parser.add_argument("--memory", default="", help="for the elimination's matrices (2GB), or for a walk (60MB)")
-    parser.add_argument("--tokens", type=int, default=0, help="8192 for a layer, 2048 for a walk")
+    parser.add_argument("--memory", default="", help="for the elimination's matrices (2GB), or for a build (60MB)")
+    parser.add_argument("--tokens", type=int, default=0, help="8192 for a layer, 2048 for a build")
     args = parser.parse_args()
-    if args.what == "walk":
-        walks(args.sizes or WALKS, args.memory or "60MB", args.tokens or 2048)
+    if args.what == "build":
+        builds(args.sizes or WALKS, args.memory or "60MB", args.tokens or 2048)
         return
     memory, tokens = parse_bytes(args.memory or "2GB"), args.tokens or 8192
     print(

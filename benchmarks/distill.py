@@ -2,7 +2,7 @@
 
     python benchmarks/distill.py [--steps 12] [--rounds 5]      # tokens a second and bytes a token, four minutes on two cores
     python benchmarks/distill.py --kl 491520 --data FOLDER      # validation KL after training on each format of targets
-    python benchmarks/distill.py --features 98304 --data FOLDER # and with each feature loss and token weight, from a walk
+    python benchmarks/distill.py --features 98304 --data FOLDER # and with each feature loss and token weight, from a build
 
 Speed: the teacher is resident and asked at every step (online) by our loop, by a bare PyTorch loop and, where trl is
 installed, by its DistillationTrainer, whose generation is replaced with the fixed text; the student's FFN is random. The
@@ -15,7 +15,7 @@ full 8192.
 Formats, one seed, 98k tokens from a student with random FFNs: KL hidden 2.6645, full 2.6644, sampled 2.6662, hard labels 2.7964, topk
 without tail 2.8837, topk 2.9520. Sampled targets lose nothing at a fifth of the bytes; the likeliest 32 alone are worse than hard labels.
 
-Features, one seed, 98k tokens from a walk whose KL is 0.2065: none 0.1999; hidden states 0.1985 (mse:last), 0.1987 (mse:uniform),
+Features, one seed, 98k tokens from a build whose KL is 0.2065: none 0.1999; hidden states 0.1985 (mse:last), 0.1987 (mse:uniform),
 0.1991 (the same, decayed to 0), 0.1993 (cosine:uniform), 0.1997 (mse:learned), all at 0.1; attention:last 0.1936 at 1, 0.1944 decayed;
 relation:last 0.2042 at 1, 0.2028 decayed.
 """
@@ -24,26 +24,25 @@ import argparse
 import copy
 import dataclasses
 import importlib.util
-import sys
 import tempfile
 import time
 from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
+
+from moe2dense.config.schedules import learning_rate
+from moe2dense.config.schema import TrainConfig
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
+from moe2dense.distillation.api import distill
+from moe2dense.distillation.batching import step_blocks
+from moe2dense.distillation.targets.formats import FORMATS
+from moe2dense.distillation.targets.memory import ResidentTargets, hidden_targets
+from moe2dense.distillation.targets.store import open_targets, write_targets
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM  # noqa: E402
-
-from moe2dense.config import TrainConfig  # noqa: E402
-from moe2dense.data import Blocks, load_blocks  # noqa: E402
-from moe2dense.order import step_blocks  # noqa: E402
-from moe2dense.schedules import learning_rate  # noqa: E402
-from moe2dense.targets import ResidentTargets, hidden_targets, open_targets, write_targets  # noqa: E402
-from moe2dense.targets.formats import FORMATS  # noqa: E402
-from moe2dense.training import distill  # noqa: E402
 
 PER_STEP = 8
 
@@ -220,11 +219,11 @@ FEATURES = (
 
 
 def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folder: str) -> None:
-    """Validation KL after training with each feature loss, from the same walk student."""
-    from moe2dense.losses.matching import teacher_features
-    from moe2dense.student.build import build_student
+    """Validation KL after training with each feature loss, from the same build student."""
+    from moe2dense.distillation.targets.record import TOKEN_WEIGHTS
+    from moe2dense.losses.feature_match import teacher_features
+    from moe2dense.student.build.api import build_student
     from moe2dense.student.store import load_student
-    from moe2dense.targets.record import TOKEN_WEIGHTS
     from moe2dense.teacher.load import load_teacher
 
     teacher = load_teacher(ROOT / "examples/tiny-mixtral")

@@ -19,11 +19,8 @@ import argparse
 import json
 import multiprocessing
 import resource
-import sys
 import time
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def plain(h, w, ht, wt):
@@ -49,8 +46,8 @@ def ours(h, w, ht, wt):
     import torch
 
     from moe2dense.losses.distillation import distillation_loss
-    from moe2dense.losses.head import Head
-    from moe2dense.losses.rows import HiddenRows
+    from moe2dense.losses.teacher_rows import HiddenRows
+    from moe2dense.modeling.head import Head
 
     loss = distillation_loss(h, Head(w), HiddenRows(ht, Head(wt))).total
     return loss, torch.autograd.grad(loss, (h, w))

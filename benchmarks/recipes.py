@@ -6,8 +6,8 @@
     python benchmarks/recipes.py --data FOLDER --only default --set teacher.quantize=int4 --seeds 3
     python benchmarks/recipes.py --data FOLDER --teachers int8,int4,nf4  # how far rounding the experts moves the targets themselves
 
-Teacher tokens are positions the teacher was run on, the walk's included; text that the teacher writes comes on top and is shown as `written`.
-Recipes that start from the same walk share it: it is built once and its seconds count for each. Text is judged on --blocks blocks.
+Teacher tokens are positions the teacher was run on, the build's included; text that the teacher writes comes on top and is shown as `written`.
+Recipes that start from the same build share it: it is built once and its seconds count for each. Text is judged on --blocks blocks.
 """
 
 import argparse
@@ -22,14 +22,18 @@ from typing import Any
 
 import xxhash
 
-from moe2dense import stages
-from moe2dense.data import load_blocks
-from moe2dense.evaluation import evaluate, reference
-from moe2dense.planning import make_plan
-from moe2dense.regimes.progressive import last_stage
-from moe2dense.regimes.texts import prepare_text
-from moe2dense.run import open_run
-from moe2dense.settings import configure, merge_flags
+from moe2dense.config.toml import merge_flags
+from moe2dense.conversion import stages
+from moe2dense.conversion.checks import check_settings
+from moe2dense.conversion.configure import configure
+from moe2dense.conversion.job import Job, load_text
+from moe2dense.conversion.plan import make_plan
+from moe2dense.conversion.progressive import last_stage
+from moe2dense.conversion.run import open_run
+from moe2dense.conversion.training_text import prepare_text
+from moe2dense.data.load import load_blocks
+from moe2dense.evaluation.api import evaluate
+from moe2dense.evaluation.reference import reference
 from moe2dense.teacher.load import load_teacher
 
 ROOT = Path(__file__).parent.parent
@@ -49,10 +53,10 @@ def settings_of(recipe: Path, args: argparse.Namespace, seed: int, out: Path) ->
     return merge_flags(settings, {"train.eval_every": 10**9, "train.save_every": 10**9})
 
 
-def walk_key(settings: Any, args: argparse.Namespace) -> str:
-    """What tells walks apart."""
+def build_key(settings: Any, args: argparse.Namespace) -> str:
+    """What tells builds apart."""
     what = [
-        dataclasses.asdict(settings.walk),
+        dataclasses.asdict(settings.build),
         settings.seed,
         settings.teacher.quantize,
         args.data,
@@ -68,21 +72,21 @@ def measure(
     """One recipe with one seed."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(recipe, args, seed, Path(folder) / "run")
-        stages.check_settings(settings)
+        check_settings(settings)
         plan = make_plan(settings)
-        text = stages.load_text(settings, plan, teacher.tokenizer())
+        text = load_text(settings, plan, teacher.tokenizer())
         with open_run(settings.out, settings) as run:
-            job = stages.Job(run, settings, plan, teacher, text, lambda *_, **__: None, references)
-            cached = Path(args.cache) / walk_key(settings, args)
+            job = Job(run, settings, plan, teacher, text, lambda *_, **__: None, references)
+            cached = Path(args.cache) / build_key(settings, args)
             if not settings.stages and (cached / "entry.json").is_file():
-                shutil.copytree(cached / "walk", run.folder / "walk")
-                run.finish("walk", **json.loads((cached / "entry.json").read_text()))
+                shutil.copytree(cached / "build", run.folder / "build")
+                run.finish("build", **json.loads((cached / "entry.json").read_text()))
             begun = time.monotonic()
             job = last_stage(job)
-            student = stages.walk(job)
-            entry = job.run.finished("walk") or {}
+            student = stages.build(job)
+            entry = job.run.finished("build") or {}
             if not settings.stages and not (cached / "entry.json").is_file():
-                shutil.copytree(run.folder / "walk", cached / "walk", dirs_exist_ok=True)
+                shutil.copytree(run.folder / "build", cached / "build", dirs_exist_ok=True)
                 (cached / "entry.json").write_text(json.dumps({k: v for k, v in entry.items() if k != "finished"}))
                 begun += entry["seconds"]
             if plan.tokens:
@@ -92,7 +96,7 @@ def measure(
             scores = stages.score(job, student)
             written = (run.finished("write") or {}).get("tokens", 0)
     return {
-        "recipe": recipe.stem, "set": args.set, "seed": seed, "tokens": plan.tokens or plan.walk_tokens, "written": written,
+        "recipe": recipe.stem, "set": args.set, "seed": seed, "tokens": plan.tokens or plan.build_tokens, "written": written,
         "kl": float(scores["valid"].kl), "nll": float(scores["valid"].nll), "ood_kl": float(scores["ood"].kl),
         "teacher_nll": float(scores["valid"].teacher_nll), "seconds": round(seconds, 1), "train_seconds": round(seconds - entry["seconds"], 1),
     }  # fmt: skip
@@ -149,7 +153,7 @@ def main() -> None:
     parser.add_argument(
         "--set", action="append", default=[], help="KEY=VALUE over the recipe, such as teacher.quantize=int4"
     )
-    parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "moe2dense-walks"), help="built students")
+    parser.add_argument("--cache", default=str(Path(tempfile.gettempdir()) / "moe2dense-builds"), help="built students")
     parser.add_argument("--results", default="recipes.json")
     parser.add_argument("--show", action="store_true", help="print the table of --results and stop")
     parser.add_argument("--teachers", default="", help="measure rounded teachers (int8,int4,nf4) instead of recipes")

@@ -1,11 +1,11 @@
 """What each way of making a student is worth: KL and NLL before training, and at equal total teacher tokens after it.
 
-    python benchmarks/recovery.py                                  # random, concat and the walk before training, one seed
-    python benchmarks/recovery.py --methods walk,concat --budgets 49152,491520 --epochs 5 --data FOLDER
+    python benchmarks/recovery.py                                  # random, concat and the build before training, one seed
+    python benchmarks/recovery.py --methods layerwise,concat --budgets 49152,491520 --epochs 5 --data FOLDER
     python benchmarks/recovery.py --methods all --widths 256,512,1024 --seeds 0,1,2 --budgets 49152,491520 --data FOLDER
     python benchmarks/recovery.py --sibling 4915200 --data FOLDER  # a dense model of the student's shape, trained from scratch
 
-Teacher tokens count every position the teacher was run on, the walk's included; replays of the same positions are free. Text is judged in one
+Teacher tokens count every position the teacher was run on, the build's included; replays of the same positions are free. Text is judged in one
 block from each passage. Each budget starts from the same built student and trains on the first blocks of the same text.
 
 What was measured with it, and what won and lost on the way: docs/students.md.
@@ -25,24 +25,27 @@ from typing import Any
 
 import torch
 
-from moe2dense.config import RunConfig, TrainConfig, WalkConfig
-from moe2dense.data import Blocks, load_blocks
-from moe2dense.evaluation import Reference, evaluate, reference
-from moe2dense.losses.matching import teacher_features
-from moe2dense.settings import merge_flags
-from moe2dense.sources import passages
-from moe2dense.student.build import build_student
-from moe2dense.student.host import dense_config
-from moe2dense.student.target import Target, resolve_target
-from moe2dense.targets import hidden_targets
-from moe2dense.teacher.load import Teacher, load_teacher
-from moe2dense.training import distill
-from moe2dense.trainsetup import AUTO_FEATURES
+from moe2dense.config.schema import BuildConfig, RunConfig, TrainConfig
+from moe2dense.config.toml import merge_flags
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
+from moe2dense.data.records import passages
+from moe2dense.distillation.api import distill
+from moe2dense.distillation.auto_features import AUTO_FEATURES
+from moe2dense.distillation.targets.memory import hidden_targets
+from moe2dense.evaluation.api import evaluate
+from moe2dense.evaluation.reference import Reference, reference
+from moe2dense.losses.feature_match import teacher_features
+from moe2dense.student.build.api import build_student
+from moe2dense.student.target.dense_config import dense_config
+from moe2dense.student.target.resolve import Target, resolve_target
+from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
 
 ROOT = Path(__file__).parent.parent
 ALL = (
     "random", "average", "weighted-average", "aligned-average", "svd", "concat", "cluster", "select", "select+refit", "obs+refit",
-    "random+local", "concat+refit+local", "obs+refit+local", "obs+refit+local+layer", "walk",
+    "random+local", "concat+refit+local", "obs+refit+local", "obs+refit+local+layer", "layerwise",
 )  # fmt: skip
 
 
@@ -96,7 +99,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for seed in seeds:
         data = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))]  # from many passages
-        data = data[: max([*budgets, args.walk_tokens]) // args.block]
+        data = data[: max([*budgets, args.build_tokens]) // args.block]
         targets = hidden_targets(teacher, data, features=followed(teacher, args.features)) if budgets else None
         for width, method in itertools.product(widths, methods):
             for row in one_student(teacher, method, width, seed, data, targets, texts, budgets, args):
@@ -108,12 +111,12 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def walk_config(settings: list[str]) -> WalkConfig:
+def build_config(settings: list[str]) -> BuildConfig:
     """The defaults, but for KEY=VALUE."""
     pairs = (text.split("=", 1) for text in settings)
     return merge_flags(
-        RunConfig(), {f"walk.{key}": tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
-    ).walk
+        RunConfig(), {f"build.{key}": tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
+    ).build
 
 
 def followed(teacher: Teacher, features: str = "auto") -> tuple[str, ...]:
@@ -134,11 +137,11 @@ def one_student(
     args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """Rows of a student before training and after each budget; `seed` chose the text and chooses every random number."""
-    walk, begun = data[: max(1, args.walk_tokens // args.block)], time.monotonic()
+    build, begun = data[: max(1, args.build_tokens // args.block)], time.monotonic()
     student = build_student(
-        teacher, width_target(teacher, width), walk, init=method, config=walk_config(args.set), seed=seed
+        teacher, width_target(teacher, width), build, init=method, config=build_config(args.set), seed=seed
     )
-    built, tokens = time.monotonic() - begun, walk.tokens if method != "random" else 0
+    built, tokens = time.monotonic() - begun, build.tokens if method != "random" else 0
     row = {"method": method, "M": width, "seed": seed}
     yield row | {"trained": 0, "tokens": tokens} | judge(student, texts) | {"seconds": built}
     training = TrainConfig(features=args.features, epochs=args.epochs)
@@ -194,13 +197,19 @@ def main() -> None:
     parser.add_argument(
         "--data", default=str(ROOT / "examples" / "text"), help="folder with train, valid and ood files"
     )
-    parser.add_argument("--methods", default="random,concat,walk", help=f"comma-separated, or all: {', '.join(ALL)}")
+    parser.add_argument(
+        "--methods", default="random,concat,layerwise", help=f"comma-separated, or all: {', '.join(ALL)}"
+    )
     parser.add_argument("--widths", default="512")
     parser.add_argument("--seeds", default="0", help="each chooses its own text, such as 0,1,2")
     parser.add_argument("--budgets", default="", help="total teacher tokens to train with, such as 49152,491520")
-    parser.add_argument("--walk-tokens", type=int, default=49_152)
+    parser.add_argument("--build-tokens", type=int, default=49_152)
     parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="an option of the walk, such as local_steps=300"
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="an option of the build, such as local_steps=300",
     )
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the training text")

@@ -2,43 +2,40 @@
 
     python benchmarks/regimes.py progressive --data FOLDER [--tokens 98304] [--seeds 3]
     python benchmarks/regimes.py on-policy --data FOLDER [--tokens 98304] [--seeds 3]
-    python benchmarks/regimes.py companions --data FOLDER [--tokens 98304] [--seeds 3]
+    python benchmarks/regimes.py peers --data FOLDER [--tokens 98304] [--seeds 3]
 
-progressive: 40% of the teacher made at once, against 47% first and 40% from that; walk and training share the tokens.
-on-policy: one walked student of 40%, trained on fixed text or on its own; it then continues held-out prompts freely and the
+progressive: 40% of the teacher made at once, against 47% first and 40% from that; build and training share the tokens.
+on-policy: one built student of 40%, trained on fixed text or on its own; it then continues held-out prompts freely and the
 teacher's nats per token on what it wrote are its "own text" column (the teacher's on its own samples stand above).
-companions: the same student beside an average of itself, a peer, more heads or noisy views.
-Seeds change the text's order, every draw and the walk. Numbers are means over seeds with 95 % t-intervals; `change` is the paired
-difference to the first row. The walk is shortened (--walk) so that a table takes minutes.
+peers: the same student beside an average of itself, a peer, more heads or noisy views.
+Seeds change the text's order, every draw and the build. Numbers are means over seeds with 95 % t-intervals; `change` is the paired
+difference to the first row. The build is shortened (--build) so that a table takes minutes.
 """
 
 import argparse
 import copy
-import sys
 import time
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 
 import torch
+from scipy import stats
+
+import moe2dense as m2d
+from moe2dense.config.schema import BuildConfig, RegimeConfig, TrainConfig
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
+from moe2dense.distillation.regimes.registry import make_regime, trainable
+from moe2dense.distillation.targets.memory import hidden_targets
+from moe2dense.evaluation.reference import reference
+from moe2dense.exporting.api import export
+from moe2dense.generation.in_memory import continued
+from moe2dense.generation.sampling import Sampling
+from moe2dense.student.dense_teacher import target_from
+from moe2dense.student.target.resolve import resolve_target
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
-from scipy import stats  # noqa: E402
-
-import moe2dense as m2d  # noqa: E402
-from moe2dense.config import RegimeConfig, TrainConfig, WalkConfig  # noqa: E402
-from moe2dense.data import Blocks, load_blocks  # noqa: E402
-from moe2dense.evaluation import reference  # noqa: E402
-from moe2dense.exporting import export  # noqa: E402
-from moe2dense.generation.resident import continued  # noqa: E402
-from moe2dense.generation.sampling import Sampling  # noqa: E402
-from moe2dense.regimes import make_regime  # noqa: E402
-from moe2dense.regimes.choose import trainable  # noqa: E402
-from moe2dense.student.single import target_from  # noqa: E402
-from moe2dense.student.target import resolve_target  # noqa: E402
-from moe2dense.targets import hidden_targets  # noqa: E402
 
 TINY = ROOT / "examples" / "tiny-mixtral"
 BLOCK, PROMPT, HELD = 256, 32, 48
@@ -51,7 +48,7 @@ class Bench:
     data: str
     tokens: int
     seed: int
-    walk: WalkConfig
+    build: BuildConfig
     truth: dict = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,9 +78,9 @@ class Bench:
         return {"own text": float(nll.mean()), "distinct": 100 * sum(bigrams) / len(bigrams)}
 
 
-def walk(bench: Bench, source, target, text: Blocks):
-    """A built student; the walk takes the first half of the text."""
-    return m2d.build_student(source, target, text[: max(1, len(text) // 2)], config=bench.walk, seed=bench.seed)
+def build(bench: Bench, source, target, text: Blocks):
+    """A built student; the build takes the first half of the text."""
+    return m2d.build_student(source, target, text[: max(1, len(text) // 2)], config=bench.build, seed=bench.seed)
 
 
 def progressive(bench: Bench, tmp: Path) -> dict[str, dict[str, float]]:
@@ -91,16 +88,16 @@ def progressive(bench: Bench, tmp: Path) -> dict[str, dict[str, float]]:
     config, rows = TrainConfig(), {}
     large, small = (resolve_target(to, bench.teacher.config, bench.teacher.card) for to in ("47%", "40%"))
     begun = time.perf_counter()
-    student = walk(bench, bench.teacher, small, bench.train)
+    student = build(bench, bench.teacher, small, bench.train)
     m2d.distill(student, bench.teacher, bench.train, config=config, seed=bench.seed)
     rows["direct, 40%"] = bench.scores(student) | {"seconds": time.perf_counter() - begun}
     begun, half = time.perf_counter(), len(bench.train) // 2
-    first = walk(bench, bench.teacher, large, bench.train[:half])
+    first = build(bench, bench.teacher, large, bench.train[:half])
     m2d.distill(first, bench.teacher, bench.train[:half], config=config, seed=bench.seed)
     export(first, tmp / str(bench.seed), tokenizer=str(TINY), dtype="float32", overwrite=True)
-    leader = m2d.load_teacher(tmp / str(bench.seed), memory="2GB")
-    student = walk(bench, leader, target_from(leader, small), bench.train[half:])
-    m2d.distill(student, leader, bench.train[half:], config=config, seed=bench.seed)
+    intermediate_teacher = m2d.load_teacher(tmp / str(bench.seed), memory="2GB")
+    student = build(bench, intermediate_teacher, target_from(intermediate_teacher, small), bench.train[half:])
+    m2d.distill(student, intermediate_teacher, bench.train[half:], config=config, seed=bench.seed)
     rows["47%, then 40%"] = bench.scores(student) | {"seconds": time.perf_counter() - begun}
     return rows
 
@@ -126,7 +123,7 @@ def compared(bench: Bench, variants: dict, start, row_of) -> dict[str, dict[str,
 
 def on_policy(bench: Bench, _: Path) -> dict[str, dict[str, float]]:
     """Fixed text against own text, by divergence and share."""
-    start = walk(bench, bench.teacher, "40%", bench.train)
+    start = build(bench, bench.teacher, "40%", bench.train)
     own = "on-policy"
     variants = {
         "fixed, forward KL": ({}, "", {}),
@@ -148,9 +145,9 @@ def on_policy(bench: Bench, _: Path) -> dict[str, dict[str, float]]:
     return compared(bench, variants, start, row_of)
 
 
-def companions(bench: Bench, _: Path) -> dict[str, dict[str, float]]:
+def peers(bench: Bench, _: Path) -> dict[str, dict[str, float]]:
     """A second model or view beside the teacher."""
-    start = walk(bench, bench.teacher, "40%", bench.train)
+    start = build(bench, bench.teacher, "40%", bench.train)
     variants = {
         "teacher alone": ({}, "", {}),
         "ema 0.2": ({}, "ema", {"share": "0.2"}),
@@ -182,16 +179,16 @@ def table(rows: list[dict[str, dict[str, float]]]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["progressive", "on-policy", "companions"])
+    parser.add_argument("what", choices=["progressive", "on-policy", "peers"])
     parser.add_argument("--data", default=str(ROOT / "examples" / "text"))
     parser.add_argument("--tokens", type=int, default=98_304)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--walk", type=int, default=200, help="local steps of the walk")
+    parser.add_argument("--build", type=int, default=200, help="local steps of the build")
     args = parser.parse_args()
     import tempfile
 
-    short = replace(WalkConfig(), local_steps=args.walk, polish_epochs=1.0)
-    run = {"progressive": progressive, "on-policy": on_policy, "companions": companions}[args.what]
+    short = replace(BuildConfig(), local_steps=args.build, heal_epochs=1.0)
+    run = {"progressive": progressive, "on-policy": on_policy, "peers": peers}[args.what]
     begun, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as tmp:
         for seed in range(args.seeds):

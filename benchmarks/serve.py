@@ -32,8 +32,8 @@ def synthetic(folder: Path, hidden: int, layers: int) -> list[Path]:
     from transformers import AutoModelForCausalLM, MixtralConfig
     from transformers.utils import logging
 
-    from moe2dense.cards import teacher_cards
-    from moe2dense.student.target import resolve_target
+    from moe2dense.families.cards import teacher_cards
+    from moe2dense.student.target.resolve import resolve_target
 
     width = hidden * 7 // 2 // 32 * 32
     config = MixtralConfig(
@@ -50,7 +50,7 @@ def synthetic(folder: Path, hidden: int, layers: int) -> list[Path]:
         model.save_pretrained(folder / name)
         paths.append(folder / name)
     if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf"):
-        from moe2dense.exporting import export
+        from moe2dense.exporting.api import export
 
         words = Path(__file__).parent.parent / "examples" / "tiny-mixtral"  # any tokenizer will do for timing
         done = export(model, folder / "gguf", tokenizer=words, format="gguf", quantize="q8_0")

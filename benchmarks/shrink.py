@@ -3,7 +3,7 @@
     python benchmarks/shrink.py                                     # 40% and 25% of the tiny teacher
     python benchmarks/shrink.py --sizes 25% --prune width,depth --data FOLDER --tokens 98304
 
-For each size and kind of pruning, the walk's student before and after training, then the same shape with random FFNs around what is carried
+For each size and kind of pruning, the build's student before and after training, then the same shape with random FFNs around what is carried
 over of the attention, and with every weight random. All train on the same blocks; text is judged in one block from each passage.
 """
 
@@ -15,21 +15,25 @@ from typing import Any
 import torch
 from recovery import ROOT, followed, judge, judge_teacher, one_block_per_passage, show, trained
 
-from moe2dense.config import TrainConfig, WalkConfig
-from moe2dense.data import Blocks, load_blocks
+from moe2dense.config.schema import BuildConfig, TrainConfig
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
+from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.errors import UserError
-from moe2dense.evaluation import reference
-from moe2dense.student.build import build_student
-from moe2dense.student.shapes import pruning_text
-from moe2dense.student.target import Target, resolve_target
-from moe2dense.targets import hidden_targets
-from moe2dense.teacher.load import Teacher, load_teacher
+from moe2dense.evaluation.reference import reference
+from moe2dense.student.build.api import build_student
+from moe2dense.student.target.pruned import pruning_text
+from moe2dense.student.target.resolve import Target, resolve_target
+from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
 
 
-def made(start: str, teacher: Teacher, target: Target, walk: Blocks, config: WalkConfig) -> Any:
+def made(start: str, teacher: Teacher, target: Target, build: Blocks, config: BuildConfig) -> Any:
     """A student of the target's shape, or a bare model with every weight random."""
     if start != "every weight random":
-        return build_student(teacher, target, walk, init="walk" if start == "walk" else "random", config=config)
+        return build_student(
+            teacher, target, build, init="layerwise" if start == "layerwise" else "random", config=config
+        )
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(0)
@@ -45,9 +49,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     data = load_blocks(args.data, tokenizer, args.block, "train")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     data = data[order[: args.tokens // args.block]]
-    targets, walk = hidden_targets(teacher, data, features=followed(teacher)), data[: args.walk_tokens // args.block]
+    targets, build = hidden_targets(teacher, data, features=followed(teacher)), data[: args.build_tokens // args.block]
     print(
-        f"teacher NLL {judge_teacher(texts['valid']):.3f}; {data.tokens} tokens, the walk's {walk.tokens} included",
+        f"teacher NLL {judge_teacher(texts['valid']):.3f}; {data.tokens} tokens, the build's {build.tokens} included",
         flush=True,
     )
     rows = []
@@ -64,9 +68,9 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
             seen.append(target.geometry)
             kept = pruning_text(target.teacher, target.geometry, "influence") or "all outside the FFNs"
             print(f"{size}, prune = {prune}: {kept}, M = {target.width}, {target.parameters} parameters", flush=True)
-            for start in ("walk", "random FFNs", "every weight random"):
-                student = made(start, teacher, target, walk, WalkConfig())
-                row = {"method": f"{size} {prune} {start}", "tokens": walk.tokens if start == "walk" else 0}
+            for start in ("layerwise", "random FFNs", "every weight random"):
+                student = made(start, teacher, target, build, BuildConfig())
+                row = {"method": f"{size} {prune} {start}", "tokens": build.tokens if start == "layerwise" else 0}
                 rows.append(show(row | judge(student, texts)))
                 trained(student, data, targets, data.tokens, TrainConfig(epochs=args.epochs), 0)
                 rows.append(show(row | {"tokens": data.tokens} | judge(student, texts)))
@@ -79,8 +83,8 @@ def main() -> None:
     parser.add_argument("--data", default=str(ROOT / "examples" / "text"), help="folder with train and valid files")
     parser.add_argument("--sizes", default="40%,25%")
     parser.add_argument("--prune", default="auto,width,depth,heads")
-    parser.add_argument("--tokens", type=int, default=98_304, help="of teacher positions, the walk's included")
-    parser.add_argument("--walk-tokens", type=int, default=49_152)
+    parser.add_argument("--tokens", type=int, default=98_304, help="of teacher positions, the build's included")
+    parser.add_argument("--build-tokens", type=int, default=49_152)
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--epochs", type=float, default=1.0, help="passes over the text")
     parser.add_argument("--out", default="", help="write the rows as JSON")

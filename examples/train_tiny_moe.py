@@ -19,10 +19,11 @@ from cyclopts import App
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from moe2dense.cards import TeacherCard, teacher_cards
-from moe2dense.data import Blocks, load_blocks
+from moe2dense.common.units import parse_count
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
-from moe2dense.units import parse_count
+from moe2dense.families.cards import TeacherCard, teacher_cards
 
 HERE = Path(__file__).parent
 

@@ -9,27 +9,28 @@ Names are imported when first used, so that `import moe2dense` does not load tor
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from moe2dense.common.versions import __version__
 
 _HOME = {
-    "convert": "moe2dense.pipeline:convert",
-    "plan": "moe2dense.pipeline:plan",
+    "convert": "moe2dense.conversion.api:convert",
+    "plan": "moe2dense.conversion.api:plan",
     "load_teacher": "moe2dense.teacher.load:load_teacher",
-    "build_student": "moe2dense.student.build:build_student",
+    "build_student": "moe2dense.student.build.api:build_student",
     "load_student": "moe2dense.student.store:load_student",
     "save_student": "moe2dense.student.store:save_student",
-    "load_blocks": "moe2dense.data:load_blocks",
-    "Blocks": "moe2dense.data:Blocks",
-    "distill": "moe2dense.training:distill",
-    "evaluate": "moe2dense.evaluation:evaluate",
-    "report": "moe2dense.verbs.reporting:show_report",
-    "export": "moe2dense.exporting:export",
+    "load_blocks": "moe2dense.data.load:load_blocks",
+    "Blocks": "moe2dense.data.blocks:Blocks",
+    "distill": "moe2dense.distillation.api:distill",
+    "evaluate": "moe2dense.evaluation.api:evaluate",
+    "report": "moe2dense.reporting.show:show_report",
+    "export": "moe2dense.exporting.api:export",
     "UserError": "moe2dense.errors:UserError",
 }
 
 __all__ = [
     "Blocks",
     "UserError",
+    "__version__",
     "build_student",
     "convert",
     "distill",
@@ -44,16 +45,17 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from moe2dense.data import Blocks, load_blocks
+    from moe2dense.conversion.api import convert, plan
+    from moe2dense.data.blocks import Blocks
+    from moe2dense.data.load import load_blocks
+    from moe2dense.distillation.api import distill
     from moe2dense.errors import UserError
-    from moe2dense.evaluation import evaluate
-    from moe2dense.exporting import export
-    from moe2dense.pipeline import convert, plan
-    from moe2dense.student.build import build_student
+    from moe2dense.evaluation.api import evaluate
+    from moe2dense.exporting.api import export
+    from moe2dense.reporting.show import show_report as report
+    from moe2dense.student.build.api import build_student
     from moe2dense.student.store import load_student, save_student
     from moe2dense.teacher.load import load_teacher
-    from moe2dense.training import distill
-    from moe2dense.verbs.reporting import show_report as report
 
 
 def __getattr__(name: str) -> Any:

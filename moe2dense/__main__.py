@@ -8,7 +8,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
     from rich.console import Console
 
-    from moe2dense.cli import app
+    from moe2dense.cli.app import app
     from moe2dense.errors import UserError
 
     arguments = sys.argv[1:] if arguments is None else arguments

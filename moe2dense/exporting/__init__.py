@@ -1,5 +1,5 @@
 """Checkpoints that serving stacks load: the transformers layout, GGUF, quantised weights."""
 
-from moe2dense.exporting.checkpoint import Exported, export
+from moe2dense.exporting.api import Exported, export
 
 __all__ = ["Exported", "export"]

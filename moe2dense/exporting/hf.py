@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe2dense.common.units import parse_bytes
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting import verify
-from moe2dense.units import parse_bytes
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TokenizerSource = str | Path | PreTrainedTokenizerBase

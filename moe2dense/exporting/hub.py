@@ -56,7 +56,7 @@ def push_to_hub(
 
 
 def _question(folder: Path, repo_id: str, private: bool, files: int, size: int) -> str:
-    from moe2dense.units import show_bytes
+    from moe2dense.common.units import show_bytes
 
     kind = "private" if private else "PUBLIC"
     return f"Upload {folder} ({files} files, {show_bytes(size)}) to the {kind} repository {repo_id}?"

@@ -1,38 +1,22 @@
 """Is what was written the trained student? The folder is read back by transformers alone and compared tensor by tensor."""
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from moe2dense.errors import UserError
+from moe2dense.modeling.load import quiet
 
 # Parameter names by which a mixture of experts is recognised.
 _MOE_TENSOR = re.compile(
     r"(^|\.)(experts?|shared_experts?|router|block_sparse_moe|e_score_correction_bias)(\.|_|$)|\.gate\.weight$"
 )
 _TEXT = "The year 1987: 3.14159, and “quotes”, naïve café — 漢字 🙂\n\tdef f(x): return x ** 2  # done\n"
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and reports; restored afterwards."""
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()
 
 
 class VerificationError(UserError):

@@ -17,15 +17,16 @@ from typing import Any
 
 import xxhash
 
-from moe2dense.config import WriteConfig
+from moe2dense.common.files import atomic_write
+from moe2dense.common.processes import from_first
+from moe2dense.config.schema import WriteConfig
 from moe2dense.errors import UserError
-from moe2dense.fingerprint import checkpoint_fingerprint
 from moe2dense.generation.filters import Filters, Sieve, parse_band
+from moe2dense.generation.parts import drop_parts, written_by_all
 from moe2dense.generation.prompts import Prompt, read_prompts
 from moe2dense.generation.sampling import Sampling
-from moe2dense.generation.sequences import Completion, check_lengths, generate
-from moe2dense.generation.sharing import drop_parts, from_first, written_by_all
-from moe2dense.run import atomic_write
+from moe2dense.generation.streamed import Completion, check_lengths, generate
+from moe2dense.weights.fingerprint import checkpoint_fingerprint
 
 VERSION = 1
 MANIFEST = "writing.json"

@@ -18,9 +18,9 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from moe2dense.common.files import atomic_write
 from moe2dense.errors import UserError
 from moe2dense.generation.prompts import Prompt
-from moe2dense.run import atomic_write
 
 ANSWERS = "answers.jsonl"
 _FINAL = (400, 401, 403, 404, 405, 422)  # answers that another try does not change

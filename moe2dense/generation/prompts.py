@@ -5,9 +5,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe2dense.data import parse_mixture
+from moe2dense.data.load import parse_mixture
+from moe2dense.data.records import passages
 from moe2dense.errors import UserError
-from moe2dense.sources import passages
 
 _LEAST = 4  # tokens of a passage's beginning
 

@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +30,6 @@ class Sampling:
             raise UserError(
                 f"beam search chooses by likelihood and draws nothing; give temperature 0 with beams={self.beams}"
             )
-
-
-def uniforms(seed: int, number: int, count: int) -> np.ndarray:
-    """`count` numbers in [0, 1) that depend on the seed and the sequence's number alone, so never on how sequences are grouped."""
-    return np.random.Generator(np.random.Philox(key=[seed % 2**63, number])).random(count)
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:

@@ -8,9 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from moe2dense.errors import UserError
-from moe2dense.losses.chunked import TILE_BYTES, TileLoss, compute_dtype, tiled_loss
-from moe2dense.losses.logits import cross_entropy
-from moe2dense.losses.rows import RowLoss, TeacherRows
+from moe2dense.losses.divergences import cross_entropy
+from moe2dense.losses.teacher_rows import RowLoss, TeacherRows
+from moe2dense.losses.tiled import TILE_BYTES, TileLoss, compute_dtype, tiled_loss
 
 # n tokens, H hidden, V vocabulary
 

@@ -2,16 +2,16 @@
 
 import dataclasses
 import json
-import math
 import shlex
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe2dense.config import RunConfig
+from moe2dense.common.jsonable import clean
+from moe2dense.config.schema import RunConfig
 from moe2dense.errors import UserError
-from moe2dense.evaluation import Scores, retention, split_domains
+from moe2dense.evaluation.scores import Scores, retention, split_domains
 from moe2dense.reporting.definitions import ROW_TITLES
 
 SCHEMA = 1
@@ -80,7 +80,7 @@ def assemble(
             "data": dict(data or {}),
         },
     }
-    from moe2dense.diagnosis import diagnose
+    from moe2dense.reporting.diagnosis import diagnose
 
     report = clean(report)
     report["diagnosis"] = diagnose(report)
@@ -129,10 +129,10 @@ def _teacher(plan: Mapping[str, Any]) -> dict[str, Any]:
 def _cost(plan: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
     shape, flops = plan.get("shape", {}), plan.get("flops", {})
     size, active, mine = shape.get("parameters"), shape.get("active_parameters"), student.get("parameters")
-    cost: dict[str, Any] = {"tokens": plan.get("tokens"), "walk_tokens": plan.get("walk_tokens")}
+    cost: dict[str, Any] = {"tokens": plan.get("tokens"), "build_tokens": plan.get("build_tokens")}
     if size and mine:
         cost |= {"parameters_ratio": mine / size, "active_ratio": mine / (active or size)}
-    spent = sum(flops.get(k, 0) for k in ("teacher", "walk", "student"))
+    spent = sum(flops.get(k, 0) for k in ("teacher", "build", "student"))
     if spent and flops.get("from_scratch"):
         cost |= {"flops": spent, "scratch_ratio": spent / flops["from_scratch"]}
     return cost
@@ -150,23 +150,6 @@ def _retention(rows: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[st
         "by_domain": {d: e.to_dict() for d, e in found["by_domain"].items()},
         "allow_loss": list(allow_loss),
     }
-
-
-def clean(value: Any) -> Any:
-    """JSON values only: tuples become lists, numpy and torch numbers plain ones, NaN and infinity None."""
-    if isinstance(value, Mapping):
-        return {str(k): clean(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [clean(v) for v in value]
-    if value is None or isinstance(value, (str, bool)):
-        return value
-    if isinstance(value, int):
-        return int(value)
-    if hasattr(value, "tolist"):
-        return clean(value.tolist())
-    if isinstance(value, float):
-        return float(value) if math.isfinite(value) else None
-    return str(value)
 
 
 def read_report(path: str | Path) -> Report:

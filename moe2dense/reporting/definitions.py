@@ -1,6 +1,6 @@
 """The exact meaning of every number about an expert: one table for the page, its tooltips, the terminal and the docs.
 
-What they are worth, measured on the example teacher's walk student (benchmarks/ablation.py, 32 experts): the rise of KL when the
+What they are worth, measured on the example teacher's build student (benchmarks/ablation.py, 32 experts): the rise of KL when the
 neurons of one expert are silenced has rank correlation +0.78 with coverage, +0.75 with the energy kept and with coverage x energy
 share, -0.76 with block error, +0.38 with token KL, and about none with load.
 """

@@ -45,7 +45,7 @@ def heatmap_svg(transfer: dict[str, Any], key: str) -> Markup:
 
 
 def heatmap_data(transfer: dict[str, Any]) -> dict[str, Any]:
-    """What the page's script needs, rounded: metrics by layer, fates, domains, examples within a budget."""
+    """What the page's script needs, rounded: metrics by layer, provenances, domains, examples within a budget."""
     rows = transfer["layers"]
     experts = sum(len(r["measured"]) for r in rows)
     each = max(0, min(6, CONTEXT_BUDGET // (_CONTEXT_SIZE * max(experts, 1))))
@@ -70,13 +70,13 @@ def heatmap_data(transfer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _layer(row: dict[str, Any], keys: list[str], contexts: int) -> dict[str, Any]:
-    fates = sorted(set(row.get("fate") or []))
+    provenances = sorted(set(row.get("provenance") or []))
     keep = ("index", "tokens", "blocks", "replaced_by", "neurons_from", "other_neurons")
     return {
         **{k: row.get(k) for k in keep},
         "m": {k: _rounded(row["metrics"].get(k) or []) for k in keys},
-        "fates": fates,
-        "fate": [fates.index(f) for f in row.get("fate") or []],
+        "provenances": provenances,
+        "provenance": [provenances.index(f) for f in row.get("provenance") or []],
         "domainsOf": _rounded(row.get("domains") or []),
         "chance": _rounded(row.get("lift_chance") or []),
         "between": {
@@ -120,7 +120,7 @@ def ranked_rows(transfer: dict[str, Any], which: str) -> list[dict[str, Any]]:
                 "expert": e,
                 "coverage": percent(m["coverage"]),
                 "share": m["coverage"],
-                "fate": (row.get("fate") or [""] * (e + 1))[e],
+                "provenance": (row.get("provenance") or [""] * (e + 1))[e],
                 "error": f"{number(m['error_before'])} → {number(m['error_after'])}",
                 "kl": number(m["kl_after"]),
                 "load": percent(m["load"], 1),

@@ -7,15 +7,16 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from moe2dense.common.files import atomic_write
+from moe2dense.common.jsonable import clean
+from moe2dense.common.units import show_bytes, show_seconds
+from moe2dense.common.units import show_count as _count
 from moe2dense.reporting import charts
-from moe2dense.reporting.assemble import SCHEMA, Report, clean
+from moe2dense.reporting.assemble import SCHEMA, Report
 from moe2dense.reporting.charts import Series, number, percent
 from moe2dense.reporting.definitions import BY_KEY, METRICS, NAMES, QUALITY, row_title
 from moe2dense.reporting.heatmap import heatmap_data, heatmap_svg, ranked_rows
-from moe2dense.reporting.written import samples_section
-from moe2dense.run import atomic_write
-from moe2dense.units import show_bytes, show_seconds
-from moe2dense.units import show_count as _count
+from moe2dense.reporting.samples_section import samples_section
 
 STYLES = {"teacher": "s-teacher", "student": "s-student", "before": "s-before", "control": "s-control"}
 

@@ -8,11 +8,11 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from moe2dense.common.units import show_count
 from moe2dense.reporting.assemble import Report
 from moe2dense.reporting.charts import number, percent
 from moe2dense.reporting.definitions import ROW_TITLES, row_title
 from moe2dense.reporting.heatmap import ranked_rows
-from moe2dense.units import show_count
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 COLUMNS = (
@@ -165,7 +165,7 @@ def written_table(samples: dict[str, Any]) -> Table:
 
 def _ranked(title: str, rows: list[dict[str, Any]], wide: bool) -> Table:
     columns = [("layer/expert", lambda r: f"{r['layer']}/{r['expert']}"), ("coverage", lambda r: r["coverage"])]
-    columns += [("fate", lambda r: r["fate"]), ("block error", lambda r: r["error"])]
+    columns += [("provenance", lambda r: r["provenance"]), ("block error", lambda r: r["error"])]
     if wide:
         columns += [("token KL", lambda r: r["kl"]), ("load", lambda r: r["load"])]
     columns += [("mostly", lambda r: r["domain"])]

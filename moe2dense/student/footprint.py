@@ -1,4 +1,4 @@
-"""Bytes that building a student takes. No torch here: the plan and the walk count the same way."""
+"""Bytes that building a student takes. No torch here: the plan and the build count the same way."""
 
 import math
 
@@ -10,13 +10,13 @@ STATE_COPIES = (
 )
 
 
-def polish_bytes(parameters: int) -> int:
+def heal_bytes(parameters: int) -> int:
     """Memory of fitting a whole student of so many parameters end to end."""
     return FP32 * FIT_COPIES * parameters
 
 
 def hint_layers(layers: int, each: int, budget: int) -> range:
-    """Which of so many layers keep the teacher's states of `each` bytes for the polish: all but the last, or evenly spaced ones that fit."""
+    """Which of so many layers keep the teacher's states of `each` bytes for the heal: all but the last, or evenly spaced ones that fit."""
     most = min(layers - 1, budget // max(each, 1))
     return range(-(-layers // (most + 1)) - 1, layers - 1, -(-layers // (most + 1))) if most > 0 else range(0)
 

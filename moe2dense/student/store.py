@@ -1,4 +1,4 @@
-"""A built student on disk: an fp32 checkpoint that transformers loads, with the fates of its neurons beside it."""
+"""A built student on disk: an fp32 checkpoint that transformers loads, with the provenances of its neurons beside it."""
 
 import dataclasses
 import json
@@ -11,18 +11,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from moe2dense.cards import student_host
 from moe2dense.errors import UserError
-from moe2dense.exporting.verify import quiet
-from moe2dense.student.types import LayerFate, Student
+from moe2dense.families.cards import student_host
+from moe2dense.modeling.load import quiet
+from moe2dense.student.types import LayerProvenance, Student
 
-_FATE_FIELDS = [f.name for f in dataclasses.fields(LayerFate)]
+_FATE_FIELDS = [f.name for f in dataclasses.fields(LayerProvenance)]
 
 
-def _fate_tensors(fate: list[LayerFate | None]) -> dict[str, torch.Tensor]:
+def _provenance_tensors(provenance: list[LayerProvenance | None]) -> dict[str, torch.Tensor]:
     return {
         f"{layer}.{name}": getattr(entry, name).contiguous()
-        for layer, entry in enumerate(fate)
+        for layer, entry in enumerate(provenance)
         if entry is not None
         for name in _FATE_FIELDS
     }
@@ -66,14 +66,14 @@ def _save(student: Student, folder: str | Path, write: Callable[[Path], None]) -
         "host": student.card.name,
         "teacher": student.teacher_path,
         "method": student.method,
-        "walk_tokens": student.walk_tokens,
-        "layers": len(student.fate),
+        "build_tokens": student.build_tokens,
+        "layers": len(student.provenance),
         "history": student.history,
     }
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         write(temporary)
-        save_file(_fate_tensors(student.fate), temporary / "fate.safetensors")
+        save_file(_provenance_tensors(student.provenance), temporary / "provenance.safetensors")
         (temporary / "student.json").write_text(json.dumps(about, indent=2) + "\n")
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
@@ -93,9 +93,9 @@ def load_student(folder: str | Path) -> Student:
     if not (folder / "student.json").is_file():
         raise UserError(f"{folder} holds no built student (no student.json)")
     about: dict[str, Any] = json.loads((folder / "student.json").read_text())
-    tensors = load_file(folder / "fate.safetensors")
-    fate: list[LayerFate | None] = [
-        LayerFate(**{name: tensors[f"{layer}.{name}"] for name in _FATE_FIELDS})
+    tensors = load_file(folder / "provenance.safetensors")
+    provenance: list[LayerProvenance | None] = [
+        LayerProvenance(**{name: tensors[f"{layer}.{name}"] for name in _FATE_FIELDS})
         if f"{layer}.source_expert" in tensors
         else None
         for layer in range(about["layers"])
@@ -105,9 +105,9 @@ def load_student(folder: str | Path) -> Student:
     return Student(
         model=model,
         card=student_host(about["host"]),
-        fate=fate,
+        provenance=provenance,
         teacher_path=about["teacher"],
         method=about["method"],
-        walk_tokens=about["walk_tokens"],
+        build_tokens=about["build_tokens"],
         history=about["history"],
     )

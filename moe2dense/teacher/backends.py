@@ -5,20 +5,22 @@ grouped_mm: transformers' grouped matrix products over all experts of a layer at
 megablocks: its dropless grouped MLP; optional, CUDA only, and the teacher must fit in memory.
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
-from moe2dense.teacher import adapter, megablocks
+from moe2dense.modeling import internals
+from moe2dense.teacher import megablocks
 from moe2dense.teacher.experts import OnExpert, route, run_streamed
-from moe2dense.units import show_bytes
-
-if TYPE_CHECKING:
-    from moe2dense.teacher.layers import Layer
-    from moe2dense.teacher.load import Teacher
-    from moe2dense.teacher.stream import LayerPass
+from moe2dense.teacher.layer_pass import LayerPass
+from moe2dense.teacher.layers import Layer
+from moe2dense.teacher.memory import MemoryPlan
+from moe2dense.teacher.sampled_routing import Resample
+from moe2dense.teacher.skeleton import Skeleton
 
 BACKENDS = ("auto", "streamed", "grouped_mm", "megablocks")
 MEGABLOCKS_HELP = "megablocks is not installed; on a CUDA machine, pip install 'moe2dense[megablocks]' (it brings the torch it is pinned to)"
@@ -30,15 +32,14 @@ def megablocks_available() -> str:
     return "" if find_spec("megablocks") and find_spec("grouped_gemm") else MEGABLOCKS_HELP
 
 
-def _plain_gating(teacher: "Teacher") -> bool:
+def _plain_gating(layers: Sequence[Layer]) -> bool:
     """Whether every expert is silu(gate) * up without biases, the only kind megablocks is given."""
-    routed = [layer.routed for layer in map(teacher.layer, range(len(teacher.body.layers))) if layer.sparse]
-    return all(adapter.has_plain_gating(module) for module in routed)
+    return all(internals.has_plain_gating(layer.routed) for layer in layers if layer.sparse)
 
 
-def _refusal(experts: str, teacher: "Teacher") -> str:
+def _refusal(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: MemoryPlan, budget: int) -> str:
     """Why a resident backend cannot run this teacher, or ''."""
-    card, plan = teacher.card, teacher.plan
+    card = skeleton.card
     if card is None:
         return "the teacher has no experts"
     if card.dispatch == "stacked":
@@ -46,55 +47,64 @@ def _refusal(experts: str, teacher: "Teacher") -> str:
     if not plan.resident:
         return (
             f"the teacher needs {show_bytes(plan.total_bytes)} in memory and at most half of "
-            f"{show_bytes(teacher.budget)} may hold weights; raise memory"
+            f"{show_bytes(budget)} may hold weights; raise memory"
         )
     if experts == "megablocks":
-        if teacher.device.type != "cuda":
+        if skeleton.device.type != "cuda":
             return megablocks_available() or "it needs a CUDA device"
         return megablocks_available() or (
-            "" if _plain_gating(teacher) else f"{card.title}'s experts are not silu(gate) * up"
+            "" if _plain_gating(layers) else f"{card.title}'s experts are not silu(gate) * up"
         )
-    sizes = teacher.hidden_size, int(getattr(teacher.model.config, card.expert_width))
-    if teacher.device.type == "cpu" and any(n * teacher.dtype.itemsize % 16 for n in sizes):
+    sizes = skeleton.hidden_size, int(getattr(skeleton.model.config, card.expert_width))
+    if skeleton.device.type == "cpu" and any(n * skeleton.dtype.itemsize % 16 for n in sizes):
         return f"on CPU rows must be multiples of 16 bytes, and the teacher's sizes are {sizes[0]} and {sizes[1]}"
     return ""
 
 
-def choose_backend(experts: str, teacher: "Teacher") -> str:
+def choose_backend(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: MemoryPlan, budget: int) -> str:
     """The backend that `experts` means for this teacher. Raises UserError for one that is unknown or cannot run it."""
     if experts not in BACKENDS:
         raise UserError(f"experts must be one of {', '.join(BACKENDS)}; found {experts!r}")
     if experts == "auto":
-        fits = teacher.device.type == "cuda" and not _refusal("grouped_mm", teacher)
+        fits = skeleton.device.type == "cuda" and not _refusal("grouped_mm", skeleton, layers, plan, budget)
         return "grouped_mm" if fits else "streamed"
-    if experts != "streamed" and (why := _refusal(experts, teacher)):
+    if experts != "streamed" and (why := _refusal(experts, skeleton, layers, plan, budget)):
         raise UserError(f"experts={experts!r} cannot run this teacher: {why}; or use experts='streamed'")
     return experts
 
 
-def run_experts(teacher: "Teacher", layer: "Layer", made: "LayerPass", on_expert: OnExpert | None) -> None:
+@dataclass(frozen=True)
+class ExpertRuntime:
+    """How the experts of a stream are computed."""
+
+    backend: str
+    prefetch_bytes: int  # for the experts that are read ahead
+    resample: Resample | None = None  # draws a token's experts anew
+
+
+def run_experts(runtime: ExpertRuntime, layer: Layer, made: LayerPass, on_expert: OnExpert | None) -> None:
     """Add sum_e w_te f_e(x_t) of the real tokens to `made.y` [T, H]."""
     assert made.top_k_index is not None and made.top_k_weights is not None
     assert layer.experts is not None and layer.card is not None
-    if teacher.backend != "streamed" and on_expert is None:
-        return _run_grouped(layer, made, made.top_k_index, made.top_k_weights)
+    if runtime.backend != "streamed" and on_expert is None:
+        return _run_grouped(runtime.backend, layer, made, made.top_k_index, made.top_k_weights)
     routing = route(made.top_k_index, made.token_mask, len(layer.experts))
     return run_streamed(
         layer.experts, made.x, routing, made.top_k_weights, made.y,
-        input_scaled=layer.card.input_scaled, on_expert=on_expert, budget=teacher.plan.prefetch_bytes,
+        input_scaled=layer.card.input_scaled, on_expert=on_expert, budget=runtime.prefetch_bytes,
     )  # fmt: skip
 
 
-def _run_grouped(layer: "Layer", made: "LayerPass", index: Tensor, weights: Tensor) -> None:
+def _run_grouped(backend: str, layer: Layer, made: LayerPass, index: Tensor, weights: Tensor) -> None:
     if layer.dropless is None:
         layer.load_experts()
-        if layer.teacher.backend == "megablocks":
+        if backend == "megablocks":
             assert layer.experts is not None
-            layer.dropless = megablocks.build(layer.experts, index.shape[1], layer.teacher.device)
+            layer.dropless = megablocks.build(layer.experts, index.shape[1], layer.skeleton.device)
             layer.unload_experts()
     real = made.token_mask.nonzero()[:, 0]
     for rows in real.split(_GROUP_TOKENS):
-        x = made.x[rows].to(layer.teacher.device)
+        x = made.x[rows].to(layer.skeleton.device)
         args = index[rows].to(x.device), weights[rows].to(x.device, x.dtype)
         y = layer.grouped(x, *args) if layer.dropless is None else megablocks.run(layer.dropless, x, *args)
         made.y[rows] += y.to(made.y.device)

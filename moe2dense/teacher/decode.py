@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
-from moe2dense.teacher import adapter
-from moe2dense.teacher.memory import Arena, SpillFolder
+from moe2dense.modeling import internals
+from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.stream import Stream
-from moe2dense.units import show_bytes
 
 if TYPE_CHECKING:
-    from moe2dense.teacher.load import Teacher
+    from moe2dense.teacher.model import Teacher
 
 # B sequences, S prompt length (left-padded), V vocabulary, H hidden
 
@@ -38,7 +38,7 @@ class _CachedStream(Stream):
 
     def __init__(self, teacher: "Teacher", ids: Tensor, groups: list[_Group]):
         arena = Arena(teacher.plan.hidden_bytes // 2, teacher.device, SpillFolder())
-        super().__init__(teacher, ids, None, None, [], arena)
+        super().__init__(teacher, teacher.layers, teacher.runtime, teacher.chunk_tokens, ids, None, None, [], arena)
         self.groups = groups
         self.token_mask = torch.cat([g.mask[:, -ids.shape[1] :] for g in groups]).reshape(-1).bool()
         self._arguments: dict[int, list[dict[str, Any]]] = {}
@@ -55,9 +55,9 @@ class _CachedStream(Stream):
 
     @torch.no_grad()
     def _embed(self, out: Tensor) -> None:
-        length, device = self.shape[1], self.teacher.device
+        length, device = self.shape[1], self.skeleton.device
         chunks = self.chunks()
-        for group, rows, vectors in zip(self.groups, chunks, self.teacher.embeddings(self.ids, chunks), strict=True):
+        for group, rows, vectors in zip(self.groups, chunks, self.skeleton.embeddings(self.ids, chunks), strict=True):
             calls: list[dict[str, Any]] = []
             first: list[Tensor] = []
 
@@ -74,7 +74,7 @@ class _CachedStream(Stream):
 
             mask = group.mask.to(device)
             positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -length:]
-            adapter.run_body(self.teacher.body, vectors, mask, positions, note, group.cache)
+            internals.run_body(self.skeleton.body, vectors, mask, positions, note, group.cache)
             self._arguments[rows.start] = calls
             out[rows] = first[0].to(out.device)
 
@@ -102,7 +102,7 @@ class Decoder:
             ids[i, : longest - len(prompt)] = prompt[0]  # any id that is in use: padding is masked
         size = max(1, _GROUP_TOKENS * self.teacher.chunk_tokens // longest)
         config = self.teacher.body.config
-        self.groups = [_Group(adapter.new_cache(config), part) for part in mask.split(size)]
+        self.groups = [_Group(internals.new_cache(config), part) for part in mask.split(size)]
         return self._logits(ids)
 
     @torch.no_grad()

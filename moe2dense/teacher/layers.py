@@ -2,19 +2,17 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moe2dense.errors import UserError
-from moe2dense.teacher import adapter
+from moe2dense.modeling import internals
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
-from moe2dense.teacher.quantized_experts import QuantizedExperts
-from moe2dense.teacher.weights import Layout
-
-if TYPE_CHECKING:
-    from moe2dense.teacher.load import Teacher
+from moe2dense.teacher.fake_quant import QuantizedExperts
+from moe2dense.teacher.parameters import Layout, assign
+from moe2dense.teacher.skeleton import Skeleton
 
 # T tokens of a chunk, E experts, K top_k, H hidden
 Handler = Callable[
@@ -35,13 +33,13 @@ def _first(output: Any) -> Tensor:
 
 
 class Layer:
-    """Layer `index` of `teacher`. `sparse` tells whether it has routed experts; `ffn` is the MoE block or the dense FFN."""
+    """Layer `index` of a model. `sparse` tells whether it has routed experts; `ffn` is the MoE block or the dense FFN."""
 
-    def __init__(self, teacher: "Teacher", index: int):
-        self.teacher, self.index = teacher, index
-        self.module: nn.Module = teacher.body.layers[index]
-        self.prefix = f"{teacher.layers_prefix}{index}."
-        self.card = card = teacher.card
+    def __init__(self, skeleton: Skeleton, index: int):
+        self.skeleton, self.index = skeleton, index
+        self.module: nn.Module = skeleton.body.layers[index]
+        self.prefix = f"{skeleton.layers_prefix}{index}."
+        self.card = card = skeleton.card
         block = _find(self.module, card.moe_block) if card else None
         self.routed: Any = _find(block, card.experts) if card and block is not None else None
         self.sparse = self.routed is not None
@@ -55,8 +53,15 @@ class Layer:
         if self.sparse:
             self._set_up_sparse()
         skip = f"{card.moe_block}.{card.experts}." if card and self.sparse else None
-        self.names = [n for n in adapter.saved_tensors(self.module) if skip is None or not n.startswith(skip)]
+        self.names = [n for n in internals.saved_tensors(self.module) if skip is None or not n.startswith(skip)]
         self.loaded = False
+        self.resident = False  # weights stay in memory once read
+
+    def stay_in_memory(self, keep_experts: bool) -> None:
+        """Keep the layer's weights once they are read; the single experts too where they are computed one by one."""
+        self.resident = True
+        if keep_experts and self.experts is not None:
+            self.experts.keep = {}
 
     def _set_up_sparse(self) -> None:
         card = self.card
@@ -70,23 +75,21 @@ class Layer:
             self.shared_module = _find(self.ffn, card.shared)
             if self.shared_module is None:
                 self.shared_module, self.shared_inside = _find(self.module, card.shared), False
-        layout = Layout(*adapter.expert_layout(self.routed, card.dispatch == "stacked"))
-        kind = QuantizedExperts if self.teacher.quantize else LayerExperts
+        layout = Layout(*internals.expert_layout(self.routed, card.dispatch == "stacked"))
+        kind = QuantizedExperts if self.skeleton.quantize else LayerExperts
         self.experts = kind(
-            self.teacher.weights, f"{self.prefix}{card.moe_block}.{card.experts}.", int(self.routed.num_experts), layout,
-            adapter.expert_gating(self.routed), self.teacher.dtype,
+            self.skeleton.weights, f"{self.prefix}{card.moe_block}.{card.experts}.", int(self.routed.num_experts), layout,
+            internals.expert_gating(self.routed), self.skeleton.dtype,
         )  # fmt: skip
         if isinstance(self.experts, QuantizedExperts):
-            self.experts.bits = self.teacher.quantize
-        self.experts.device = self.teacher.device
-        down = self.teacher.shapes[self.experts.prefix + "down_proj"]
-        self.experts.width = down.numel() // (len(self.experts) * self.teacher.hidden_size)
-        if self.teacher.resident and self.teacher.backend == "streamed":
-            self.experts.keep = {}
+            self.experts.bits = self.skeleton.quantize
+        self.experts.device = self.skeleton.device
+        down = self.skeleton.shapes[self.experts.prefix + "down_proj"]
+        self.experts.width = down.numel() // (len(self.experts) * self.skeleton.hidden_size)
 
     def _dense_child(self) -> Any:
         for child in self.module.children():
-            if adapter.gated_linears(child) is not None:
+            if internals.gated_linears(child) is not None:
                 return child
         return None
 
@@ -96,45 +99,45 @@ class Layer:
         """Read everything but the routed experts."""
         if not self.loaded:
             for name in self.names:
-                assign(self.module, name, self.teacher.converted(self.prefix + name))
+                assign(self.module, name, self.skeleton.converted(self.prefix + name))
             self.loaded = True
 
     def unload(self) -> None:
         """Give the weights back, unless the whole teacher stays in memory."""
-        if self.loaded and not self.teacher.resident:
-            for name, value in adapter.saved_tensors(self.module).items():
+        if self.loaded and not self.resident:
+            for name, value in internals.saved_tensors(self.module).items():
                 if not value.is_meta:
                     assign(self.module, name, torch.empty_like(value, device="meta"))
             self.loaded = False
 
     def load_experts(self) -> None:
         """Read all routed experts into their module, stacked as transformers has them, to stay there."""
-        assert self.experts is not None and self.teacher.resident
+        assert self.experts is not None and self.resident
         if self.experts.stacked is None:
             prefix = self.experts.prefix.removeprefix(self.prefix)
-            for name in (n for n in adapter.saved_tensors(self.module) if n.startswith(prefix)):
-                assign(self.module, name, self.teacher.converted(self.prefix + name))
+            for name in (n for n in internals.saved_tensors(self.module) if n.startswith(prefix)):
+                assign(self.module, name, self.skeleton.converted(self.prefix + name))
             self.experts.stacked = self.routed
 
     def unload_experts(self) -> None:
         """Give the stacked experts back; they can be read again."""
         assert self.experts is not None
         prefix = self.experts.prefix.removeprefix(self.prefix)
-        for name, value in adapter.saved_tensors(self.module).items():
+        for name, value in internals.saved_tensors(self.module).items():
             if name.startswith(prefix):
                 assign(self.module, name, torch.empty_like(value, device="meta"))
         self.experts.stacked = None
 
     def grouped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
         """sum_e w_te f_e(x_t) of x [T, H] by grouped matrix products; index and weights [T, K]."""
-        return adapter.grouped_experts(self.routed, x, index, weights)
+        return internals.grouped_experts(self.routed, x, index, weights)
 
     # parts as plain weights
 
     def _gated(self, module: nn.Module, what: str) -> ExpertWeights:
-        parts = adapter.gated_linears(module)
+        parts = internals.gated_linears(module)
         if parts is None:
-            raise UserError(f"layer {self.index} of {self.teacher.path}: {what} is not a gated feed-forward network")
+            raise UserError(f"layer {self.index} of {self.skeleton.path}: {what} is not a gated feed-forward network")
         gate, down = _find(module, parts.gate), _find(module, parts.down)
         weight, bias = gate.weight, gate.bias
         if parts.up:
@@ -143,12 +146,12 @@ class Layer:
         else:
             g, u = weight.chunk(2)
             g_bias, u_bias = bias.chunk(2) if bias is not None else (None, None)
-        made = ExpertWeights(g, u, down.weight, parts.gating, self.teacher.dtype, (g_bias, u_bias, down.bias))
+        made = ExpertWeights(g, u, down.weight, parts.gating, self.skeleton.dtype, (g_bias, u_bias, down.bias))
         probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(2, -1)
         close = torch.allclose(made(probe), _first(module(probe)), rtol=1e-2, atol=1e-3)
         if not close:
             raise UserError(
-                f"layer {self.index} of {self.teacher.path}: {what} computes something else than a gated FFN"
+                f"layer {self.index} of {self.skeleton.path}: {what} computes something else than a gated FFN"
             )
         return made
 
@@ -185,7 +188,7 @@ class Layer:
             replaced[self.shared_module] = torch.zeros_like
         hook = self.router.register_forward_hook(lambda _m, _i, out: logits.append(_first(out)))
         try:
-            with adapter.forwards(replaced):
+            with internals.forwards(replaced):
                 yield
         finally:
             hook.remove()
@@ -229,13 +232,3 @@ class Layer:
             if self.shared_module is not None and not self.shared_inside:
                 stack.callback(self.shared_module.register_forward_hook(add).remove)
             yield
-
-
-def assign(root: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` where parameter or buffer `name` of `root` is."""
-    path, _, leaf = name.rpartition(".")
-    module = root.get_submodule(path) if path else root
-    if leaf in module._buffers:
-        module._buffers[leaf] = value
-    else:
-        module._parameters[leaf] = nn.Parameter(value, requires_grad=False)

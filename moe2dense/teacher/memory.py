@@ -1,18 +1,16 @@
 """Memory budgets, the buffers of hidden states that spill to a file beyond them, and memory that is used again."""
 
-import math
-import mmap
-import os
-import shutil
-import tempfile
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import psutil
 import torch
-from torch import Tensor
 
+from moe2dense.common.units import parse_bytes, show_bytes
 from moe2dense.errors import UserError
-from moe2dense.units import parse_bytes, show_bytes
+from moe2dense.modeling.internals import saved_tensors
+from moe2dense.teacher.layers import Layer
+from moe2dense.teacher.skeleton import Skeleton
 
 _LEAST = 16_000_000  # a budget below this holds no layer of anything
 
@@ -29,96 +27,55 @@ def memory_budget(memory: str | int | float, device: torch.device) -> int:
     return budget
 
 
-class SpillFolder:
-    """Holds files for what does not fit in memory; removed with the object. Raises UserError when the disk is full."""
-
-    def __init__(self, folder: str | Path | None = None):
-        self.base = Path(folder) if folder else Path(tempfile.gettempdir())
-        self._folder: Path | None = None
-
-    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> "SpilledTensor":
-        """A memory-mapped tensor, its space reserved first so that a full disk is an error here and not a crash later."""
-        nbytes = math.prod(shape) * dtype.itemsize
-        try:
-            if self._folder is None:
-                self._folder = Path(tempfile.mkdtemp(prefix="moe2dense-", dir=self.base))
-            fd, name = tempfile.mkstemp(dir=self._folder)
-        except OSError as error:
-            raise UserError(f"no file can be made in {self.base} to spill {what}: {error.strerror}") from error
-        try:
-            if hasattr(os, "posix_fallocate"):
-                os.posix_fallocate(fd, 0, nbytes)
-            else:
-                if shutil.disk_usage(self._folder).free < nbytes:
-                    raise OSError(28, "No space left on device")
-                os.truncate(fd, nbytes)
-            mapped = mmap.mmap(fd, nbytes)
-        except OSError as error:
-            raise UserError(
-                f"{what} needs {show_bytes(nbytes)} in {self._folder} beyond the memory budget, and the file cannot be made: "
-                f"{error.strerror}; free some disk, set TMPDIR to a larger one, or raise memory"
-            ) from error
-        finally:
-            os.close(fd)
-            os.unlink(name)  # the mapping keeps the file alive, and nothing is left behind whatever happens
-        return SpilledTensor(mapped, shape, dtype)
-
-    def __del__(self):
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
+WORK_BYTES = 96_000_000  # slices of converted weights, activations of a chunk
 
 
-class SpilledTensor:
-    """A tensor over a memory-mapped file; `release` gives its pages back (the file keeps the contents)."""
-
-    def __init__(self, mapped: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype):
-        self._mapped = mapped
-        self.tensor: Tensor = torch.frombuffer(mapped, dtype=dtype).view(shape)
-
-    def release(self) -> None:
-        """Drop the pages from this process's memory."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED)
+_CHUNK_TOKENS = 2048
 
 
-class Arena:
-    """Named buffers within a byte budget: in memory while they fit, memory-mapped after that."""
-
-    def __init__(self, budget: int, device: torch.device, spill: SpillFolder):
-        self.budget, self.device, self.spill = budget, device, spill
-        self.used = 0
-        self.spilled: dict[str, SpilledTensor] = {}
-        self._held: dict[str, Tensor] = {}
-
-    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The buffer `name`, made at first use and reused after that (its contents are whatever was there)."""
-        if name in self._held and self._held[name].shape == shape and self._held[name].dtype == dtype:
-            return self._held[name]
-        assert name not in self._held, f"buffer {name} changed its shape"
-        nbytes = math.prod(shape) * dtype.itemsize
-        if self.used + nbytes <= self.budget:
-            self.used += nbytes
-            self._held[name] = torch.empty(shape, dtype=dtype, device=self.device)
-        else:
-            self.spilled[name] = self.spill.tensor(shape, dtype, f"spilling the buffer {name!r}")
-            self._held[name] = self.spilled[name].tensor
-        return self._held[name]
-
-    def release(self) -> None:
-        """Give back the memory of every spilled buffer's pages."""
-        for item in self.spilled.values():
-            item.release()
+LEAST_MACRO_BATCH = 4096  # below this, hidden states spill rather than the weights being read more often
 
 
-class Scratch:
-    """Memory that is used again and again, by name: fresh memory costs a page fault every 4 KB, a fifth of an expert's time."""
+_BUFFERS = 5  # hidden states before and after, mixer output, block input and output
 
-    def __init__(self):
-        self._held: dict[str, Tensor] = {}
 
-    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with whatever was there, over the memory that `name` had before where that is large enough."""
-        n, held = math.prod(shape), self._held.get(name)
-        if held is None or held.numel() < n or held.dtype != dtype or held.device != device:
-            held = self._held[name] = torch.empty(n, dtype=dtype, device=device)
-        return held[:n].view(shape)
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes and tokens of a teacher's run within its budget."""
+
+    total_bytes: int  # the whole model in the compute dtype
+    resident: bool  # the whole model stays in memory in the compute dtype
+    drop_pages: bool  # the checkpoint is larger than the page cache can be
+    layer_bytes: int  # the largest layer without its routed experts, in the compute dtype
+    expert_bytes: int  # the largest expert as stored
+    prefetch_bytes: int
+    hidden_bytes: int  # what is left for hidden states
+    macro_batch: int  # tokens per read of the weights
+    chunk_tokens: int  # tokens through a decoder layer at once
+
+
+def plan_memory(skeleton: Skeleton, layers: Sequence[Layer], budget: int) -> MemoryPlan:
+    """Split a budget of bytes; see MemoryPlan."""
+    shapes = skeleton.shapes
+    compute = skeleton.dtype.itemsize
+    total = sum(t.numel() * compute for t in saved_tensors(skeleton.model).values())
+    layer_bytes = max(sum(shapes[layer.prefix + n].numel() for n in layer.names) * compute for layer in layers)
+    sparse = [layer for layer in layers if layer.experts is not None]
+    expert_bytes = max((layer.experts.nbytes(0) for layer in sparse if layer.experts), default=0)
+    resident = total <= budget // 2
+    weights = total if resident else layer_bytes + 2 * expert_bytes
+    left = max(budget - weights - WORK_BYTES, budget // 8)
+    prefetch = 2 * expert_bytes + (0 if resident else min(left // 4, 2 * expert_bytes))
+    left -= max(0, prefetch - 2 * expert_bytes)
+    per_token = skeleton.hidden_size * compute * _BUFFERS
+    return MemoryPlan(
+        total_bytes=total,
+        resident=resident,
+        drop_pages=skeleton.checkpoint.nbytes > psutil.virtual_memory().total // 2,
+        layer_bytes=layer_bytes,
+        expert_bytes=expert_bytes,
+        prefetch_bytes=prefetch,
+        hidden_bytes=left,
+        macro_batch=max(LEAST_MACRO_BATCH, left // per_token),
+        chunk_tokens=_CHUNK_TOKENS,
+    )

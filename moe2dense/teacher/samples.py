@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from moe2dense.teacher.capture import Observer
+from moe2dense.teacher.observer import Observer
 
 if TYPE_CHECKING:
-    from moe2dense.teacher.load import Teacher
-    from moe2dense.teacher.stream import LayerPass
+    from moe2dense.teacher.layer_pass import LayerPass
+    from moe2dense.teacher.model import Teacher
 
 # n tokens kept, H hidden, K top_k
 

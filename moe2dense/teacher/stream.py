@@ -8,23 +8,19 @@ their inputs and routing, the experts are computed one by one over all tokens, p
 output in place (attention is not computed again).
 """
 
-from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Generator, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from moe2dense.teacher import adapter
-from moe2dense.teacher.backends import run_experts
-from moe2dense.teacher.capture import Observer
-from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
-from moe2dense.teacher.memory import Arena
-
-if TYPE_CHECKING:
-    from moe2dense.teacher.layers import Layer
-    from moe2dense.teacher.load import Teacher
+from moe2dense.modeling import internals
+from moe2dense.teacher.backends import ExpertRuntime, run_experts
+from moe2dense.teacher.buffers import Arena
+from moe2dense.teacher.layer_pass import LayerPass
+from moe2dense.teacher.layers import Layer
+from moe2dense.teacher.observer import Observer
+from moe2dense.teacher.skeleton import Skeleton
 
 # N blocks, S block length, T = N * S tokens, H hidden, E experts, K top_k
 
@@ -33,52 +29,26 @@ class _AtExperts(Exception):
     """Ends pass 1 where the experts are called."""
 
 
-@dataclass
-class LayerPass:
-    """One layer of one macro-batch, while its weights are in memory. Tensors are overwritten when the next layer begins."""
-
-    index: int
-    sparse: bool
-    module: nn.Module  # transformers' decoder layer with its weights, the routed experts' excepted
-    layer_inputs: Callable[[slice], dict[str, Any]]  # rows of blocks -> keyword arguments of a decoder layer
-    hidden_in: Tensor  # [N, S, H] residual stream before the layer
-    hidden_out: Tensor  # [N, S, H] and after it
-    token_mask: Tensor  # [T] real tokens
-    x: Tensor  # [T, H] input of the MoE block or dense FFN
-    y: Tensor  # [T, H] its output, shared experts included; padding gets no routed experts
-    router_logits: Tensor | None = None  # [T, E]
-    top_k_index: Tensor | None = None  # [T, K]
-    top_k_weights: Tensor | None = None  # [T, K] exactly as the experts receive them
-    experts: LayerExperts | None = None
-    _layer: Any = field(default=None, repr=False)
-
-    @cached_property
-    def shared(self) -> list[SharedFFN]:
-        """The FFNs that every token passes inside a sparse block."""
-        return self._layer.shared()
-
-    @cached_property
-    def dense(self) -> ExpertWeights:
-        """The FFN of a dense layer."""
-        return self._layer.dense()
-
-
 class Stream:
     """Iterates over the layers of one macro-batch; afterwards `.hidden_states` [N, S, H] is the final, normed hidden state."""
 
     def __init__(
         self,
-        teacher: "Teacher",
+        skeleton: Skeleton,
+        layers: Sequence[Layer],
+        runtime: ExpertRuntime,
+        chunk_tokens: int,
         input_ids: Tensor,
         attention_mask: Tensor | None,
         position_ids: Tensor | None,
         observers: list[Observer],
         arena: Arena,
     ):
-        self.teacher, self.ids = teacher, input_ids
+        self.skeleton, self.ids = skeleton, input_ids
+        self.layers, self.runtime, self.chunk_tokens = layers, runtime, chunk_tokens
         self.mask, self.positions = attention_mask, position_ids
         self.observers, self.arena = observers, arena
-        self.shape = (*input_ids.shape, teacher.hidden_size)
+        self.shape = (*input_ids.shape, skeleton.hidden_size)
         self.hidden_states: Tensor | None = None
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.token_mask = real.reshape(-1).bool()
@@ -98,7 +68,7 @@ class Stream:
 
     def chunks(self) -> list[slice]:
         """Rows of blocks that are run through a decoder layer at once."""
-        n = max(1, self.teacher.chunk_tokens // self.shape[1])
+        n = max(1, self.chunk_tokens // self.shape[1])
         return [slice(a, min(a + n, self.shape[0])) for a in range(0, self.shape[0], n)]
 
     def _record(self, rows: slice, embeddings: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
@@ -112,10 +82,10 @@ class Stream:
             calls.append(arguments)
             return hidden
 
-        device = self.teacher.device
+        device = self.skeleton.device
         mask = None if self.mask is None else self.mask[rows].to(device)
         positions = None if self.positions is None else self.positions[rows].to(device)
-        adapter.run_body(self.teacher.body, embeddings, mask, positions, note)
+        internals.run_body(self.skeleton.body, embeddings, mask, positions, note)
         if positions is not None:
             _keep_documents_apart(calls, positions)
         return calls, first[0]
@@ -130,15 +100,14 @@ class Stream:
             room = 64_000_000 // (4 * (b - a) * self.shape[1] ** 2)
             if len(self._inputs) >= max(2, room):
                 self._inputs.clear()
-            blank = torch.zeros(b - a, *self.shape[1:], dtype=self.teacher.dtype, device=self.teacher.device)
+            blank = torch.zeros(b - a, *self.shape[1:], dtype=self.skeleton.dtype, device=self.skeleton.device)
             self._inputs[key] = self._record(slice(a, b), blank)[0]
         return self._inputs[key][index]
 
     def _run(self) -> Generator[LayerPass, None, None]:
-        hidden, other = (self.arena.buffer(n, self.shape, self.teacher.dtype) for n in ("hidden", "hidden_next"))
+        hidden, other = (self.arena.buffer(n, self.shape, self.skeleton.dtype) for n in ("hidden", "hidden_next"))
         self._embed(hidden)
-        for index in range(len(self.teacher.body.layers)):
-            layer = self.teacher.layer(index)
+        for layer in self.layers:
             try:
                 layer.load()
                 made = self._layer(layer, hidden, other)
@@ -154,27 +123,27 @@ class Stream:
 
     @torch.no_grad()
     def _embed(self, out: Tensor) -> None:
-        for rows, vectors in zip(self.chunks(), self.teacher.embeddings(self.ids, self.chunks()), strict=True):
+        for rows, vectors in zip(self.chunks(), self.skeleton.embeddings(self.ids, self.chunks()), strict=True):
             _, first = self._record(rows, vectors)
             out[rows] = first.to(out.device)
 
     @torch.no_grad()
     def _finish(self, hidden: Tensor, out: Tensor) -> None:
         """The final norm, by the model's own forward with every layer's output replaced."""
-        last = len(self.teacher.body.layers) - 1
+        last = len(self.skeleton.body.layers) - 1
         for rows in self.chunks():
-            value = hidden[rows].to(self.teacher.device)
-            done = adapter.run_body(
-                self.teacher.body, value, None, None, lambda i, h, _, value=value: value if i == last else h
+            value = hidden[rows].to(self.skeleton.device)
+            done = internals.run_body(
+                self.skeleton.body, value, None, None, lambda i, h, _, value=value: value if i == last else h
             )
             out[rows] = done.to(out.device)
         self.hidden_states = out
 
     @torch.no_grad()
-    def _layer(self, layer: "Layer", hidden: Tensor, out: Tensor) -> LayerPass:
+    def _layer(self, layer: Layer, hidden: Tensor, out: Tensor) -> LayerPass:
         flat = (self.shape[0] * self.shape[1], self.shape[2])
-        x = self.arena.buffer("x", flat, self.teacher.dtype)
-        y = self.arena.buffer("y", flat, self.teacher.dtype)
+        x = self.arena.buffer("x", flat, self.skeleton.dtype)
+        y = self.arena.buffer("y", flat, self.skeleton.dtype)
         made = LayerPass(
             layer.index, layer.sparse, layer.module, lambda rows, i=layer.index: self.layer_inputs(i, rows),
             hidden, out, self.token_mask, x, y, experts=layer.experts, _layer=layer,
@@ -187,15 +156,15 @@ class Stream:
             self._dense(layer, made)
         return made
 
-    def _call(self, layer: "Layer", made: LayerPass, rows: slice) -> Tensor:
-        out = layer.module(made.hidden_in[rows].to(self.teacher.device), **self.layer_inputs(layer.index, rows))
+    def _call(self, layer: Layer, made: LayerPass, rows: slice) -> Tensor:
+        out = layer.module(made.hidden_in[rows].to(self.skeleton.device), **self.layer_inputs(layer.index, rows))
         return out[0] if isinstance(out, tuple) else out
 
     def _flat(self, rows: slice) -> slice:
         return slice(rows.start * self.shape[1], rows.stop * self.shape[1])
 
-    def _before_experts(self, layer: "Layer", made: LayerPass) -> None:
-        kept = {m: self.arena.buffer(f"mixer{i}", self.shape, self.teacher.dtype) for i, m in enumerate(layer.mixers)}
+    def _before_experts(self, layer: Layer, made: LayerPass) -> None:
+        kept = {m: self.arena.buffer(f"mixer{i}", self.shape, self.skeleton.dtype) for i, m in enumerate(layer.mixers)}
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows in self.chunks():
             flat = self._flat(rows)
@@ -205,13 +174,13 @@ class Stream:
             ) -> Tensor:
                 made.x[flat] = x.to(made.x.device)
                 routed = index.cpu(), weights.cpu()
-                if self.teacher.resample is not None:
-                    routed = self.teacher.resample(self.ids[rows], layer.index, *routed)
+                if self.runtime.resample is not None:
+                    routed = self.runtime.resample(self.ids[rows], layer.index, *routed)
                 parts.append((logits.cpu(), *routed))
                 raise _AtExperts
 
             replaced = {m: self._recording(m, kept[m], rows) for m in layer.mixers}
-            with adapter.forwards(replaced), layer.intercept(stop, skip_shared=True):
+            with internals.forwards(replaced), layer.intercept(stop, skip_shared=True):
                 try:
                     self._call(layer, made, rows)
                 except _AtExperts:
@@ -219,7 +188,7 @@ class Stream:
                 raise AssertionError(f"layer {layer.index} never called its experts")
         made.router_logits, made.top_k_index, made.top_k_weights = (torch.cat(p) for p in zip(*parts, strict=True))
 
-    def _experts(self, layer: "Layer", made: LayerPass) -> None:
+    def _experts(self, layer: Layer, made: LayerPass) -> None:
         watching = [o for o in self.observers if o.wants_experts()]
 
         def tell(e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
@@ -227,22 +196,22 @@ class Stream:
                 observer.expert(made, e, rows, weights, hidden, output)
 
         made.y.zero_()
-        run_experts(self.teacher, layer, made, tell if watching else None)
+        run_experts(self.runtime, layer, made, tell if watching else None)
 
-    def _after_experts(self, layer: "Layer", made: LayerPass) -> None:
+    def _after_experts(self, layer: Layer, made: LayerPass) -> None:
         for rows in self.chunks():
             flat = self._flat(rows)
-            finished = made.y[flat].to(self.teacher.device, copy=True)
-            kept = (self.arena.buffer(f"mixer{i}", self.shape, self.teacher.dtype) for i in range(len(layer.mixers)))
+            finished = made.y[flat].to(self.skeleton.device, copy=True)
+            kept = (self.arena.buffer(f"mixer{i}", self.shape, self.skeleton.dtype) for i in range(len(layer.mixers)))
             replaced = {m: self._replaying(m, b, rows) for m, b in zip(layer.mixers, kept, strict=True)}
 
             def give(*_: Tensor, finished: Tensor = finished) -> Tensor:
                 return finished
 
-            with adapter.forwards(replaced), layer.intercept(give), layer.output_to(made.y[flat]):
+            with internals.forwards(replaced), layer.intercept(give), layer.output_to(made.y[flat]):
                 made.hidden_out[rows] = self._call(layer, made, rows).to(made.hidden_out.device)
 
-    def _dense(self, layer: "Layer", made: LayerPass) -> None:
+    def _dense(self, layer: Layer, made: LayerPass) -> None:
         for rows in self.chunks():
             flat = self._flat(rows)
             with layer.input_to(made.x[flat]), layer.output_to(made.y[flat]):
@@ -265,7 +234,7 @@ class Stream:
         arity = self._arity[mixer]
 
         def call(*_: Any, **__: Any) -> Any:
-            first = buffer[rows].to(self.teacher.device)
+            first = buffer[rows].to(self.skeleton.device)
             return (first, *[None] * (arity - 1)) if arity else first
 
         return call

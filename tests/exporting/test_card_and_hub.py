@@ -7,16 +7,15 @@ from huggingface_hub import HfApi, ModelCard
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from moe2dense.errors import UserError
-from moe2dense.exporting import export
+from moe2dense.exporting.api import export
 from moe2dense.exporting.hub import push_to_hub
-
-from .conftest import tiny
+from tests.exporting.conftest import tiny
 
 httpx = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.split(".")[0])  # the hub library's HTTP client
 
 INFO = {
     "teacher": "mistralai/Mixtral-8x7B-v0.1", "license": "apache-2.0", "datasets": ["allenai/c4", "my text"],
-    "target": "7b", "method": "walk", "tokens": 1_234_567, "seed": 3, "tokens_judged": 4321, "transferred": 0.873,
+    "target": "7b", "method": "layerwise", "tokens": 1_234_567, "seed": 3, "tokens_judged": 4321, "transferred": 0.873,
     "lost": ["Furthest from the teacher on: law (0.300 nats/token)."], "tags": ["mine"], "languages": ["en"],
     "command": "moe2dense convert mixtral --to 7b", "config": 'seed = 3\n[train]\nlr = 0.001\n',
     "rows": [
@@ -35,7 +34,7 @@ def test_the_card_says_everything_and_its_metadata_parse(tmp_path):
     assert data["datasets"] == ["allenai/c4"] and data["library_name"] == "transformers" and data["language"] == ["en"]
     assert {"moe2dense", "dense", "mine"} <= set(data["tags"]) and data["pipeline_tag"] == "text-generation"
     for text in (
-        "# small", "1,234,567 tokens", "`my text`", "`walk`", "4,321 held-out tokens",
+        "# small", "1,234,567 tokens", "`my text`", "`layerwise`", "4,321 held-out tokens",
         "| teacher | 0 | 3.62 | 1 |", "| student | 0.106 [0.0991, 0.114] | 3.72 | 0.8 |", "| before training | 0.21 | – | – |",
         "87 %", "Furthest from the teacher on: law", "moe2dense convert mixtral --to 7b", "lr = 0.001", "vllm serve small",
         "| transformers | yes, this architecture is tested there |", "| vllm | by its documentation, not tested |",

@@ -6,14 +6,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from moe2dense.data import load_blocks
-from moe2dense.exporting import export, quantize
-from moe2dense.student.build import build_student
-from moe2dense.student.target import resolve_target
+from moe2dense.data.load import load_blocks
+from moe2dense.exporting import quantize
+from moe2dense.exporting.api import export
+from moe2dense.student.build.api import build_student
+from moe2dense.student.target.resolve import resolve_target
 from moe2dense.teacher.load import load_teacher
-
-from .conftest import EXAMPLE
-from .llama_cpp import LlamaCpp
+from tests.exporting.conftest import EXAMPLE
+from tests.exporting.llama_cpp import LlamaCpp
 
 TEXT = EXAMPLE.parent / "text"
 

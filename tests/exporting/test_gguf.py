@@ -7,16 +7,15 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from moe2dense.cards import student_cards
 from moe2dense.errors import UserError
-from moe2dense.exporting import export
-from moe2dense.exporting.gguf import interleave, named_tensors
-from moe2dense.exporting.gguf_hosts import HOSTS as GGUF_HOSTS
-from moe2dense.exporting.gguf_vocab import split_rule, vocabulary
+from moe2dense.exporting.api import export
+from moe2dense.exporting.gguf.hosts import HOSTS as GGUF_HOSTS
+from moe2dense.exporting.gguf.vocabulary import split_rule, vocabulary
+from moe2dense.exporting.gguf.write import interleave, named_tensors
 from moe2dense.exporting.verify import VerificationError
-
-from .conftest import EXAMPLE, HOSTS, tiny
-from .llama_cpp import LlamaCpp
+from moe2dense.families.cards import student_cards
+from tests.exporting.conftest import EXAMPLE, HOSTS, tiny
+from tests.exporting.llama_cpp import LlamaCpp
 
 gguf = pytest.importorskip("gguf")
 BIG = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 96, "max_position_embeddings": 256}
@@ -92,7 +91,7 @@ def test_padded_vocabulary_and_chat_template(tmp_path):
 
 
 def test_a_changed_file_is_named(tmp_path, monkeypatch):
-    from moe2dense.exporting import gguf as writing
+    from moe2dense.exporting.gguf import write as writing
 
     stored = writing._stored
 

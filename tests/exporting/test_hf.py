@@ -3,22 +3,19 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
-from moe2dense.cards import StudentCard, student_host, teacher_cards
 from moe2dense.errors import UserError
-from moe2dense.exporting import export, hf, verify
-from moe2dense.student.host import dense_config
-
-from .conftest import HOSTS, tiny
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "teacher"))
-from families import FAMILIES, make
+from moe2dense.exporting import hf, verify
+from moe2dense.exporting.api import export
+from moe2dense.families.cards import StudentCard, student_host, teacher_cards
+from moe2dense.student.target.dense_config import dense_config
+from tests.exporting.conftest import HOSTS, tiny
+from tests.teacher.families import FAMILIES, make
 
 
 def logits(model, ids):

@@ -9,11 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from moe2dense.errors import UserError
-from moe2dense.exporting import export, quantize
+from moe2dense.exporting import quantize
+from moe2dense.exporting.api import export
 from moe2dense.exporting.gptq import round_weight, search_scales
 from moe2dense.exporting.verify import VerificationError, checkpoint_tensors
-
-from .conftest import EXAMPLE, tiny
+from tests.exporting.conftest import EXAMPLE, tiny
 
 pytest.importorskip("compressed_tensors")
 FIELDS = {"vocab_size": 4096, "hidden_size": 64, "intermediate_size": 128, "max_position_embeddings": 256}

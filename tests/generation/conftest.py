@@ -1,6 +1,1 @@
 """The launcher of tests/test_distributed.py serves here too."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))

@@ -8,11 +8,11 @@ import pytest
 
 import moe2dense.generation.dataset as dataset
 from moe2dense.__main__ import main
-from moe2dense.config import WriteConfig
-from moe2dense.data import load_blocks
+from moe2dense.config.schema import WriteConfig
+from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
 from moe2dense.generation.dataset import stop_ids, summary, write_text
-from moe2dense.generation.sequences import Completion
+from moe2dense.generation.streamed import Completion
 from moe2dense.teacher.load import load_teacher
 
 SMALL = WriteConfig(prompt_tokens=9, new_tokens=14, top_p=0.9, shard=16, min_tokens=2)

@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
-from moe2dense.losses.head import Head, logit_rules
-from moe2dense.losses.rows import HiddenRows, LogitRows, SampledRows, TopKRows
+from moe2dense.losses.teacher_rows import HiddenRows, LogitRows, SampledRows, TopKRows
+from moe2dense.modeling.head import Head, logit_rules
 
 DOUBLE = torch.float64
 

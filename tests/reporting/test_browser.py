@@ -5,8 +5,9 @@ import shutil
 import pytest
 
 import moe2dense as m2d
-from moe2dense.reporting import read_report, write
+from moe2dense.reporting.assemble import read_report
 from moe2dense.reporting.charts import number
+from moe2dense.reporting.html import write
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -126,7 +127,7 @@ def complaints(browser):
 def test_the_report_of_a_real_run(open_page, tiny, tmp_path):
     from selenium.webdriver.support.ui import Select
 
-    settings = "[data]\neval_blocks = 16\n[walk]\nmin_tokens = 4096\n[train]\nbatch = 1024\neval_every = 4\n"
+    settings = "[data]\neval_blocks = 16\n[build]\nmin_tokens = 4096\n[train]\nbatch = 1024\neval_every = 4\n"
     (tmp_path / "quick.toml").write_text(settings + '[evaluate]\nallow_loss = ["children"]\n')
     run = m2d.convert(
         str(tiny), to="3.2m", init="select+refit", tokens=12_288, out=tmp_path / "out", config=tmp_path / "quick.toml"

@@ -10,14 +10,18 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from moe2dense.config import RunConfig
-from moe2dense.data import Blocks
+from moe2dense.config.schema import RunConfig
+from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
-from moe2dense.evaluation import evaluate, reference
-from moe2dense.reporting import assemble, compare, print_comparison, print_report, read_report, render, write
+from moe2dense.evaluation.api import evaluate
+from moe2dense.evaluation.reference import reference
+from moe2dense.reporting import assemble, compare
+from moe2dense.reporting.assemble import read_report
 from moe2dense.reporting.charts import Scale, number, ramp_step, scale_of
+from moe2dense.reporting.compare import print_comparison
 from moe2dense.reporting.heatmap import heatmap_svg
-from moe2dense.reporting.terminal import bars
+from moe2dense.reporting.html import render, write
+from moe2dense.reporting.terminal import bars, print_report
 
 
 class Page(HTMLParser):
@@ -80,7 +84,7 @@ def test_page_carries_the_same_numbers_as_the_report(made_up_report):
         for key in ("coverage", "kl_after", "load", "replaceability"):
             for a, b in zip(row["metrics"][key], shown["m"][key], strict=True):
                 assert (a is None and b is None) or b == pytest.approx(a, rel=6e-3, abs=1e-9)
-        assert [shown["fates"][i] for i in shown["fate"]] == row["fate"]
+        assert [shown["provenances"][i] for i in shown["provenance"]] == row["provenance"]
     cells = re.findall(r'class="(c\d|u)"', str(heatmap_svg(report["transfer"], "coverage")))
     flat = [v for r in report["transfer"]["layers"] for v in r["metrics"]["coverage"]]
     assert cells == ["u" if v is None else f"c{min(9, max(0, int(v * 10)))}" for v in flat]
@@ -181,13 +185,13 @@ class Letters:
 def test_assemble_turns_a_run_into_json_with_a_page():
     rows = real_scores()
     plan = {
-        "teacher": "t", "checkpoint_bytes": 1000, "tokens": 5000, "walk_tokens": 500, "warnings": [],
+        "teacher": "t", "checkpoint_bytes": 1000, "tokens": 5000, "build_tokens": 500, "warnings": [],
         "shape": {"model_type": "mixtral", "num_hidden_layers": 1, "hidden_size": 16, "vocab_size": 40, "num_experts": 4, "top_k": 2,
                   "expert_width": 12, "shared_width": 0, "parameters": 8000, "active_parameters": 4000},
-        "flops": {"teacher": 1.0, "walk": 2.0, "student": 3.0, "from_scratch": 60.0},
+        "flops": {"teacher": 1.0, "build": 2.0, "student": 3.0, "from_scratch": 60.0},
     }  # fmt: skip
     report = assemble(
-        config=RunConfig(model="t", to="2k"), plan=plan, student={"parameters": 2000, "width": 24, "method": "walk"}, rows=rows,
+        config=RunConfig(model="t", to="2k"), plan=plan, student={"parameters": 2000, "width": 24, "method": "layerwise"}, rows=rows,
         ood={"student": rows["student"]}, command=["moe2dense", "convert", "a b"], allow_loss=["b"],
         history=[{"step": 1, "tokens": 100, "loss": float("nan")}], tokenizer=Letters(),
     )  # fmt: skip

@@ -4,13 +4,13 @@ import importlib.util
 
 import pytest
 import torch
-from families import FAMILIES, blocks, make
 
-from moe2dense.cards import teacher_cards
 from moe2dense.errors import UserError
+from moe2dense.families.cards import teacher_cards
 from moe2dense.teacher.backends import MEGABLOCKS_HELP, megablocks_available
-from moe2dense.teacher.capture import RoutingStats
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.routing import RoutingStats
+from tests.teacher.families import FAMILIES, blocks, make
 
 EVEN = {"hidden_size": 32, "intermediate_size": 16, "moe_intermediate_size": 12, "num_attention_heads": 4}
 

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from families import blocks, make
 
-from moe2dense.teacher.capture import RoutingStats
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.routing import RoutingStats
+from tests.teacher.families import blocks, make
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from families import FAMILIES, make
 
 from moe2dense.errors import UserError
 from moe2dense.teacher.decode import Decoder, cache_bytes, sequences_that_fit
 from moe2dense.teacher.load import load_teacher
+from tests.teacher.families import FAMILIES, make
 
 FAST = ("mixtral", "deepseek_v3", "gpt_oss")  # sliding window; latent attention; sinks
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from families import blocks, make
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Llama4Config, Llama4ForConditionalGeneration
 
 from moe2dense.teacher.load import load_teacher
+from tests.teacher.families import blocks, make
 
 SIZES = {"intermediate_size": 37}
 DENSE = {

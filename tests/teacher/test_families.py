@@ -6,12 +6,12 @@ import struct
 
 import pytest
 import torch
-from families import FAMILIES, blocks, make
 
-from moe2dense.cards import teacher_cards
 from moe2dense.errors import UserError
-from moe2dense.teacher.capture import Observer
+from moe2dense.families.cards import teacher_cards
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.observer import Observer
+from tests.teacher.families import FAMILIES, blocks, make
 
 TOLERANCE = 1e-4
 MODELS: dict = {}

@@ -11,11 +11,11 @@ import typing
 
 import pytest
 import torch
-from families import FAMILIES, blocks, make
 
 from moe2dense.errors import UserError
 from moe2dense.teacher import backends
 from moe2dense.teacher.load import load_teacher
+from tests.teacher.families import FAMILIES, blocks, make
 
 needs_source = pytest.mark.skipif(
     importlib.util.find_spec("megablocks") is None, reason="megablocks' source is not importable"
@@ -79,7 +79,7 @@ def emulated(monkeypatch):
 
     monkeypatch.setattr(kernels, "gather", _gather)
     monkeypatch.setattr(kernels, "scatter", _scatter)
-    monkeypatch.setattr(backends, "_refusal", lambda experts, teacher: "")
+    monkeypatch.setattr(backends, "_refusal", lambda *_: "")
     yield
     for name in [n for n in sys.modules if n == "megablocks" or n.startswith("megablocks.")]:
         sys.modules.pop(name)
@@ -107,8 +107,8 @@ def test_only_plain_gating(tmp_path, monkeypatch):
     monkeypatch.setattr(backends, "megablocks_available", lambda: "")
     with pytest.raises(UserError, match="cannot run this teacher: it needs a CUDA device"):
         load_teacher(tmp_path, experts="megablocks", device="cpu")
-    assert not backends._plain_gating(load_teacher(tmp_path))
-    assert backends._plain_gating(load_teacher(tmp_path / "mixtral"))
+    assert not backends._plain_gating(load_teacher(tmp_path).layers)
+    assert backends._plain_gating(load_teacher(tmp_path / "mixtral").layers)
 
 
 @pytest.mark.gpu

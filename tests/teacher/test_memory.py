@@ -9,12 +9,13 @@ import tempfile
 
 import pytest
 import torch
-from families import blocks, make
 from transformers import MixtralConfig
 
 from moe2dense.errors import UserError
+from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.load import load_teacher
-from moe2dense.teacher.memory import Arena, SpillFolder, memory_budget
+from moe2dense.teacher.memory import memory_budget
+from tests.teacher.families import blocks, make
 
 CHILD = """
 import resource, sys, torch

@@ -6,15 +6,15 @@ import socket
 
 import pytest
 import torch
-from families import blocks, make
 
-from moe2dense.data import Blocks
+from moe2dense.common.processes import gather_rows, my_share
+from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
-from moe2dense.teacher.capture import RoutingStats
-from moe2dense.teacher.distributed import gather_rows, my_share, reduce_stats
-from moe2dense.teacher.inspect import effective_experts, gini, prediction, routing_report
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.routing import RoutingStats, reduce_stats
+from moe2dense.teacher.routing_report import effective_experts, gini, prediction, routing_report
 from moe2dense.teacher.samples import HiddenStates, TokenSample
+from tests.teacher.families import blocks, make
 
 
 def small_macro_batches(teacher, tokens):

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from families import blocks, make
 from torch.nn.functional import linear, silu
 
 from moe2dense.teacher import experts as experts_module
-from moe2dense.teacher import head as head_module
+from moe2dense.teacher import lm_head as head_module
+from moe2dense.teacher.buffers import Scratch
 from moe2dense.teacher.experts import ExpertWeights
-from moe2dense.teacher.head import LMHead
+from moe2dense.teacher.lm_head import LMHead
 from moe2dense.teacher.load import load_teacher
-from moe2dense.teacher.memory import Scratch
+from tests.teacher.families import blocks, make
 
 
 def swiglu(gate, up):

@@ -6,9 +6,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from moe2dense.data import load_blocks
-from moe2dense.teacher.capture import RoutingStats
+from moe2dense.data.load import load_blocks
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.routing import RoutingStats
 
 TINY = Path(__file__).parents[2] / "examples" / "tiny-mixtral"
 

@@ -63,7 +63,7 @@ map.onmousemove = event => {
   if (!c) { hover.hidden = true; return; }
   const [l, e] = c, L = layers[l];
   hover.replaceChildren(make("b", `Layer ${L.index} · expert ${e}`), make("span", `${metric.label}: ${show(metric, get(l, e, metric.key))}`), make("br"),
-    make("span", [L.fates[L.fate[e]], `${L.tokens[e].toLocaleString("en")} tokens`].filter(Boolean).join(" · ")));
+    make("span", [L.provenances[L.provenance[e]], `${L.tokens[e].toLocaleString("en")} tokens`].filter(Boolean).join(" · ")));
   mark(l, e); place(event.clientX, event.clientY);
 };
 map.onmouseleave = () => { hover.hidden = true; if (at) mark(...at); else $("cursor").hidden = true; };
@@ -89,7 +89,7 @@ function open(l, e, keep) {
   const L = layers[l], panel = $("expert"), left = make("div"), right = make("div"), cols = make("div", undefined, "cols");
   const close = make("button", "×", "close"); close.type = "button"; close.setAttribute("aria-label", "Close");
   close.onclick = () => { panel.hidden = true; at = null; $("cursor").hidden = true; history.replaceState(null, "", " "); };
-  const facts = [L.fates[L.fate[e]], `${L.tokens[e].toLocaleString("en")} held-out tokens` + (L.blocks ? ` in ${L.blocks[e]} blocks` : "")];
+  const facts = [L.provenances[L.provenance[e]], `${L.tokens[e].toLocaleString("en")} held-out tokens` + (L.blocks ? ` in ${L.blocks[e]} blocks` : "")];
   if (D.leastTokens && L.tokens[e] < D.leastTokens) facts.push(`unmeasured: fewer than ${D.leastTokens} tokens`);
   panel.replaceChildren(close, make("h3", `Layer ${L.index} · expert ${e}`), make("p", facts.filter(Boolean).join(" · "), "muted"), cols); cols.append(left, right);
 
@@ -147,8 +147,8 @@ function table() {
 }
 $("matrix").ontoggle = () => { if ($("matrix").open) table(); };
 $("csv").onclick = () => {
-  const keys = D.metrics.map(m => m.key), lines = [["layer", "expert", "tokens", "fate", ...keys].join(",")];
-  layers.forEach((L, l) => L.tokens.forEach((n, e) => lines.push([L.index, e, n, L.fates[L.fate[e]] || "", ...keys.map(k => get(l, e, k) ?? "")].join(","))));
+  const keys = D.metrics.map(m => m.key), lines = [["layer", "expert", "tokens", "provenance", ...keys].join(",")];
+  layers.forEach((L, l) => L.tokens.forEach((n, e) => lines.push([L.index, e, n, L.provenances[L.provenance[e]] || "", ...keys.map(k => get(l, e, k) ?? "")].join(","))));
   const a = make("a"); a.href = URL.createObjectURL(new Blob([lines.join("\n")], { type: "text/csv" })); a.download = "experts.csv"; a.click(); URL.revokeObjectURL(a.href);
 };
 paint(); follow();

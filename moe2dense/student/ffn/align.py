@@ -5,7 +5,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe2dense.student.ffn.average import average
-from moe2dense.student.types import DenseFFN, Experts, GatedFFN, dense
+from moe2dense.student.ffn.dense import DenseFFN, Experts, GatedFFN, dense
 
 
 def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, Experts, dense, gating_of
+from moe2dense.student.ffn.dense import DenseFFN, Experts, dense, gating_of
 
 
 def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:

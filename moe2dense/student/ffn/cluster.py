@@ -5,7 +5,7 @@ from scipy.cluster.hierarchy import fcluster, linkage
 from torch import Tensor
 
 from moe2dense.student.ffn.align import aligned_average
-from moe2dense.student.types import DenseFFN, Experts, concatenate
+from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate
 
 
 def groups(mean_output: Tensor, count: int) -> list[Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, Experts, concatenate, dense
+from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate, dense
 
 SCALES = ("1/K", "alpha")
 

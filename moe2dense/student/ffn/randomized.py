@@ -2,7 +2,7 @@
 
 import torch
 
-from moe2dense.student.types import DenseFFN, Gating, silu_glu
+from moe2dense.student.ffn.dense import DenseFFN, Gating, silu_glu
 
 
 def random_ffn(

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
+from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.symmetric import add_product, mirror
 from moe2dense.student.footprint import rows_at_once
-from moe2dense.student.types import DenseFFN, dense
 
 
 def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:

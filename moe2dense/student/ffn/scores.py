@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
-from moe2dense.teacher.capture import LayerStats
+from moe2dense.teacher.routing import LayerStats
 
 SCORES = ("frequency", "cp", "acp", "do-acp", "reap")
 
@@ -33,7 +33,7 @@ def best_experts(stats: LayerStats, count: int, score: str = "acp", probability:
     w |f(x)| over the expert's tokens (Lasby et al., arXiv 2510.13999). Raises UserError on another score.
     """
     if score not in SCORES:
-        raise UserError(f"walk.score is {score!r}; choose one of {', '.join(SCORES)}")
+        raise UserError(f"build.score is {score!r}; choose one of {', '.join(SCORES)}")
     if score == "do-acp":
         return diverse(stats.weight, stats.mean_output, count).sort().values
     if score == "cp" and probability is not None:

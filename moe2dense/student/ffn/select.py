@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from moe2dense.student.types import DenseFFN, Experts, concatenate, dense
+from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate, dense
 
 
 def neuron_energy(hidden: Tensor, weights: Tensor) -> Tensor:

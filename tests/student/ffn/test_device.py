@@ -8,12 +8,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from moe2dense.student import device as places
-from moe2dense.student.device import with_room
+from moe2dense.student import memory as places
+from moe2dense.student.ffn.dense import DenseFFN
 from moe2dense.student.ffn.local import local, relative_error
 from moe2dense.student.ffn.obs import eliminate
 from moe2dense.student.ffn.refit import grams, refit, ridge_solve
-from moe2dense.student.types import DenseFFN
+from moe2dense.student.memory import device_with_room
 
 H, M, T = 6, 9, 50
 
@@ -122,8 +122,10 @@ def test_the_local_fit_stays_where_it_is_told(bias, other):
 
 def test_a_full_gpu_leaves_the_work_to_the_cpu(monkeypatch):
     monkeypatch.setattr(places, "free_bytes", lambda device: 1000)
-    assert with_room("cuda:1", 1000) == torch.device("cuda:1") and with_room("cuda", 1001) == torch.device("cpu")
-    assert with_room("cpu", 10**15) == torch.device("cpu")
+    assert device_with_room("cuda:1", 1000) == torch.device("cuda:1") and device_with_room(
+        "cuda", 1001
+    ) == torch.device("cpu")
+    assert device_with_room("cpu", 10**15) == torch.device("cpu")
 
 
 @pytest.mark.gpu

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from moe2dense.student.ffn import symmetric
-from moe2dense.student.ffn.local import cosine, local, relative_error
+from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
+from moe2dense.student.ffn.local import local, relative_error
 from moe2dense.student.ffn.obs import eliminate
 from moe2dense.student.ffn.refit import grams, refit, ridge_solve
 from moe2dense.student.ffn.select import best_neurons, gather, neuron_energy, output_energy
-from moe2dense.student.types import DenseFFN, concatenate, dense
+from moe2dense.student.fit import cosine
 
 H, F, E, T = 5, 6, 3, 71
 

@@ -12,11 +12,11 @@ from moe2dense.student.ffn.align import aligned_average, neuron_match
 from moe2dense.student.ffn.average import average
 from moe2dense.student.ffn.cluster import cluster, groups
 from moe2dense.student.ffn.concat import concat, scales
+from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.randomized import pad, random_ffn
 from moe2dense.student.ffn.scores import best_experts, diverse
 from moe2dense.student.ffn.svd import svd_gather, truncate
-from moe2dense.student.types import DenseFFN, dense
-from moe2dense.teacher.capture import LayerStats
+from moe2dense.teacher.routing import LayerStats
 
 H, F, E, T = 7, 5, 4, 33
 

@@ -1,0 +1,111 @@
+"""Progressive conversion: teacher -> larger student -> smaller student, each stage's student the next one's teacher.
+
+Teacher assistants: Mirzadeh et al., 1902.03393. The tokens are divided among the stages, each with text of its own, so a
+progressive run and a direct one cost the same number of positions. Every stage is a run folder of its own below out/stages.
+"""
+
+import shutil
+from contextlib import ExitStack
+from dataclasses import replace
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+from moe2dense.common.units import show_count
+from moe2dense.config.schema import RunConfig
+from moe2dense.conversion.configure import stage_sizes
+from moe2dense.errors import UserError
+
+if TYPE_CHECKING:
+    from moe2dense.conversion.job import Job
+    from moe2dense.student.target.resolve import Target
+    from moe2dense.student.types import Student
+
+
+def stage_targets(settings: RunConfig) -> "list[Target]":
+    """The student of every stage. Raises UserError when one is not smaller than the one before it."""
+    from moe2dense.families.resolve import resolve_teacher
+    from moe2dense.student.target.resolve import resolve_target
+
+    teacher = resolve_teacher(settings.model, settings.teacher.card)
+    found = [resolve_target(size, teacher.config, teacher.card) for size in stage_sizes(settings.stages)]
+    for larger, smaller in pairwise(found):
+        if smaller.checkpoint or larger.checkpoint:
+            raise UserError(f"--stages {settings.stages}: a stage is a size or a named target, not a checkpoint")
+        if smaller.parameters >= larger.parameters:
+            raise UserError(
+                f"--stages {settings.stages}: {smaller.to} ({show_count(smaller.parameters)}) is not smaller than "
+                f"{larger.to} ({show_count(larger.parameters)}); order them from large to small"
+            )
+    return found
+
+
+def describe(settings: RunConfig) -> str:
+    """One line on the stages of a run, for its plan."""
+    targets = stage_targets(settings)
+    way = " -> ".join([settings.model, *(t.label for t in targets)])
+    return f"stages: {way}, {show_count(settings.train.tokens // len(targets))} positions each"
+
+
+def last_stage(job: "Job") -> "Job":
+    """The job of the last stage, after every stage before it has run; the job itself where there is only one."""
+    if not job.settings.stages:
+        return job
+    targets, intermediate_teacher = stage_targets(job.settings), None
+    share = len(job.text.train) // len(targets)
+    if share < 1:
+        raise UserError(f"--stages {job.settings.stages}: the text has fewer blocks than stages; pass more --tokens")
+    for i, target in enumerate(targets[:-1]):
+        name = f"{i + 1}-{target.to.replace('%', 'pct').lower()}"
+        intermediate_teacher = _run_stage(job, name, target, range(i * share, (i + 1) * share), intermediate_teacher)
+    rest = range((len(targets) - 1) * share, len(job.text.train))
+    return replace(job, text=_text(job, rest), intermediate_teacher=intermediate_teacher)
+
+
+def direct(job: "Job") -> "Student":
+    """The student of the last stage made from the teacher at once, on the text of all stages: what the detour is worth."""
+    from moe2dense.student.store import load_student
+
+    target = stage_targets(job.settings)[-1]
+    _run_stage(job, "direct", target, range(len(job.text.train)), None)
+    folder = job.run.folder / "stages" / "direct"
+    final = folder / "checkpoints" / "final"
+    return load_student(final if final.is_dir() else folder / "build" / "student")
+
+
+def _text(job: "Job", rows: range) -> Any:
+    """The share of the training text that one stage sees, and its build's part of it."""
+    from moe2dense.student.build.cost import build_tokens
+
+    train = job.text.train[list(rows)]
+    settings = replace(job.settings, train=replace(job.settings.train, tokens=train.tokens))
+    count = max(1, min(len(train), build_tokens(settings, job.plan.block) // job.plan.block))
+    return replace(job.text, train=train, build=train[[i * len(train) // count for i in range(count)]])
+
+
+def _run_stage(job: "Job", name: str, target: "Target", rows: range, intermediate_teacher: Any) -> Any:
+    """One stage in a run folder of its own, finished parts read back; returns its student as a teacher."""
+    from moe2dense.conversion import stages
+    from moe2dense.conversion.run import CONFIG, open_run
+    from moe2dense.exporting.api import export
+    from moe2dense.teacher.load import load_teacher
+
+    folder, text = job.run.folder / "stages" / name, _text(job, rows)
+    train = replace(job.settings.train, tokens=text.train.tokens if job.plan.tokens else 0)
+    settings = replace(job.settings, to=target.to, out=str(folder), stages="", control=False, train=train)
+    begun = (folder / CONFIG).is_file()
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+    with ExitStack() as stack:
+        run = stack.enter_context(open_run(folder, settings, resume=begun))
+        plan = replace(job.plan, target=target, tokens=train.tokens)
+        stage = replace(
+            job, run=run, settings=settings, plan=plan, text=text, intermediate_teacher=intermediate_teacher
+        )
+        if not run.finished("export"):
+            student = stages.build(stage)
+            if train.tokens:
+                student = stages.train(stage, student)
+            with stage.timed("export"):
+                export(student, folder / "model", tokenizer=str(job.teacher.path), dtype="float32", overwrite=True)
+    about = job.settings.teacher
+    return load_teacher(folder / "model", memory=about.memory, device=about.device)

@@ -1,0 +1,65 @@
+"""What `plan` and `convert` return. No torch here, so that the commands' help is quick."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from moe2dense.conversion.machine import Machine
+from moe2dense.modeling.shape import Geometry
+from moe2dense.student.target.resolve import Target
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything `moe2dense plan` prints. Sizes in bytes, counts in parameters and tokens, times in seconds."""
+
+    teacher: str
+    source: str
+    shape: Geometry
+    checkpoint_bytes: int
+    target: Target
+    tokens: int
+    build_tokens: int
+    block: int
+    data: str
+    out: str
+    memory_budget: int
+    macro_batch: int
+    reads: int
+    break_even_batch: int
+    memory: dict[str, int]
+    disk: dict[str, int]
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    machine: Machine
+    warnings: tuple[str, ...] = field(default=())
+    depth: str = "influence"  # which layers stay where some go
+
+    @property
+    def bytes_per_token(self) -> float:
+        """Checkpoint bytes read for one token position at this macro-batch."""
+        return self.checkpoint_bytes / min(self.macro_batch, max(self.tokens, 1))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        skip = {"target", "shape", "machine"}
+        table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
+        target = {k: getattr(self.target, k) for k in ("to", "label", "width", "parameters", "geometry", "checkpoint")}
+        student = target | {"host": self.target.card.name, "moe_shaped": self.target.card.moe_shaped}
+        extra = {
+            "shape": dataclasses.asdict(self.shape),
+            "student": student,
+            "machine": dataclasses.asdict(self.machine),
+        }
+        return table | extra | {"bytes_per_token": self.bytes_per_token, "warnings": list(self.warnings)}
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a conversion left behind."""
+
+    out: Path
+    model: Path
+    report: Path
+    scores: dict[str, Any]  # row name -> numbers on the held-out text

@@ -1,0 +1,123 @@
+"""distill(): train a dense student on its teacher's distributions, on one CPU, one GPU or many processes."""
+
+import contextlib
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from moe2dense.common.processes import process
+from moe2dense.config.schema import TrainConfig
+from moe2dense.data.blocks import Blocks
+from moe2dense.distillation.auto_features import make_match, settle_features
+from moe2dense.distillation.batches import Batches, rare_positions
+from moe2dense.distillation.checks import check_training, needs_teacher
+from moe2dense.distillation.regime import Regime
+from moe2dense.distillation.regimes.registry import make_regime
+from moe2dense.distillation.setup import default_learning_rate
+from moe2dense.distillation.targets.memory import as_targets, hidden_targets
+from moe2dense.distillation.targets.read_ahead import ReadAhead
+from moe2dense.distillation.targets.record import weighed
+from moe2dense.distillation.targets.store import StoredTargets
+from moe2dense.distillation.temperature import settle_temperature
+from moe2dense.distillation.trainer import Trainer, TrainResult
+from moe2dense.errors import UserError
+
+__all__ = ["TrainResult", "distill"]
+
+# N blocks, S block length
+
+
+def distill(
+    student: Any,
+    teacher: Any = None,
+    data: Blocks | None = None,
+    *,
+    tokens: int | None = None,
+    targets: Any = None,
+    valid: Blocks | None = None,
+    valid_targets: Any = None,
+    config: TrainConfig | None = None,
+    seed: int = 0,
+    out: str | Path | None = None,
+    resume: bool = False,
+    progress: Callable[..., None] | None = None,
+    accelerator: Any = None,
+    regime: Regime | None = None,
+) -> TrainResult:
+    """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
+
+    data: N blocks of S tokens; `tokens`: how many of their positions to use (default: all), each seen config.epochs times.
+    The teacher's answers come from `targets` (stored, in memory, or hidden states with a head) or, computed once, from
+    `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
+    out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU.
+    With config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
+    puts the result into a whole model. `regime` changes where text, targets or models come from (moe2dense.regimes).
+    Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
+    """
+    config = config or TrainConfig()
+    model = student.model if hasattr(student, "provenance") else student
+    if data is None or not len(data):
+        raise UserError("data: distillation needs at least one block of text")
+    if config.lr <= 0:
+        rate = default_learning_rate(model.config.get_text_config().hidden_size, config.lora > 0)
+        config = dataclasses.replace(config, lr=rate)
+    block = data.input_ids.shape[1]
+    if tokens is not None and tokens < block:
+        raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
+    if config.regime and regime is None:
+        regime = make_regime(config.regime, teacher=teacher)
+    _check_arguments(config, teacher, targets, out, regime)
+    known = None if targets is None else as_targets(targets, data)
+    data = data if tokens is None else data[: tokens // block]
+    if not bool(data.loss_mask().any()):
+        raise UserError("data: no token carries loss; the blocks are masked throughout")
+    config = settle_features(config, student, known, teacher, regime)
+    match = make_match(config, model, known, teacher, seed) if config.features else None
+    if known is None and teacher is not None and not (regime is not None and regime.brings_targets):
+        features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)
+        known = hidden_targets(teacher, data, features=features, routing=routing, progress=progress)
+    held = None
+    if valid is not None and (valid_targets is not None or teacher is not None):
+        found = valid_targets if valid_targets is not None else hidden_targets(teacher, valid)
+        held = Batches(valid, as_targets(found, valid, "valid_targets"), rare_positions(valid, data))
+    batches = Batches(data, known, weights=_token_weights(config.token_weights, known, data))
+    if config.temperature_schedule == "auto":
+        best = settle_temperature(model, batches, held, config, seed, out, accelerator)
+        config = dataclasses.replace(config, temperature=best, temperature_schedule="")
+    with contextlib.ExitStack() as stack:
+        if isinstance(known, StoredTargets) and regime is None:
+            per_step = max(1, config.batch // block)
+            ahead = ReadAhead(known, len(data), per_step, config.epochs, seed, config.micro_batch, *process())
+            stack.callback(ahead.close)
+            batches.targets = ahead
+        trainer = Trainer(model, batches, held, config, seed, out, accelerator, match, regime)
+        return trainer.run(resume, progress)
+
+
+def _check_arguments(config: TrainConfig, teacher: Any, targets: Any, out: Any, regime: Regime | None) -> None:
+    """Raises UserError for arguments that do not fit together."""
+    check_training(config)
+    brought = regime is not None and regime.brings_targets
+    if teacher is None and targets is None and not brought and needs_teacher(config):
+        raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
+    if config.shard and regime is not None:
+        raise UserError(f"shard=True spreads one model; the {regime.name} regime runs on copies: leave shard out")
+    for name in ("features", "token_weights"):
+        if getattr(config, name) not in ("", "auto") and regime is not None and brought:
+            raise UserError(f"{name} belong to fixed text; the {regime.name} regime brings its own: leave {name} out")
+    if config.shard and (config.lora or out is None):
+        raise UserError(
+            "shard=True needs out=, where its weights are gathered, and trains all weights: it takes no lora"
+        )
+
+
+def _token_weights(name: str, targets: Any, blocks: Blocks) -> Tensor | None:
+    """[N, S] with mean 1 over the tokens that count; None when every token weighs the same."""
+    if not name:
+        return None
+    if not hasattr(targets, "token_weights"):
+        raise UserError(f"token_weights={name!r} needs a streamed teacher, or targets stored with it")
+    return weighed(targets.token_weights(name)[: len(blocks)], blocks.loss_mask())

@@ -1,0 +1,75 @@
+"""Blocks with what the teacher says about them, and the part of them that one forward pass sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.data.blocks import Blocks
+from moe2dense.distillation.targets.memory import Targets
+from moe2dense.modeling.forward import model_inputs
+
+
+@dataclass
+class Batches:
+    """Blocks with what the teacher says about them."""
+
+    blocks: Blocks
+    targets: Targets | None
+    watch: Tensor | None = None  # [N, S] bool: tokens whose KL is reported apart
+    weights: Tensor | None = None  # [N, S]: of each token's distillation loss
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """[N, S] bool: the positions that count."""
+        return self.blocks.loss_mask()
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """[N, S]: next tokens, -100 where there is none."""
+        return self.blocks.labels()
+
+    def denominators(self, indices: Sequence[int]) -> dict[str, float]:
+        """How many positions and labels some blocks have."""
+        rows = list(indices)
+        kept = self.mask[rows]
+        return {
+            "denominator": float(kept.sum()),
+            "label_denominator": float((self.labels[rows][kept] >= 0).sum()),
+        }
+
+    def part(self, indices: list[int], device: torch.device, labels: bool, spare: int = 0) -> tuple[Any, Any, dict]:
+        """Model inputs, teacher rows and per-token options of one forward pass.
+
+        Without blocks it is a wholly masked copy of block `spare`, so that every process runs the same number of passes.
+        """
+        rows = indices or [spare]
+        mask = self.mask[rows].flatten() & bool(indices)
+        options: dict[str, Any] = {} if bool(mask.all()) else {"mask": mask.to(device)}
+        if labels:
+            options["labels"] = self.labels[rows].flatten().to(device)
+        if self.watch is not None:
+            options["watch"] = self.watch[rows].flatten().to(device)
+        if self.weights is not None:
+            options["weights"] = self.weights[rows].flatten().to(device)
+        teacher = None if self.targets is None else self.targets.batch(rows)
+        return model_inputs(self.blocks[rows], device), _to(teacher, device), options
+
+
+def _to(rows: Any, device: torch.device) -> Any:
+    return rows if rows is None or device.type == "cpu" else rows.to(device)
+
+
+def rare_positions(held: Blocks, training: Blocks, share: float = 0.1) -> Tensor:
+    """[N, S] bool: the held-out positions whose next token is among the rarest `share` by its count in the training text."""
+    labels = held.labels()
+    size = int(max(held.input_ids.max(), training.input_ids.max())) + 1
+    counts = torch.bincount(training.input_ids.flatten(), minlength=size)[labels.clamp(min=0)]
+    known = labels >= 0
+    if not bool(known.any()):
+        return known
+    bound = counts[known].sort().values[int(share * (int(known.sum()) - 1))]
+    return known & (counts <= bound)

@@ -1,0 +1,89 @@
+"""The student and its objective as one module, so that wrappers for many processes see a single forward pass."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe2dense.errors import UserError
+from moe2dense.losses.distillation import distillation_loss
+from moe2dense.losses.hidden_states import Tokens
+from moe2dense.losses.teacher_rows import TeacherRows
+from moe2dense.modeling.forward import final_hidden
+from moe2dense.modeling.head import model_head
+from moe2dense.modeling.hooks import captured
+
+# N blocks, S block length, H hidden, n = N S tokens
+
+
+class Objective(nn.Module):
+    """Maps inputs of the model and the teacher's rows to (total, kd, ce, watched, features), see `distillation_loss`.
+
+    match: a `FeatureMatch`, whose losses on the teacher's features join the total with `feature_weights`. extra: a module of a
+    training regime, whose loss (hidden [n, H], head, inputs, teacher, options) joins the total while training.
+    """
+
+    def __init__(self, model: nn.Module, match: Any = None, extra: nn.Module | None = None):
+        super().__init__()
+        self.model, self.match, self.extra = model, match, extra
+
+    def forward(
+        self,
+        inputs: dict[str, Tensor],
+        teacher: TeacherRows | None,
+        feature_weights: Sequence[float] = (),
+        **options: Any,
+    ) -> tuple[Tensor, ...]:
+        """inputs [N, S]; teacher: N S rows; options: labels, mask [n] and the rest of `distillation_loss`."""
+        with captured(self.model, self.match.student_features if self.match and feature_weights else ()) as states:
+            hidden = final_hidden(self.model, inputs).flatten(0, 1)
+        loss = distillation_loss(hidden, model_head(self.model), teacher, **options)
+        if self.extra is not None and self.training:
+            loss.total = loss.total + self.extra(hidden, model_head(self.model), inputs, teacher, options)
+        features = torch.zeros_like(loss.kd)
+        if self.match is not None and self.training:
+            # wrappers for many processes expect every parameter in every pass
+            loss.total = loss.total + sum(p.sum() * 0.0 for p in self.match.parameters())
+        if feature_weights and self.match is not None:
+            goals = _features(teacher, self.match.teacher_features, hidden.dtype)
+            weighted, features = self.match(states, goals, _tokens(inputs, options, hidden), feature_weights)
+            loss.total = loss.total + weighted
+        return loss.total, loss.kd, loss.ce, loss.watched, features
+
+
+def _features(teacher: Any, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    found = getattr(teacher, "features", None) or {}
+    if missing := [n for n in names if n not in found]:
+        raise UserError(f"features need the teacher's {missing[0]}, which these targets do not hold")
+    return {n: found[n].to(dtype) for n in names}
+
+
+def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) -> Tokens:
+    """Which tokens count for features, and what each sees: its own document up to itself, without padding."""
+    shape = inputs["input_ids"].shape
+    mask = options.get("mask")
+    counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask
+    seen = torch.ones(*shape, shape[1], dtype=torch.bool, device=hidden.device).tril()
+    if "position_ids" in inputs:
+        documents = (inputs["position_ids"] == 0).cumsum(1)
+        seen &= documents[:, :, None] == documents[:, None, :]
+    if "attention_mask" in inputs:
+        seen &= inputs["attention_mask"][:, None, :].bool() | torch.eye(
+            shape[1], dtype=torch.bool, device=hidden.device
+        )
+    return Tokens(counted.to(hidden.dtype) / options["denominator"], seen)
+
+
+@torch.no_grad()
+def head_error(model: Any, inputs: dict[str, Tensor]) -> float:
+    """How far final hidden states times head are from the model's own logits, relative to their spread.
+
+    Not small when an architecture changes its logits in a way that `modeling/head.py` does not know.
+    """
+    training = model.training
+    model.eval()
+    own = model(**inputs, use_cache=False).logits.float()
+    ours = model_head(model).logits(final_hidden(model, inputs)).float()
+    model.train(training)
+    return float((own - ours).abs().max() / own.std().clamp(min=1e-12))

@@ -1,0 +1,107 @@
+"""What a teacher's soft labels on a text say beyond the text itself."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.data.blocks import Blocks
+from moe2dense.distillation.targets.memory import Targets
+from moe2dense.errors import UserError
+from moe2dense.losses.teacher_rows import HiddenRows, LogitRows, TeacherRows
+
+# n tokens, V vocabulary
+
+TOP = (1, 5, 12, 32)
+_CHUNK = 2**23  # logits held at a time
+_EXAMPLES = 5
+
+
+def _logits(rows: TeacherRows, part: slice) -> Tensor:
+    if isinstance(rows, HiddenRows):
+        return rows.head.logits(rows.hidden[part].to(rows.head.weight.dtype)).float()
+    if isinstance(rows, LogitRows):
+        return rows.logits[part].float()
+    raise UserError(
+        "the analysis needs `hidden` or `full` targets; sampled and topk hold a part of the distribution only"
+    )
+
+
+@torch.no_grad()
+def soft_label_numbers(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Per token [n], from logits [n, V] and labels [n]; nats.
+
+    entropy H(p); nll -log p(label); top-k mass; dark: the mass off the likeliest token; top1_is_label: 1 where the likeliest
+    token is the label.
+    """
+    log_p = logits.log_softmax(-1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    top = log_p.topk(min(max(TOP), log_p.shape[-1])).values.exp().cumsum(-1)
+    masses = {f"top{k}_mass": top[:, min(k, top.shape[1]) - 1] for k in TOP}
+    found = {"entropy": entropy, "nll": -log_p.gather(1, labels[:, None])[:, 0], "dark": 1 - top[:, 0]} | masses
+    return found | {"top1_is_label": (log_p.argmax(-1) == labels).float()}
+
+
+@torch.no_grad()
+def analyze_targets(
+    targets: Targets,
+    blocks: Blocks,
+    decode: Callable[[list[int]], str] | None = None,
+    progress: Callable[..., None] | None = None,
+) -> dict[str, Any]:
+    """Soft labels of `blocks` in numbers: means over all tokens and by domain, and examples of the most spread ones.
+
+    Returns {"all": {name: mean, "tokens": n}, "domains": {domain: ...}, "examples": [...]}, where `information` is the
+    mean of nll - entropy: what the text adds to what the teacher expects (near 0 for a calibrated teacher). decode turns
+    ids into text, for the examples. Raises UserError for targets that hold only a part of the distribution.
+    """
+    sums: dict[str, dict[str, float]] = {}
+    widest: list[tuple[float, int, int]] = []
+    labels = blocks.labels()
+    for i in range(len(blocks)):
+        kept = (labels[i] >= 0).nonzero()[:, 0]
+        if not len(kept):
+            continue
+        rows = targets.batch([i]).select(kept)
+        vocabulary = len(rows.head.weight) if isinstance(rows, HiddenRows) else getattr(rows, "logits", kept).shape[-1]
+        step = max(1, _CHUNK // vocabulary)
+        for start in range(0, len(kept), step):
+            part = slice(start, start + step)
+            numbers = soft_label_numbers(_logits(rows, part), labels[i][kept[part]])
+            for group in ("", blocks.domains[i] or "(none)"):
+                at = sums.setdefault(group, dict.fromkeys([*numbers, "tokens"], 0.0))
+                for name, values in numbers.items():
+                    at[name] += float(values.double().sum())
+                at["tokens"] += len(values)
+            most = int(numbers["entropy"].argmax())
+            widest.append((float(numbers["entropy"][most]), i, int(kept[part][most])))
+        if progress:
+            progress("analyze", i + 1, len(blocks))
+    means = {g: _means(s) for g, s in sums.items()}
+    examples = [_example(targets, blocks, i, s, decode) for _, i, s in sorted(widest, reverse=True)[:_EXAMPLES]]
+    return {"all": means.pop("", {}), "domains": means, "examples": examples}
+
+
+def _means(sums: dict[str, float]) -> dict[str, float]:
+    tokens = sums["tokens"]
+    found = {k: v / tokens for k, v in sums.items() if k != "tokens"} | {"tokens": tokens}
+    return found | {"information": found["nll"] - found["entropy"]}
+
+
+def _example(targets: Targets, blocks: Blocks, block: int, place: int, decode: Any) -> dict[str, Any]:
+    rows = targets.batch([block]).select(torch.tensor([place]))
+    top = _logits(rows, slice(None))[0].softmax(-1).topk(5)
+    before = blocks.input_ids[block, max(0, place - 15) : place + 1].tolist()
+    label = int(blocks.input_ids[block, place + 1])
+
+    def show(ids: list[int]) -> Any:
+        return ids if decode is None else decode(ids)
+
+    return {
+        "block": block,
+        "position": place,
+        "context": show(before),
+        "label": show([label]),
+        "expected": [(show([int(t)]), float(p)) for t, p in zip(top.indices, top.values, strict=True)],
+    }

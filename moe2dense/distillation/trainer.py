@@ -1,0 +1,262 @@
+"""One distillation run: steps, validation, checkpoints and their resumption."""
+
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moe2dense.config.schema import TrainConfig
+from moe2dense.distillation.batches import Batches
+from moe2dense.distillation.batching import total_steps
+from moe2dense.distillation.checkpoints import Checkpoints, optimizer_tensors, restore_optimizer
+from moe2dense.distillation.fsdp import full_tensor, shard, shard_like
+from moe2dense.distillation.log import Interrupts, MetricsFile, memory_bytes
+from moe2dense.distillation.objective import Objective
+from moe2dense.distillation.regime import Regime, RunView
+from moe2dense.distillation.setup import add_adapters, check_head, make_accelerator, make_optimizer, merge_adapters
+from moe2dense.distillation.step import Plan, plan_step, train_step, validate
+from moe2dense.errors import UserError
+
+_FREE = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
+_REGIME = "regime/"  # of a regime's tensors in a checkpoint
+
+
+@dataclass
+class TrainResult:
+    """steps and tokens (positions seen, replays included) of the whole run; unique: positions the teacher answered.
+
+    history: one record per step with `step`, `tokens`, `loss`, `parts`, `lr`, ..., and `valid_kl`, `valid_nll`,
+    `valid_rare_kl` where they were measured, step 0 included.
+    """
+
+    steps: int
+    tokens: int
+    unique: int
+    history: list[dict[str, Any]] = field(default_factory=list)
+    best_step: int | None = None
+    seconds: float = 0.0
+
+
+class Trainer:
+    """One run of `distill`. Every process builds the same; a step is a function of weights, optimiser and step number."""
+
+    def __init__(
+        self,
+        model: Any,
+        batches: Batches,
+        held: Batches | None,
+        config: TrainConfig,
+        seed: int,
+        out: str | Path | None,
+        accelerator: Any = None,
+        match: Any = None,
+        regime: Regime | None = None,
+    ):
+        self.regime = Regime() if regime is None else regime
+        self.batches, self.held, self.config, self.seed = batches, held, config, seed
+        self.block = batches.blocks.input_ids.shape[1]
+        self.per_step = max(1, config.batch // self.block)
+        self.steps = total_steps(len(batches.blocks), self.per_step, config.epochs)
+        if next(model.parameters()).dtype != torch.float64:
+            model.float()
+        check_head(model, batches.blocks)
+        self.was_training, self.home = model.training, next(model.parameters()).device
+        self.accelerator = accelerator or make_accelerator(config, out)
+        torch.manual_seed(seed)  # of new adapters and dropout
+        if config.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+            if config.lora:
+                model.enable_input_require_grads()
+        self.model = add_adapters(model, config) if config.lora else model
+        objective: Any = Objective(self.model, match, self.regime.extra(self.model))
+        if config.shard and self.accelerator.num_processes > 1:
+            self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
+            self.optimizer = self.accelerator.prepare(make_optimizer(objective, config))
+        else:
+            self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(objective, config))
+        # the student's parameters under their own names; projectors of features are kept for resuming, never exported
+        self.names = {p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad}
+        main = out is not None and self.accelerator.is_main_process
+        self.checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoints")
+        self.metrics = MetricsFile(Path(out) / "metrics.jsonl" if out is not None and main else None)
+        self.best: tuple[float, int] | None = None
+        self.first_kl: float | None = None
+        self.step = 0
+        folder = None if out is None else Path(out)
+        self.regime.begin(
+            RunView(self.model, batches, self.steps, self.per_step, seed, self.accelerator, config, folder)
+        )
+
+    def run(self, resume: bool, progress: Callable[..., None] | None, quiet: bool = False) -> TrainResult:
+        """Train to the last step and leave the student with its final weights, adapters merged, where it was.
+
+        quiet: do not warn when the student got worse.
+        """
+        begin = time.perf_counter()
+        self._start(resume)
+        retried = False
+        with Interrupts() as interrupts:
+            if self.step == 0:
+                self._before_training()
+            while self.step < self.steps:
+                clock = time.perf_counter()
+                plan = plan_step(self.config, len(self.batches.blocks), self.per_step, self.step, self.steps, self.seed)
+                batches, plan = self.regime.batches_for(self.step, self.batches, plan)
+                try:
+                    record = train_step(self.accelerator, self.objective, self.optimizer, batches, plan, self.config)
+                except FloatingPointError as error:
+                    if retried or self.checkpoints is None:
+                        raise UserError(self._blame(str(error), batches, plan, retried)) from None
+                    retried = True
+                    self._load(self.checkpoints.steps()[-1])
+                    self.metrics.truncate(self.step)
+                    continue
+                record |= self.regime.after_step(self.step, batches, plan)
+                self.step += 1
+                seconds = time.perf_counter() - clock
+                self._after_step(record, seconds, time.perf_counter() - begin, progress)
+                if interrupts.asked and self.step < self.steps:
+                    self._save()
+                    raise KeyboardInterrupt
+        return self._finish(time.perf_counter() - begin, quiet)
+
+    def _start(self, resume: bool) -> None:
+        found = self.checkpoints.steps() if self.checkpoints is not None else []
+        if found and not resume:
+            assert self.checkpoints is not None
+            raise UserError(
+                f"{self.checkpoints.folder} holds a training run; continue it with resume, or use another out"
+            )
+        if found:
+            self._load(found[-1])
+        self.metrics.truncate(self.step or -1)  # step 0 is measured anew
+
+    def _before_training(self) -> None:
+        """How far the student is now, and a state to come back to."""
+        if self.held is not None:
+            self.metrics.add({"step": 0, "tokens": 0, "loss": None, "parts": {"kd": None}} | self._measure())
+        self._save()
+
+    def _after_step(
+        self, record: dict[str, Any], seconds: float, total: float, progress: Callable[..., None] | None
+    ) -> None:
+        last = self.step == self.steps
+        tokens = self.step * self.per_step * self.block
+        record = {"step": self.step, "tokens": tokens} | record
+        record |= {"tokens_per_second": self.per_step * self.block / seconds, "seconds": total}
+        record["memory"] = memory_bytes()
+        if self.held is not None and (last or self.step % self.config.eval_every == 0):
+            record |= self._measure()
+        self.metrics.add(record)
+        self.accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=self.step)
+        if last or self.step % self.config.save_every == 0 or (self.best and self.best[1] == self.step):
+            self._save()
+        if progress:
+            numbers = {k: record[k] for k in ("loss", "valid_kl") if k in record}
+            progress("distill", self.step, self.steps, tokens=tokens, **numbers)
+
+    def _measure(self) -> dict[str, float]:
+        assert self.held is not None
+        found = validate(self.accelerator, self.objective, self.held, self.config.micro_batch)
+        kl = found["valid_kl"]
+        self.first_kl = kl if self.first_kl is None else self.first_kl
+        if self.best is None or kl < self.best[0]:
+            self.best = (kl, self.step)
+        return found
+
+    # ---- checkpoints
+
+    def _identity(self) -> dict[str, Any]:
+        """What must not change between a run and its continuation."""
+        blocks = self.batches.blocks
+        first, last = blocks[:1].keys()[0], blocks[[len(blocks) - 1]].keys()[0]
+        config = {k: v for k, v in asdict(self.config).items() if k not in _FREE}
+        found = config | {"seed": self.seed, "blocks": len(blocks), "first block": first, "last block": last}
+        return found | {f"regime {k}": v for k, v in self.regime.about().items()}
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step and drop all but it and the best."""
+        if self.checkpoints is not None:
+            weights = {n: full_tensor(p.detach()).cpu() for p, n in self.names.items()}
+            state = optimizer_tensors(self.optimizer.optimizer, self.names) | {"rng/state": torch.get_rng_state()}
+            state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
+            about = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
+            if self.accelerator.is_main_process:
+                self.checkpoints.save(self.step, weights, state, about)
+                self.checkpoints.keep(self.step, self.best[1] if self.best else None)
+        self.accelerator.wait_for_everyone()
+        if self.checkpoints is not None:
+            self.regime.saved(self.step)
+
+    def _load(self, step: int) -> None:
+        assert self.checkpoints is not None
+        weights, state, about = self.checkpoints.load(step)
+        now = self._identity()
+        changed = next((k for k, v in about["run"].items() if now.get(k) != v), None)
+        if changed is not None:
+            raise UserError(
+                f"checkpoint {self.checkpoints.path(step)} was made with {changed}={about['run'][changed]} (now "
+                f"{now.get(changed)}); use the same settings, or another --out"
+            )
+        with torch.no_grad():
+            for parameter, name in self.names.items():
+                parameter.copy_(shard_like(weights[name], parameter))
+        torch.set_rng_state(state.pop("rng/state"))
+        own = [k for k in state if k.startswith(_REGIME)]
+        self.regime.load_state({k.removeprefix(_REGIME): state.pop(k) for k in own})
+        restore_optimizer(self.optimizer.optimizer, self.names, state)
+        self.step, self.first_kl = about["step"], about["first_kl"]
+        self.best = (about["best"][0], about["best"][1]) if about["best"] else None
+
+    # ---- ends
+
+    def _blame(self, found: str, batches: Batches, plan: Plan, retried: bool) -> str:
+        """The sentence that stops a run whose numbers are not finite, naming the block where one can be named."""
+        where = next(
+            (_named(batches, i) for i in plan.indices if not self._finite(batches, i, plan)), f"blocks {plan.indices}"
+        )
+        again = ", also after going back to the last checkpoint" if retried else ""
+        return (
+            f"training stopped at step {self.step + 1} of {self.steps}: {found} at {where}{again}; lower --lr (now "
+            f"{self.config.lr:g}), or look at that text and its targets"
+        )
+
+    @torch.no_grad()
+    def _finite(self, batches: Batches, index: int, plan: Plan) -> bool:
+        inputs, teacher, options = batches.part([index], self.accelerator.device, plan.alpha > 0)
+        options |= {"loss": self.config.loss, "temperature": plan.temperature, "alpha": plan.alpha}
+        return bool(self.objective(inputs, teacher if plan.alpha < 1 else None, **options)[0].isfinite())
+
+    def _finish(self, seconds: float, quiet: bool) -> TrainResult:
+        self.regime.finish(self.checkpoints.folder.parent if self.checkpoints is not None else None)
+        self.accelerator.end_training()
+        model = merge_adapters(self.model) if self.config.lora else self.model
+        model.train(self.was_training)
+        if not self.config.shard:
+            model.to(self.home)
+        history = self.metrics.records
+        final = next((r["valid_kl"] for r in reversed(history) if "valid_kl" in r), None)
+        if not quiet and final is not None and self.first_kl is not None and not final <= self.first_kl:
+            warnings.warn(
+                f"DISTILLATION MADE THE STUDENT WORSE: validation KL went from {self.first_kl:.4g} to {final:.4g}; lower "
+                f"--lr (now {self.config.lr:g}), give more --tokens, or keep the student as it was built (--tokens 0)",
+                stacklevel=4,
+            )
+        seen = self.step * self.per_step
+        return TrainResult(
+            steps=self.step,
+            tokens=seen * self.block,
+            unique=(seen if self.regime.always_new else min(len(self.batches.blocks), seen)) * self.block,
+            history=history,
+            best_step=self.best[1] if self.best else None,
+            seconds=seconds,
+        )
+
+
+def _named(batches: Batches, index: int) -> str:
+    block = batches.blocks[[index]]
+    return f"block {index} (domain {block.domains[0]!r}, key {block.keys()[0]})"

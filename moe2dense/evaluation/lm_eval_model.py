@@ -1,0 +1,155 @@
+"""The model that lm-evaluation-harness talks to: prefill only, for a streamed teacher and a transformers model alike."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
+
+from moe2dense.data.blocks import Blocks, right_padded
+from moe2dense.evaluation.reference import label_scores, reference
+from moe2dense.evaluation.samples import student_texts
+from moe2dense.generation.sampling import Sampling
+from moe2dense.generation.streamed import generate
+
+# n requests, S longest request, H hidden
+
+RESIDENT_TOKENS = 16_384  # of one macro-batch of a model that is in memory
+LEAST_TOKENS = 4096  # a macro-batch is not cut below this for the sake of less padding
+MOST_NEW_TOKENS = 256
+
+
+class PrefillLM(TemplateLM):
+    """Scores requests from final hidden states, many at once, padded on the right; writes text greedily or by temperature.
+
+    model: a Teacher (streamed or resident) or a transformers causal LM. Tokens are encoded as harness's own HFLM does.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, seed: int = 0):
+        super().__init__()
+        self.model, self.tokenizer, self.seed = model, tokenizer, seed
+        self.streams = hasattr(model, "run") and hasattr(model, "plan")
+        config = model.config.get_text_config()
+        self.max_length = int(getattr(config, "max_position_embeddings", None) or 2048)
+        self.most = model.plan.macro_batch if self.streams else RESIDENT_TOKENS
+
+    @property
+    def eot_token_id(self) -> int:
+        return self.tokenizer.eos_token_id
+
+    @property
+    def prefix_token_id(self) -> int:
+        bos = self.tokenizer.bos_token_id
+        return self.eot_token_id if bos is None else bos
+
+    @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return self.tokenizer.apply_chat_template(
+            chat_history, tokenize=False, add_generation_prompt=add_generation_prompt, continue_final_message=not add_generation_prompt
+        )  # fmt: skip
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        """Token ids; special tokens as the tokenizer has it, unless the text brings its own or `add_special_tokens` says."""
+        if add_special_tokens is None:
+            prefix = self.tokenizer.decode([self.prefix_token_id])
+            options = {"add_special_tokens": False} if prefix and string.startswith(prefix) else {}
+        else:
+            options = {"add_special_tokens": add_special_tokens}
+        return self.tokenizer.encode(string, **options)
+
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
+    ) -> list[tuple[float, bool]]:
+        """(log-likelihood of the continuation, whether it is what greedy decoding gives) per (text, context, continuation)."""
+        # the last token is only predicted; a context that is too long loses its beginning
+        pairs = [((c + t)[-self.max_length - 1 :], len(t)) for _, c, t in requests]
+        scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
+        for rows in self._batches([len(whole) - 1 for whole, _ in pairs]):
+            for i, score in zip(rows, self._score([pairs[i] for i in rows]), strict=True):
+                scores[i] = score
+                self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
+        return scores
+
+    def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
+        """Requests in macro-batches, longest first: within the token budget, and cut where padding would double the work."""
+        rows: list[int] = []
+        for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+            longest = lengths[rows[0]] if rows else 0
+            padded = len(rows) * longest
+            if rows and (padded + longest > self.most or (2 * lengths[i] < longest and padded >= LEAST_TOKENS)):
+                yield rows
+                rows = []
+            rows.append(i)
+        if rows:
+            yield rows
+
+    @torch.no_grad()
+    def _score(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
+        ids, mask = right_padded([whole[:-1] for whole, _ in pairs])
+        labels, _ = right_padded([whole[1:] for whole, _ in pairs])
+        judged = mask.clone()
+        for row, (whole, count) in enumerate(pairs):
+            judged[row, : max(0, len(whole) - 1 - count)] = False
+        ref = reference(self.model, Blocks(ids, attention_mask=mask))
+        logp, first = label_scores(ref.hidden[judged], ref.head, labels[judged])
+        counts = judged.sum(1).tolist()
+        return [(float(p.sum()), bool(f.all())) for p, f in zip(logp.split(counts), first.split(counts), strict=True)]
+
+    def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
+        """Log-likelihood of whole texts, in windows of the model's length that do not overlap."""
+        windows, owner = [], []
+        for i, request in enumerate(requests):
+            (text,) = request.args
+            found = get_rolling_token_windows(
+                token_list=self.tok_encode(text),
+                prefix_token=self.prefix_token_id,
+                max_seq_len=self.max_length,
+                context_len=1,
+            )
+            for context, tokens in map(make_disjoint_window, found):
+                windows.append((("", text), context, tokens))
+                owner.append(i)
+        totals = [0.0] * len(requests)
+        for i, (logp, _) in zip(owner, self._loglikelihood_tokens(windows), strict=True):
+            totals[i] += logp
+        return totals
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        """What the model writes after each context, up to the first of the task's stop strings."""
+        answers = []
+        groups: dict[tuple[int, float], list[int]] = {}
+        for i, request in enumerate(requests):
+            options = request.args[1]
+            new = min(int(options.get("max_gen_toks", MOST_NEW_TOKENS)), self.max_length // 2)
+            temperature = float(options.get("temperature", 0.0)) if options.get("do_sample") else 0.0
+            groups.setdefault((new, temperature), []).append(i)
+        texts: dict[int, str] = {}
+        for (new, temperature), rows in groups.items():
+            prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - new) :] for i in rows]
+            written = self._write(prompts, new, Sampling(temperature=temperature, seed=self.seed))
+            for i, ids in zip(rows, written, strict=True):
+                texts[i] = _until(
+                    self.tokenizer.decode(ids, skip_special_tokens=True), requests[i].args[1].get("until")
+                )
+        for i, request in enumerate(requests):
+            answers.append(texts[i])
+            self.cache_hook.add_partial("generate_until", request.args, texts[i])
+        return answers
+
+    def _write(self, prompts: list[list[int]], new: int, sampling: Sampling) -> list[list[int]]:
+        stop = {self.eot_token_id}
+        if self.streams:
+            return [c.ids for c in generate(self.model, prompts, new, stop, sampling)]
+        return [student_texts(self.model, torch.tensor([p]), new, stop, sampling)[0] for p in prompts]
+
+
+def _until(text: str, stops: str | Sequence[str] | None) -> str:
+    """The text before the first stop string."""
+    for stop in [stops] if isinstance(stops, str) else stops or []:
+        if stop:
+            text = text.split(stop)[0]
+    return text

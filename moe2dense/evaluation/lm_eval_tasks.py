@@ -1,0 +1,113 @@
+"""Teacher and student on tasks of lm-evaluation-harness, with the same tokens, prompts and settings.
+
+Needs the extra `eval`. A streamed teacher scores log-likelihoods in macro-batches, one read of its weights for as many
+requests as its memory budget takes; hub tasks need a network, local YAML files do not.
+"""
+
+import contextlib
+import importlib.util
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from moe2dense.errors import UserError
+
+
+def check_harness() -> None:
+    """Raises UserError where lm-evaluation-harness is not installed."""
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("--tasks needs lm-evaluation-harness, which is not installed: pip install 'moe2dense[eval]'")
+
+
+def read_tasks(names: Sequence[str]) -> tuple[list[str], Any]:
+    """(task names, lm_eval TaskManager) for names of the harness's own tasks and paths of task files (YAML).
+
+    Raises UserError for a file that is missing or names no task, and for an unknown name, with the nearest known one.
+    """
+    import yaml
+    from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
+
+    from moe2dense.errors import nearest
+
+    files = [Path(n) for n in names if n.endswith((".yaml", ".yml"))]
+    found: list[str] = []
+    for name in names:
+        if Path(name) not in files:
+            found.append(name)
+            continue
+        try:
+            loader = type("Loader", (yaml.SafeLoader,), {})
+            loader.add_multi_constructor("!", lambda *_: None)  # !function and the like are the harness's to resolve
+            table = yaml.load(Path(name).read_text(encoding="utf-8"), loader)
+        except OSError as error:
+            raise UserError(f"--tasks {name} cannot be read: {error.strerror}") from error
+        except yaml.YAMLError as error:
+            raise UserError(f"--tasks {name} is not valid YAML: {str(error).splitlines()[0]}") from error
+        task = table.get("task") or table.get("group") if isinstance(table, dict) else None
+        if not isinstance(task, str):
+            raise UserError(
+                f"--tasks {name} names no task; it needs a line `task: NAME`, see lm-evaluation-harness's task guide"
+            )
+        found.append(task)
+    folders: Any = sorted({str(f.resolve().parent) for f in files})
+    manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(names))
+    known = manager.all_tasks
+    for name in found:
+        if name not in known:
+            raise UserError(
+                f"--tasks {name} is no task of lm-evaluation-harness and no task file{nearest(name, list(known))}"
+            )
+    return found, manager
+
+
+def run_tasks(
+    models: dict[str, Any], tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0
+) -> dict[str, dict[str, Any]]:
+    """{task: {metric: {model: {"value", "stderr"}}}} for Teachers and transformers models that share `tokenizer`.
+
+    tasks: as `read_tasks` takes them. limit: documents of each task, the same for every model. Raises UserError for tasks whose
+    data cannot be had.
+    """
+    check_harness()
+    from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
+
+    from moe2dense.evaluation.lm_eval_model import PrefillLM
+
+    names, manager = read_tasks(tasks)
+    os.environ.setdefault("DISABLE_MULTIPROC", "1")  # or the harness's resampling forks a process for every core
+    settings = {"tasks": names, "task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
+    settings |= {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
+    run: Any = evaluator.simple_evaluate
+    found: dict[str, dict[str, Any]] = {}
+    for name, model in models.items():
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
+        try:
+            with contextlib.redirect_stdout(sys.stderr):  # it reports there; ours is for results
+                result = run(model=PrefillLM(model, tokenizer, seed=seed), **settings)
+        except UserError:
+            raise
+        except (OSError, ValueError) as error:  # of the task's data or its file; there are many kinds
+            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise UserError(
+                f"--tasks {','.join(tasks)} cannot run ({first}); a task from the hub needs a network"
+            ) from error
+        for task, numbers in result["results"].items():
+            for metric, value in _metrics(numbers).items():
+                found.setdefault(task, {}).setdefault(metric, {})[name] = value
+    return found
+
+
+def _metrics(numbers: Any) -> dict[str, dict[str, float | None]]:
+    """{'acc': {'value', 'stderr'}} from the harness's 'acc,none' and 'acc_stderr,none'."""
+    found = {}
+    for key, value in numbers.items():
+        metric, _, filtered = key.partition(",")
+        if not filtered or metric.endswith("_stderr") or not isinstance(value, (int, float)):
+            continue
+        error = numbers.get(f"{metric}_stderr,{filtered}")
+        shown = metric if filtered == "none" else f"{metric} ({filtered})"
+        found[shown] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
+    return found

@@ -1,0 +1,71 @@
+"""What is measured on every token: two next-token distributions, from final hidden states, a few tokens at a time."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+
+# n tokens, H hidden, V vocabulary, N blocks, S block length
+
+CHUNK = 2**23  # numbers of [tokens, vocabulary] held at a time: 32 MB in fp32, a handful of such pieces
+
+
+def scored_positions(blocks: Any) -> Tensor:
+    """[N, S-1] bool: positions that are judged, where this token and the next are real, of one document, and labelled."""
+    ids = blocks.input_ids
+    keep = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
+    if blocks.attention_mask is not None:
+        keep &= blocks.attention_mask[:, :-1].bool() & blocks.attention_mask[:, 1:].bool()
+    if blocks.document_ids is not None:
+        keep &= blocks.document_ids[:, :-1] == blocks.document_ids[:, 1:]
+    if blocks.labels_mask is not None:
+        keep &= blocks.labels_mask[:, 1:].bool()
+    return keep
+
+
+@torch.no_grad()
+def score_tokens(
+    hidden_t: Tensor, head_t: Any, hidden_s: Tensor, head_s: Any, labels: Tensor, chunk: int = CHUNK
+) -> dict[str, Tensor]:
+    """Every per-token number for n tokens, fp32 on CPU. hidden_t [n, Ht], hidden_s [n, Hs], labels [n].
+
+    The [tokens, vocabulary] matrix exists only `chunk` numbers at a time. Where the two vocabularies differ in size
+    (padded embeddings) both distributions are taken over the ids they share.
+    """
+    width = min(head_t.weight.shape[0], head_s.weight.shape[0])
+    if len(labels) and int(labels.max()) >= width:
+        raise UserError(f"data: token id {int(labels.max())} is outside the {width} ids both models know")
+    step = max(1, chunk // width)
+    device = head_s.weight.device
+    parts: list[dict[str, Tensor]] = []
+    for i in range(0, len(labels), step):
+        log_t = head_t.logits(hidden_t[i : i + step].to(head_t.weight))[:, :width].float().to(device)
+        log_s = head_s.logits(hidden_s[i : i + step].to(head_s.weight))[:, :width].float()
+        parts.append(_score(log_t.log_softmax(-1), log_s.log_softmax(-1), labels[i : i + step].to(device)))
+    return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
+
+
+def _score(log_t: Tensor, log_s: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    # log_t, log_s [n, V] log-probabilities
+    p_t, p_s = log_t.exp(), log_s.exp()
+    top_t, top_s = log_t.argmax(-1), log_s.argmax(-1)
+    label_t, label_s = (x.gather(1, labels[:, None])[:, 0] for x in (log_t, log_s))
+    five = log_s.topk(min(5, log_s.shape[1]), -1).indices
+    out = {
+        "kl": (p_t * (log_t - log_s)).sum(-1).clamp_min(0),
+        "teacher_nll": -label_t,
+        "nll": -label_s,
+        "agreement": (top_t == top_s).float(),
+        "top5": (five == top_t[:, None]).any(-1).float(),
+        "teacher_p": label_t.exp(),
+        "p": label_s.exp(),
+        "teacher_entropy": -(p_t * log_t).sum(-1),
+        "entropy": -(p_s * log_s).sum(-1),
+        "teacher_confidence": p_t.amax(-1),
+        "confidence": p_s.amax(-1),
+        "teacher_correct": (top_t == labels).float(),
+        "correct": (top_s == labels).float(),
+    }
+    return {k: v.float().cpu() for k, v in out.items()}

@@ -1,0 +1,142 @@
+"""Functional coverage: how much of what an expert computes can be read from a student's neurons, by ridge regression.
+
+The scale needs no opinion: 0 is what a random FFN of the student's width reaches on the same tokens, 1 what an FFN of that
+width reaches that holds the whole expert (its neurons, the rest of the width random). Linear read-out of one network from
+another's activations follows linear probing (Alain and Bengio, 1610.01644).
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
+
+# n tokens, H hidden, M student width, F expert width
+
+RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the kernel's mean diagonal; leave-one-out chooses among them
+SKETCH = 64  # random directions of the output on which the choice is made
+LEAST_GAP = 0.02  # of the outputs' squared size: below this, a random FFN reads the expert as well as a copy does
+
+
+def ridge_errors(
+    features_nM: Tensor,
+    targets_nH: Tensor,
+    train: Tensor,
+    weights: Tensor | None = None,
+    ridges: tuple[float, ...] = RIDGES,
+) -> Tensor:
+    """Squared error [m] of each held-out token after a ridge regression on the tokens `train` [n] bool.
+
+    weights [n] multiply each token's features, targets and error, as in weighted least squares. Solved in the dual on tokens,
+    so a wide FFN costs no more than the tokens squared; the intercept is a constant feature as large as all others
+    together. The ridge is a multiple of the kernel's mean diagonal, chosen for each set of features by its leave-one-out
+    error (Allen's PRESS), since one fixed ridge would favour some features over others.
+    """
+    x, y = features_nM.float(), targets_nH.float()
+    constant = x[train].square().sum(1).mean().sqrt().clamp_min(1e-12).expand(len(x), 1)
+    x = torch.cat([x, constant], 1)
+    if weights is not None:
+        x, y = x * weights[:, None].to(x), y * weights[:, None].to(y)
+    a, b, t = x[train], x[~train], y[train]
+    kernel = a @ a.T
+    size = kernel.diagonal().mean().clamp_min(1e-30)
+    values, vectors = torch.linalg.eigh((kernel / size).double())
+    values, vectors = values.clamp_min(0).float(), vectors.float()
+    sketch = t
+    if t.shape[1] > SKETCH:
+        directions = torch.randn(t.shape[1], SKETCH, generator=torch.Generator().manual_seed(0))
+        sketch = t @ directions.to(t)
+    ridge = min(ridges, key=lambda r: press(values + r, vectors, sketch))
+    dual = vectors @ ((vectors.T @ t) / (values + ridge)[:, None])
+    return ((b @ a.T / size) @ dual - y[~train]).square().sum(1)
+
+
+def relative_weights(outputs_nH: Tensor) -> Tensor:
+    """[n] 1 / max(|f|, median |f|): each token counts by its relative error, and a few huge outputs do not decide alone."""
+    size = outputs_nH.float().norm(dim=1)
+    return 1 / size.clamp_min(float(size.median().clamp_min(1e-12)))
+
+
+def press(values: Tensor, vectors: Tensor, targets: Tensor) -> float:
+    """Leave-one-out squared error of kernel ridge, from the eigenvalues (ridge added) and vectors of the kernel."""
+    dual = vectors @ ((vectors.T @ targets) / values[:, None])
+    inverse_diagonal = (vectors.square() / values).sum(1)
+    return float((dual / inverse_diagonal[:, None]).square().sum())
+
+
+def random_features(
+    x: Tensor,
+    width: int,
+    gate_std: float,
+    up_std: float,
+    generator: torch.Generator,
+    glu: Callable[[Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Activations [n, width] of a random gated FFN whose weights have the given spread."""
+    shape = (width, x.shape[1])
+    gate, up = (torch.randn(shape, generator=generator).to(x) * s for s in (gate_std, up_std))
+    return glu(x @ gate.T, x @ up.T)
+
+
+def coverage(
+    errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, size: float, bootstrap: Bootstrap
+) -> Estimate | None:
+    """(random - student) / (random - copy), from squared errors on the same held-out tokens, with an interval over them.
+
+    None where a copy reads the expert hardly better than a random FFN does: there is nothing to tell apart.
+    """
+    sums = torch.stack([errors_random, errors_student, errors_copy], 1).double().numpy()
+    random, _, copy = sums.sum(0)
+    if not np.isfinite(sums).all() or random - copy < LEAST_GAP * size:
+        return None
+    return bootstrap.estimate(sums, lambda t: (t[..., 0] - t[..., 1]) / (t[..., 0] - t[..., 2]))
+
+
+def split(n: int, generator: torch.Generator, held_out: float = 1 / 3) -> Tensor:
+    """[n] bool, True for the tokens to fit on."""
+    train = torch.ones(n, dtype=torch.bool)
+    train[torch.randperm(n, generator=generator)[: max(1, round(n * held_out))]] = False
+    return train
+
+
+def domain_lift(counts_NE: np.ndarray, domains: list[str], shuffles: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
+    """Which domains an expert's tokens come from, against chance.
+
+    counts_NE: tokens of each block routed to each expert; domains: one label per block. Returns "names", "share_ED" (of the
+    expert's tokens), "overall_D" (of all routed tokens), "lift_E" (largest share / overall, of the expert's favourite
+    domain), and "chance_E": the 95th percentile of that when labels are shuffled among blocks.
+    """
+    names = sorted(set(domains))
+    index = np.array([names.index(d) for d in domains])
+    overall = _onehot(index, len(names)).T @ counts_NE.sum(1, keepdims=True)
+    overall = overall[:, 0] / max(overall.sum(), 1)
+
+    def shares(labels: np.ndarray) -> np.ndarray:
+        per = counts_NE.T @ _onehot(labels, len(names))
+        return per / np.maximum(per.sum(1, keepdims=True), 1)
+
+    def top(share: np.ndarray, base: np.ndarray) -> np.ndarray:
+        return (share / np.maximum(base, 1e-12)).max(1)
+
+    rng = np.random.default_rng(seed)
+    total = counts_NE.sum(1)
+    chance = []
+    for _ in range(shuffles if len(names) > 1 else 0):
+        labels = rng.permutation(index)
+        base = np.bincount(labels, total, len(names)) / max(total.sum(), 1)
+        chance.append(top(shares(labels), base))
+    share = shares(index)
+    used = counts_NE.sum(0) > 0
+    return {
+        "names": np.array(names, dtype=object),
+        "share_ED": share,
+        "overall_D": overall,
+        "lift_E": np.where(used, top(share, overall), np.nan),
+        "chance_E": np.quantile(chance, 0.95, axis=0) if chance else np.ones(counts_NE.shape[1]),
+    }
+
+
+def _onehot(index: np.ndarray, size: int) -> np.ndarray:
+    return np.eye(size)[index]

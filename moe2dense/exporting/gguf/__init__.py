@@ -1,0 +1,1 @@
+"""Write a dense student as a GGUF file for llama.cpp."""

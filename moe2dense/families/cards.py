@@ -1,0 +1,174 @@
+"""Cards: what the tool knows about a family of teachers or a dense host, as TOML. Cards are data; nothing here imports torch.
+
+A card is looked up in the wheel (moe2dense/teachers, moe2dense/students) and, in a checkout, in the root folders.
+"""
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from moe2dense.errors import UserError, nearest
+
+_PACKAGE = Path(__file__).parents[1]
+HEADS = {
+    "self_attn.q_proj": "query rows",
+    "self_attn.k_proj": "group rows",
+    "self_attn.v_proj": "group rows",
+    "self_attn.o_proj": "query columns",
+}
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A public checkpoint of a family. `config` holds the config.json fields that fix its shape, so plans work offline."""
+
+    id: str
+    aliases: tuple[str, ...] = ()
+    license: str = ""
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TeacherCard:
+    """One MoE family, named after its Hugging Face `model_type`."""
+
+    model_type: str
+    title: str
+    host: str  # the student card that reproduces this family densely
+    num_experts: str = "num_experts"  # names of the config fields
+    top_k: str = "num_experts_per_tok"
+    expert_width: str = "moe_intermediate_size"
+    moe_block: str = "mlp"  # path of the MoE block in a decoder layer
+    router: str = "gate"  # paths within the block
+    experts: str = "experts"
+    shared: str = ""  # dense FFN that every token passes: path in the block, else in the layer; "" where there is none
+    shared_gate: str = ""  # sigmoid gate on the shared FFN's output
+    mixers: tuple[str, ...] = ("self_attn",)  # children of a decoder layer that mix tokens
+    dispatch: str = "routed"  # routed: experts(x, index, weights); stacked: experts(every expert's scaled input)
+    weights_sum: str = "one"  # one | constant | varies: what a token's routing weights add up to
+    input_scaled: bool = False  # the routing weight multiplies the expert's input, so it does not fold into down_proj
+    packing: bool = True  # False: convolution or recurrent state crosses document borders
+    notes: str = ""
+    defaults: dict[str, Any] = field(default_factory=dict)  # settings this family needs, as in a --config file
+    checkpoints: tuple[Checkpoint, ...] = ()
+
+
+@dataclass(frozen=True)
+class StudentCard:
+    """One dense host architecture, or a named target (then `host` names the architecture and `geometry` its sizes)."""
+
+    name: str
+    title: str
+    model_type: str = ""
+    host: str = ""
+    geometry: dict[str, Any] = field(default_factory=dict)
+    join: str = "additive"  # additive | scaled | post_norm | parallel: how the FFN's output joins the residual
+    join_multiplier: str = ""  # config field of the factor, where join = "scaled"
+    moe_shaped: bool = False  # the exported checkpoint keeps an MoE wrapper (one expert)
+    ffn: str = "mlp"  # path of the dense FFN in a decoder layer
+    gate: str = "gate_proj"  # paths within the FFN
+    up: str = "up_proj"
+    down: str = "down_proj"
+    width: str = "intermediate_size"  # config field of the FFN width
+    experts: str = (
+        ""  # moe_shaped: path within the FFN block of its stacked experts; the block's other tensors are set to zero
+    )
+    output_scale: float = 1.0  # moe_shaped: what a router of zeros multiplies the sum of the (identical) experts with
+    copy: tuple[str, ...] = ()  # config fields taken over from the teacher; ["*"] = all that both configs have
+    rename: dict[str, str] = field(default_factory=dict)  # student config field = teacher config field
+    set: dict[str, Any] = field(
+        default_factory=dict
+    )  # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
+    tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
+    heads: dict[str, str] = field(
+        default_factory=lambda: dict(HEADS)
+    )  # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
+    loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
+    notes: str = ""
+
+
+def card_folder(kind: str) -> Path:
+    """The folder of the `teachers` or `students` cards: inside the wheel, else beside the package in a checkout."""
+    inside = _PACKAGE / kind
+    return inside if inside.is_dir() else _PACKAGE.parent / kind
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"card {path} cannot be read: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise UserError(f"card {path} is not valid TOML: {error}") from error
+
+
+def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
+    fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    for key in table:
+        if key not in fields:
+            raise UserError(f"card {path}: unknown key {key!r}{nearest(key, list(fields))}")
+    missing = [
+        n
+        for n, f in fields.items()
+        if f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING and n not in table
+    ]
+    if missing:
+        raise UserError(f"card {path}: missing key {missing[0]!r}")
+    values = {k: tuple(v) if isinstance(v, list) and k != "checkpoints" else v for k, v in table.items()}
+    return cls(**values)
+
+
+def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
+    """TOML has no null: a checkpoint's config says "null" where config.json does."""
+    return {**row, "config": {k: None if v == "null" else v for k, v in row.get("config", {}).items()}}
+
+
+def read_teacher_card(path: str | Path) -> TeacherCard:
+    """A teacher card from a TOML file. Raises UserError naming the file and the key that is wrong."""
+    path = Path(path)
+    table = _read(path)
+    rows = [_build(Checkpoint, _with_nulls(row), path) for row in table.pop("checkpoints", [])]
+    return _build(TeacherCard, {**table, "checkpoints": tuple(rows)}, path)
+
+
+def read_student_card(path: str | Path) -> StudentCard:
+    """A student card from a TOML file; its name is the file's. Raises UserError naming the file and the key."""
+    path = Path(path)
+    return _build(StudentCard, {"name": path.stem, **_read(path)}, path)
+
+
+@cache
+def teacher_cards() -> dict[str, TeacherCard]:
+    """Every shipped teacher card by model_type."""
+    cards = (read_teacher_card(p) for p in sorted(card_folder("teachers").glob("*.toml")))
+    return {card.model_type: card for card in cards}
+
+
+@cache
+def student_cards() -> dict[str, StudentCard]:
+    """Every shipped student card (hosts and named targets) by name."""
+    return {p.stem: read_student_card(p) for p in sorted(card_folder("students").glob("*.toml"))}
+
+
+def student_host(name: str) -> StudentCard:
+    """The host card called `name`. Raises UserError listing the hosts."""
+    card = student_cards().get(name)
+    if card is None or card.host:
+        hosts = [n for n, c in student_cards().items() if not c.host]
+        raise UserError(f"no dense host {name!r}{nearest(name, hosts)}; known hosts: {', '.join(hosts)}")
+    return card
+
+
+def find_checkpoint(name: str) -> tuple[TeacherCard, Checkpoint] | None:
+    """The public checkpoint that a bare name, an alias or a known hub id means, or None."""
+    wanted = name.lower()
+    for card in teacher_cards().values():
+        for row in card.checkpoints:
+            if wanted in (row.id.lower(), *(a.lower() for a in row.aliases)):
+                return card, row
+    card = teacher_cards().get(wanted)
+    return (card, card.checkpoints[0]) if card and card.checkpoints else None

@@ -1,0 +1,129 @@
+"""What TEACHER means: an existing path, else a hub id, else the name of a card or an alias."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe2dense.errors import UserError, nearest
+from moe2dense.families.cards import Checkpoint, TeacherCard, find_checkpoint, read_teacher_card, teacher_cards
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+_EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
+WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
+
+
+@dataclass(frozen=True)
+class ResolvedTeacher:
+    """A teacher that was named. `path` is None until its files are on this machine; `config` is there either way."""
+
+    given: str
+    name: str
+    path: Path | None
+    hub_id: str
+    config: "PreTrainedConfig"
+    card: TeacherCard
+    checkpoint: Checkpoint | None
+
+
+def family_card(config: "PreTrainedConfig", card_path: str = "") -> TeacherCard:
+    """The card of this config's family, or the user's own. Raises UserError when it is no MoE or no card knows it."""
+    config = config.get_text_config()
+    if card_path:
+        card = read_teacher_card(card_path)
+        if card.model_type != config.model_type:
+            raise UserError(
+                f"--teacher-card {card_path} describes {card.model_type!r}, but the teacher is {config.model_type!r}"
+            )
+        return card
+    card = teacher_cards().get(config.model_type)
+    if card is not None:
+        return card
+    if not any(getattr(config, f, None) for f in _EXPERT_FIELDS):
+        raise UserError(
+            f"the teacher is a {config.model_type!r} model, which has no experts: moe2dense turns MoE models into dense ones; "
+            f"to make a dense model smaller, distil it with `moe2dense distill`"
+        )
+    known = ", ".join(teacher_cards())
+    raise UserError(
+        f"no teacher card for the MoE family {config.model_type!r}{nearest(config.model_type, list(teacher_cards()))}; "
+        f"write one (CONTRIBUTING.md, 'Add a family') and pass it with --teacher-card; known families: {known}"
+    )
+
+
+def _read_config(source: str | Path, given: str) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(source)
+    except (OSError, ValueError, KeyError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"TEACHER {given!r}: its config cannot be read ({first})") from error
+
+
+def _offline_config(card: TeacherCard, row: Checkpoint) -> "PreTrainedConfig":
+    from transformers import AutoConfig
+
+    return AutoConfig.for_model(card.model_type, **row.config)
+
+
+def resolve_teacher(given: str, card_path: str = "") -> ResolvedTeacher:
+    """Find TEACHER without downloading weights: an existing path, a hub id (contains '/'), a card or alias.
+
+    A known hub checkpoint that cannot be reached falls back to the geometry on its card, so plans work offline.
+    Raises UserError naming what was looked for.
+    """
+    path = Path(given)
+    if path.exists():
+        if not (path / "config.json").is_file():
+            raise UserError(
+                f"TEACHER {given!r} has no config.json; give the folder of a checkpoint as transformers saves it"
+            )
+        config = _read_config(path, given)
+        return ResolvedTeacher(given, path.resolve().name, path, "", config, family_card(config, card_path), None)
+    known = find_checkpoint(given)
+    if known is None and "/" not in given:
+        names = sorted({a for c in teacher_cards().values() for row in c.checkpoints for a in row.aliases})
+        raise UserError(
+            f"TEACHER {given!r} is no folder, no hub id (owner/name) and no known name{nearest(given, names)}; "
+            f"`moe2dense list` shows the known names"
+        )
+    hub_id = known[1].id if known else given
+    name = (given if "/" not in given else hub_id.split("/")[-1]).lower()
+    local = _cached(hub_id)
+    if local is None and known is not None:
+        card, row = known
+        card = read_teacher_card(card_path) if card_path else card
+        return ResolvedTeacher(given, name, None, hub_id, _offline_config(card, row), card, row)
+    config = _read_config(local or hub_id, given)
+    return ResolvedTeacher(
+        given, name, None, hub_id, config, family_card(config, card_path), known[1] if known else None
+    )
+
+
+def _cached(hub_id: str) -> Path | None:
+    """The folder of the hub cache that holds this model's config, or None."""
+    from huggingface_hub import try_to_load_from_cache
+
+    found = try_to_load_from_cache(hub_id, "config.json")
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetch(teacher: ResolvedTeacher) -> Path:
+    """The folder with the teacher's files, downloaded into the hub cache when it is a hub checkpoint.
+
+    Raises UserError when the hub cannot be reached and the files are not in the cache.
+    """
+    if teacher.path is not None:
+        return teacher.path
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(teacher.hub_id, allow_patterns=list(WEIGHT_FILES)))
+    except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"TEACHER {teacher.given!r} means {teacher.hub_id} on the hub, which cannot be downloaded ({first}); "
+            f"download it where there is a network and pass the folder"
+        ) from error

@@ -1,0 +1,140 @@
+"""Dense teachers: a student that becomes the next one's teacher. Its FFN is one expert that every token passes with weight 1."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+
+from moe2dense.errors import UserError
+from moe2dense.families.cards import StudentCard, student_cards
+from moe2dense.modeling.shape import Geometry
+from moe2dense.student.ffn.dense import GatedFFN
+from moe2dense.teacher.layer_pass import LayerPass
+from moe2dense.teacher.routing import RoutingStats
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+    from moe2dense.student.target.resolve import Target
+    from moe2dense.teacher.model import Teacher
+
+# T tokens, H hidden, F width of the dense FFN
+
+
+class OneExpert:
+    """A dense FFN where a layer's routed experts are expected."""
+
+    def __init__(self, ffn: GatedFFN):
+        self.ffn, self.width = ffn, ffn.gate.shape[0]
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, expert: int, /) -> GatedFFN:
+        if expert != 0:
+            raise IndexError(f"expert {expert} of 1")
+        return self.ffn
+
+
+def single_expert(made: LayerPass, stats: RoutingStats) -> LayerPass:
+    """A dense layer's pass as that of a sparse layer with one expert, whose statistics join `stats`. Sparse ones stay as they are."""
+    if made.sparse:
+        return made
+    tokens = len(made.token_mask)
+    ffn = made.dense
+    view = replace(
+        made,
+        sparse=True,
+        experts=OneExpert(ffn),  # type: ignore[arg-type]  # its length and its items are all that is asked of experts
+        router_logits=torch.zeros(tokens, 1),
+        top_k_index=torch.zeros(tokens, 1, dtype=torch.int64),
+        top_k_weights=torch.ones(tokens, 1),
+    )
+    view.__dict__["shared"] = []
+    rows = torch.nonzero(made.token_mask.cpu()).flatten()
+    for part in rows.split(4096):
+        hidden = ffn.hidden(made.x[part].to(ffn.gate))
+        output = torch.nn.functional.linear(hidden, ffn.down.to(hidden), ffn.down_bias)
+        stats.expert(view, 0, part, hidden.new_ones(len(part)), hidden, output)
+    stats.layer(view)
+    return view
+
+
+def dense_host(config: "PreTrainedConfig") -> StudentCard:
+    """The host card of a dense teacher's own architecture, everything else taken over. Raises UserError where there is none."""
+    kind = config.get_text_config().model_type
+    card = next((c for c in student_cards().values() if c.model_type == kind and not c.host), None)
+    if card is None:
+        known = ", ".join(n for n, c in student_cards().items() if not c.host)
+        raise UserError(f"teacher: no dense host has the architecture {kind!r}; known hosts: {known}")
+    return replace(card, copy=("*",), rename={}, set={}, tensors={})
+
+
+def dense_geometry(config: "PreTrainedConfig") -> Geometry:
+    """The shape of a dense teacher, its FFN counted as one expert."""
+    from moe2dense.modeling.shape import count_parameters, empty_model
+
+    config = config.get_text_config()
+    card, total = dense_host(config), count_parameters(empty_model(config))
+    width, layers = getattr(config, card.width), config.num_hidden_layers
+    own = 3 * width * config.hidden_size
+    heads = config.num_attention_heads
+    return Geometry(
+        model_type=config.model_type, num_hidden_layers=layers, moe_layers=tuple(range(layers)),
+        hidden_size=config.hidden_size, vocab_size=config.vocab_size, num_experts=1, top_k=1, expert_width=width,
+        shared_width=0, dense_width=width, parameters=total, active_parameters=total, expert_parameters=own,
+        max_positions=getattr(config, "max_position_embeddings", 2048), num_attention_heads=heads,
+        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+    )  # fmt: skip
+
+
+def target_from(teacher: "Teacher", target: "Target") -> "Target":
+    """A target that was resolved for an MoE, for a dense teacher in its place: the same shape, copied from the dense model.
+
+    Raises UserError when the dense teacher is smaller somewhere, so that its tensors could not fill the student.
+    """
+    from moe2dense.modeling.shape import count_parameters, empty_model
+    from moe2dense.student.target.dense_config import dense_config
+
+    if teacher.card is not None:
+        return target
+    card, theirs = dense_host(teacher.config), teacher.config.get_text_config()
+    shape = dense_geometry(theirs)
+    for name in ("hidden_size", "num_hidden_layers"):
+        wanted = getattr(target.config, name)
+        if wanted > getattr(theirs, name):
+            raise UserError(
+                f"--stages: a student with {name} {wanted} ({target.to}) cannot be built from one with "
+                f"{getattr(theirs, name)}; order the stages from large to small"
+            )
+    names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
+    geometry = {
+        name: getattr(target.config, name)
+        for name in names
+        if getattr(target.config, name, None) != getattr(theirs, name, None)
+    }
+    config = dense_config(theirs, card, target.width, **geometry)
+    return replace(target, card=card, config=config, parameters=count_parameters(empty_model(config)), teacher=shape)
+
+
+def dense_target(to: str, config: "PreTrainedConfig") -> "Target":
+    """What `to` means for a dense teacher: a parameter count or a share of it, reached by a narrower FFN.
+
+    Raises UserError for anything else, and for a budget that no narrower FFN meets.
+    """
+    from moe2dense.modeling.shape import count_parameters, empty_model
+    from moe2dense.student.target.dense_config import dense_config
+    from moe2dense.student.target.resolve import Target, parameter_budget, width_for, width_line
+
+    config = config.get_text_config()
+    card, shape = dense_host(config), dense_geometry(config)
+    budget = parameter_budget(to, shape)
+    base, slope = width_line(config, card, {})
+    width = width_for(budget, base, slope, shape)
+    if not 0 < width < shape.expert_width:
+        raise UserError(
+            f"--to {to} asks for {budget} parameters of a dense teacher with {shape.parameters}, of which {base} lie outside "
+            f"its FFNs; choose a size in between"
+        )
+    student = dense_config(config, card, width)
+    return Target(to, f"{to} {card.title}", card, width, student, count_parameters(empty_model(student)), shape)

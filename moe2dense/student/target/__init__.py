@@ -1,0 +1,1 @@
+"""Resolve what `--to` asks for into a dense architecture and its sizes."""

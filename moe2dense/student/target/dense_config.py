@@ -1,0 +1,123 @@
+"""The dense host architecture: its config and which teacher tensor each of its tensors comes from.
+
+All layers of a student have FFNs of one width: of the dense text models in transformers 5 only gemma3n takes a width for each layer, and its layers
+(AltUp, Laurel, embeddings of their own) have tensors that no MoE family could fill.
+"""
+
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from moe2dense.errors import UserError
+from moe2dense.families.cards import StudentCard
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+_NOT_COPIED = {
+    "model_type",
+    "architectures",
+    "dtype",
+    "transformers_version",
+    "quantization_config",
+    "auto_map",
+    "_name_or_path",
+}
+_HEAD_FIELDS = {"hidden_size", "num_attention_heads"}
+_PER_LAYER = ("layer_types", "no_rope_layers")  # config fields that list something for each layer
+
+
+def head_dim(config: "PreTrainedConfig") -> int:
+    """Width of one attention head, given or implied."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def _teacher_field(teacher: "PreTrainedConfig", name: str, card: StudentCard) -> Any:
+    if not hasattr(teacher, name):
+        raise UserError(
+            f"student card {card.name!r} takes the field {name!r} from the teacher, but a {teacher.model_type!r} config "
+            f"has none; choose another host or correct the card"
+        )
+    return getattr(teacher, name)
+
+
+def _copied(teacher: "PreTrainedConfig", card: StudentCard) -> list[str]:
+    """Names of the fields taken over from the teacher; `*` stands for all that both configs write."""
+    if card.copy != ("*",):
+        return list(card.copy)
+    from transformers import AutoConfig
+
+    theirs = teacher.to_dict()
+    mine = theirs if teacher.model_type == card.model_type else AutoConfig.for_model(card.model_type).to_dict()
+    return [name for name in theirs if (name in mine or name == "head_dim") and name not in _NOT_COPIED]
+
+
+def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any:
+    """A value of the card's `set`: itself, "=field" or "=range(field)" of the teacher."""
+    if not isinstance(value, str) or not value.startswith("="):
+        return value
+    match = re.fullmatch(r"=range\((\w+)\)", value)
+    return list(range(_teacher_field(teacher, match[1], card))) if match else _teacher_field(teacher, value[1:], card)
+
+
+def dense_config(
+    teacher: "PreTrainedConfig", card: StudentCard, width: int, layers: Sequence[int] | None = None, **geometry: Any
+) -> "PreTrainedConfig":
+    """The host's config: what the card copies from the teacher, the FFN width, then `geometry` (pruned or named sizes).
+
+    All layers share one FFN width: no host here has room for one per layer, and neurons padded with zeros would save nothing.
+    layers: which of the teacher's the student has, where it has fewer; the first ones unless told.
+    Raises UserError when the card names a field that the teacher's config does not have.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    fields = {name: _teacher_field(teacher, name, card) for name in _copied(teacher, card)}
+    fields |= {mine: _teacher_field(teacher, theirs, card) for mine, theirs in card.rename.items()}
+    fields |= {name: _computed(teacher, value, card) for name, value in card.set.items()}
+    if (
+        card.copy == ("*",)
+        and "head_dim" not in fields
+        and "head_dim" in AutoConfig.for_model(card.model_type).to_dict()
+    ):
+        fields["head_dim"] = head_dim(teacher)  # the host's default is a number of its own
+    if _HEAD_FIELDS & geometry.keys():
+        fields["head_dim"] = head_dim(teacher)
+    fields |= {card.width: width} | geometry
+    for name in _PER_LAYER:
+        each = fields.get(name)
+        if each and len(each) != fields["num_hidden_layers"]:
+            fields[name] = [each[i] for i in layers or range(fields["num_hidden_layers"])]
+    config = AutoConfig.for_model(card.model_type, **fields)
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[card.model_type]
+    config.architectures = [architecture] if isinstance(architecture, str) else [architecture[0]]
+    return config
+
+
+def ffn_prefix(card: StudentCard, layer: int) -> str:
+    """Path of a layer's dense FFN in the host, e.g. 'model.layers.3.mlp.'."""
+    return f"model.layers.{layer}.{card.ffn}."
+
+
+def tensor_map(card: StudentCard, student: "PreTrainedModel", teacher_names: set[str]) -> dict[str, str]:
+    """{student parameter: teacher parameter} for every tensor outside the FFNs.
+
+    A student name maps to the same name in the teacher, or through the card's `tensors` patterns (regular expressions
+    on the student's name, replaced by the teacher's). Raises UserError naming the first tensor without a source.
+    """
+    sources: dict[str, str] = {}
+    prefix = re.compile(rf"^model\.layers\.\d+\.{re.escape(card.ffn)}\.")
+    tied = set(getattr(student, "_tied_weights_keys", None) or ()) if student.config.tie_word_embeddings else set()
+    for name, _ in student.named_parameters(remove_duplicate=False):
+        if prefix.match(name) or name in tied:
+            continue
+        source = name
+        for pattern, replacement in card.tensors.items():
+            source = re.sub(pattern, replacement, source)
+        if source not in teacher_names:
+            raise UserError(
+                f"the student's tensor {name!r} has no source in the teacher (looked for {source!r}); "
+                f"correct `tensors` in the student card {card.name!r}"
+            )
+        sources[name] = source
+    return sources

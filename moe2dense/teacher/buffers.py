@@ -1,0 +1,109 @@
+"""Buffers for hidden states: in memory while they fit, memory-mapped beyond that, and memory that is used again."""
+
+import math
+import mmap
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe2dense.common.units import show_bytes
+from moe2dense.errors import UserError
+
+
+class SpillFolder:
+    """Holds files for what does not fit in memory; removed with the object. Raises UserError when the disk is full."""
+
+    def __init__(self, folder: str | Path | None = None):
+        self.base = Path(folder) if folder else Path(tempfile.gettempdir())
+        self._folder: Path | None = None
+
+    def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> "SpilledTensor":
+        """A memory-mapped tensor, its space reserved first so that a full disk is an error here and not a crash later."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        try:
+            if self._folder is None:
+                self._folder = Path(tempfile.mkdtemp(prefix="moe2dense-", dir=self.base))
+            fd, name = tempfile.mkstemp(dir=self._folder)
+        except OSError as error:
+            raise UserError(f"no file can be made in {self.base} to spill {what}: {error.strerror}") from error
+        try:
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(fd, 0, nbytes)
+            else:
+                if shutil.disk_usage(self._folder).free < nbytes:
+                    raise OSError(28, "No space left on device")
+                os.truncate(fd, nbytes)
+            mapped = mmap.mmap(fd, nbytes)
+        except OSError as error:
+            raise UserError(
+                f"{what} needs {show_bytes(nbytes)} in {self._folder} beyond the memory budget, and the file cannot be made: "
+                f"{error.strerror}; free some disk, set TMPDIR to a larger one, or raise memory"
+            ) from error
+        finally:
+            os.close(fd)
+            os.unlink(name)  # the mapping keeps the file alive, and nothing is left behind whatever happens
+        return SpilledTensor(mapped, shape, dtype)
+
+    def __del__(self):
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class SpilledTensor:
+    """A tensor over a memory-mapped file; `release` gives its pages back (the file keeps the contents)."""
+
+    def __init__(self, mapped: mmap.mmap, shape: tuple[int, ...], dtype: torch.dtype):
+        self._mapped = mapped
+        self.tensor: Tensor = torch.frombuffer(mapped, dtype=dtype).view(shape)
+
+    def release(self) -> None:
+        """Drop the pages from this process's memory."""
+        if hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
+
+
+class Arena:
+    """Named buffers within a byte budget: in memory while they fit, memory-mapped after that."""
+
+    def __init__(self, budget: int, device: torch.device, spill: SpillFolder):
+        self.budget, self.device, self.spill = budget, device, spill
+        self.used = 0
+        self.spilled: dict[str, SpilledTensor] = {}
+        self._held: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """The buffer `name`, made at first use and reused after that (its contents are whatever was there)."""
+        if name in self._held and self._held[name].shape == shape and self._held[name].dtype == dtype:
+            return self._held[name]
+        assert name not in self._held, f"buffer {name} changed its shape"
+        nbytes = math.prod(shape) * dtype.itemsize
+        if self.used + nbytes <= self.budget:
+            self.used += nbytes
+            self._held[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        else:
+            self.spilled[name] = self.spill.tensor(shape, dtype, f"spilling the buffer {name!r}")
+            self._held[name] = self.spilled[name].tensor
+        return self._held[name]
+
+    def release(self) -> None:
+        """Give back the memory of every spilled buffer's pages."""
+        for item in self.spilled.values():
+            item.release()
+
+
+class Scratch:
+    """Memory that is used again and again, by name: fresh memory costs a page fault every 4 KB, a fifth of an expert's time."""
+
+    def __init__(self):
+        self._held: dict[str, Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+        """A tensor with whatever was there, over the memory that `name` had before where that is large enough."""
+        n, held = math.prod(shape), self._held.get(name)
+        if held is None or held.numel() < n or held.dtype != dtype or held.device != device:
+            held = self._held[name] = torch.empty(n, dtype=dtype, device=device)
+        return held[:n].view(shape)

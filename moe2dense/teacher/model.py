@@ -1,0 +1,191 @@
+"""Teacher: a checkpoint, larger than memory or not, as something that runs layer by layer."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+from moe2dense.families.cards import TeacherCard
+from moe2dense.teacher.backends import ExpertRuntime, choose_backend
+from moe2dense.teacher.buffers import Arena, SpillFolder
+from moe2dense.teacher.check import check_coverage, check_quantization
+from moe2dense.teacher.layers import Layer
+from moe2dense.teacher.lm_head import LMHead
+from moe2dense.teacher.memory import MemoryPlan, memory_budget, plan_memory
+from moe2dense.teacher.observer import Observer
+from moe2dense.teacher.sampled_routing import Resample
+from moe2dense.teacher.skeleton import Skeleton
+from moe2dense.teacher.stream import Stream
+
+
+@dataclass
+class TeacherOutput:
+    """`logits` [N, S, V] (None when not asked for) and `hidden_states` [N, S, H], the final normed ones."""
+
+    logits: Tensor | None
+    hidden_states: Tensor
+
+
+class Teacher(Skeleton):
+    """A causal language model that is run layer by layer from its checkpoint. Made by `load_teacher`."""
+
+    def __init__(
+        self,
+        path: Path,
+        config: Any,
+        card: TeacherCard | None,
+        memory: str | int,
+        experts: str,
+        device: str,
+        quantize: str = "",
+        resample: Resample | None = None,
+    ):
+        check_quantization(path, getattr(config, "quantization_config", None))
+        super().__init__(path, config, card, device, quantize)
+        self.resample = resample
+        self.layers = [Layer(self, index) for index in range(len(self.body.layers))]
+        check_coverage(self, self.layers)
+        self.budget = memory_budget(memory, self.device)
+        self.plan: MemoryPlan = plan_memory(self, self.layers, self.budget)
+        self.resident = self.plan.resident
+        self.checkpoint.drop_pages = self.plan.drop_pages
+        self.chunk_tokens = self.plan.chunk_tokens
+        self.backend = choose_backend(experts, self, self.layers, self.plan, self.budget)
+        if self.resident:
+            for layer in self.layers:
+                layer.stay_in_memory(keep_experts=self.backend == "streamed")
+        self.load_rest()
+
+    def __repr__(self) -> str:
+        kind = self.card.title if self.card else "dense"
+        return f"Teacher({str(self.path)!r}, {kind}, experts={self.backend!r}, resident={self.resident})"
+
+    # weights
+
+    @property
+    def runtime(self) -> ExpertRuntime:
+        """How the experts of this teacher are computed."""
+        return ExpertRuntime(self.backend, self.plan.prefetch_bytes, self.resample)
+
+    def layer(self, index: int) -> Layer:
+        """Decoder layer `index`, its weights in memory only while it runs (or for good when the teacher is resident)."""
+        return self.layers[index]
+
+    @cached_property
+    def head(self) -> LMHead:
+        """The language model head, read at first use."""
+        return self.read_head()
+
+    def _current_head(self) -> LMHead:
+        """The head for one use: kept only when the whole teacher stays in memory."""
+        return self.head if self.resident else self.read_head()
+
+    def tokenizer(self) -> Any:
+        """The tokenizer in the teacher's folder. Raises UserError when there is none."""
+        from transformers import AutoTokenizer
+
+        try:
+            return AutoTokenizer.from_pretrained(str(self.path))
+        except Exception as error:  # tokenizers fail in many ways; all mean that none can be used
+            raise UserError(f"teacher {self.path} has no tokenizer that can be loaded: {error}") from error
+
+    # running
+
+    def stream(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        observers: Sequence[Observer] = (),
+    ) -> Stream:
+        """Iterate over the layers of all blocks as one macro-batch; `.hidden_states` afterwards. See `LayerPass`.
+
+        input_ids [N, S]; attention_mask [N, S], 0 = padding; document_ids [N, S]: a token sees only its own document.
+        """
+        mask, positions = masks(self, input_ids, attention_mask, document_ids)
+        arena = Arena(self.plan.hidden_bytes, self.device, SpillFolder())
+        stream = Stream(
+            self, self.layers, self.runtime, self.chunk_tokens, input_ids, mask, positions, list(observers), arena
+        )
+        if attention_mask is not None:
+            stream.token_mask = attention_mask.reshape(-1).bool()
+        return stream
+
+    @torch.no_grad()
+    def run(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        observers: Sequence[Observer] = (),
+        logits: bool = True,
+    ) -> TeacherOutput:
+        """Logits and final hidden states of blocks [N, S], in as few macro-batches as the memory budget allows.
+
+        logits=False leaves the logits [N, S, V] out, which may be far larger than the model; `logits` gives them in parts.
+        Raises UserError for ids outside the vocabulary, shapes that differ, or documents in a family that cannot keep them apart.
+        """
+        observers = list(observers)
+        n, s = input_ids.shape
+        tokens = int(n * s if attention_mask is None else attention_mask.sum())
+        for observer in observers:
+            observer.begin(self, tokens)
+        step = max(1, self.plan.macro_batch // s)
+        hidden, scores = torch.empty(n, s, self.hidden_size, dtype=self.dtype), None
+        for a in range(0, n, step):
+            rows = slice(a, min(a + step, n))
+            part = [None if t is None else t[rows] for t in (attention_mask, document_ids)]
+            stream = self.stream(input_ids[rows], *part, observers=observers)
+            for _ in stream:
+                pass
+            assert stream.hidden_states is not None
+            hidden[rows] = stream.hidden_states.to(hidden.device)
+        for observer in observers:
+            observer.end()
+        if logits:
+            scores = self._current_head().logits(hidden).to(hidden.device)
+        return TeacherOutput(scores, hidden)
+
+    def logits(self, hidden_states: Tensor, tokens: int = 1024) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, logits [n, V]) of final hidden states [.., H], seen as [T, H]: at most `tokens` rows of T at a time.
+
+        All parts use the same memory, so each lasts until the next one is asked for.
+        """
+        yield from self._current_head().chunks(hidden_states.reshape(-1, hidden_states.shape[-1]), tokens)
+
+
+def masks(
+    teacher: Teacher, ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
+) -> tuple[Tensor | None, Tensor | None]:
+    """(attention mask, position ids) that transformers is given. Documents are told by positions that start again at 0."""
+    if ids.ndim != 2 or ids.is_floating_point():
+        raise UserError(f"input_ids must be integers of shape [blocks, tokens]; found {ids.dtype} {list(ids.shape)}")
+    for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
+        if value is not None and value.shape != ids.shape:
+            raise UserError(f"{name} must have input_ids' shape {list(ids.shape)}; found {list(value.shape)}")
+    real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    if document_ids is None or _one_document(document_ids, real):
+        return (None if attention_mask is None else attention_mask.long()), None
+    documents = document_ids.clone()
+    documents[~real] = documents.min() - 1  # padding becomes a document of its own
+    begins = torch.ones_like(documents, dtype=torch.bool)
+    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    if teacher.card is not None and not teacher.card.packing:
+        raise UserError(
+            f"document_ids: {teacher.card.title} carries state across document borders; give one document per block"
+        )
+    at = torch.arange(ids.shape[1]).expand_as(documents)
+    return None, at - torch.where(begins, at, 0).cummax(1).values
+
+
+def _one_document(documents: Tensor, real: Tensor) -> bool:
+    """Whether no block [N, S] holds real tokens of two documents."""
+    big = documents.max() + 1
+    low = torch.where(real, documents, big).amin(1)
+    high = torch.where(real, documents, documents.min() - 1).amax(1)
+    return bool((low >= high).all())

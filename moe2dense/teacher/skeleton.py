@@ -1,0 +1,123 @@
+"""What a teacher is before it runs: its config and card, the empty transformers model, and its parameters on disk.
+
+Layers, memory plans, expert backends, streams and observers need no more than this.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe2dense.errors import UserError
+from moe2dense.families.cards import TeacherCard
+from moe2dense.modeling import internals
+from moe2dense.modeling.head import logit_rules
+from moe2dense.teacher.lm_head import LMHead
+from moe2dense.teacher.parameters import Weights, assign
+from moe2dense.weights.checkpoint import Checkpoint
+
+_TABLE_ROWS = 4096  # rows of an embedding table read at once
+
+
+class Skeleton:
+    """A causal language model without weights, and the checkpoint that holds them.
+
+    `card` is None for a dense model, whose layers stream all the same. `ignored` names checkpoint tensors the model has no place for.
+    """
+
+    def __init__(self, path: Path, config: Any, card: TeacherCard | None, device: str, quantize: str = ""):
+        self.path, self.config, self.card, self.quantize = path, config, card, quantize
+        self.device = pick_device(device)
+        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        text = config.get_text_config()
+        self.model = internals.build_skeleton(text, self.dtype)
+        self.checkpoint = Checkpoint(path)
+        prefix = "" if text is config else _language_prefix(self.checkpoint)
+        key_map = internals.map_keys(self.model, self.checkpoint.tensors, prefix)
+        self.ignored = key_map.ignored
+        self.weights = Weights(self.checkpoint, key_map, self.model, getattr(config, "quantization_config", None))
+        name, self.body = internals.decoder(self.model)
+        self.layers_prefix = f"{name}.layers." if name else "layers."
+        self.embedding_name = f"{name}.embed_tokens.weight" if name else "embed_tokens.weight"
+        self.hidden_size = int(text.hidden_size)
+
+    @cached_property
+    def shapes(self) -> dict[str, Tensor]:
+        """Parameters and saved buffers by name, without contents."""
+        return internals.saved_tensors(self.model)
+
+    def tensor(self, name: str) -> Tensor:
+        """Any parameter or saved buffer by its transformers name, in the compute dtype, read from disk. Raises UserError."""
+        if name not in self.shapes:
+            raise UserError(f"teacher {self.path}: the model has no parameter {name!r}")
+        return self.converted(name)
+
+    def converted(self, name: str) -> Tensor:
+        """As `tensor`, in the dtype and on the device the model keeps it in."""
+        value, want = self.weights.parameter(name), self.shapes[name]
+        if value.shape != want.shape:
+            raise UserError(
+                f"checkpoint {self.path}: tensor for parameter {name!r} has shape {list(value.shape)}, "
+                f"the config says {list(want.shape)}"
+            )
+        return value.to(self.device, want.dtype)
+
+    def read_head(self) -> LMHead:
+        module: Any = self.model.get_output_embeddings()
+        assert module is not None, "a causal language model has a head"
+        bias = self.converted("lm_head.bias") if getattr(module, "bias", None) is not None else None
+        scale, softcap = logit_rules(self.model.config.get_text_config())
+        stored = self.weights.parameter("lm_head.weight").to(self.device)
+        return LMHead(stored, bias, scale, softcap, self.dtype)
+
+    def embeddings(self, ids: Tensor, chunks: Sequence[slice]) -> Iterator[Tensor]:
+        """Embedded ids [n, S, H] of each chunk of blocks; of the table only the rows in use are kept."""
+        used, index = torch.unique(ids, return_inverse=True)
+        vocabulary = self.shapes[self.embedding_name].shape[0]
+        if len(used) and (used[0] < 0 or used[-1] >= vocabulary):
+            raise UserError(
+                f"input_ids must lie in [0, {vocabulary}), the teacher's vocabulary; found {int(used[0])} to {int(used[-1])}"
+            )
+        table = torch.empty(len(used), self.hidden_size, dtype=self.dtype)
+        for a in range(0, vocabulary, _TABLE_ROWS):
+            lo, hi = (int(torch.searchsorted(used, v)) for v in (a, a + _TABLE_ROWS))
+            if lo < hi:
+                first, last = int(used[lo]), int(used[hi - 1])
+                part = self.weights.rows(self.embedding_name, first, last + 1)
+                table[lo:hi] = part[used[lo:hi] - first].to(self.dtype)
+        for rows in chunks:
+            yield internals.embed(self.body, table.to(self.device), index[rows].to(self.device))
+
+    def load_rest(self) -> None:
+        """Norms and whatever else lies outside layers, embedding and head stays in memory."""
+        for name, value in internals.saved_tensors(self.model).items():
+            if not name.startswith((self.layers_prefix, "lm_head.")) and name != self.embedding_name and value.is_meta:
+                assign(self.model, name, self.converted(name))
+        for module in self.model.modules():
+            for name in module._non_persistent_buffers_set:
+                if (value := module._buffers.get(name)) is not None:
+                    module._buffers[name] = value.to(self.device)
+
+
+def _language_prefix(checkpoint: Checkpoint) -> str:
+    """What precedes the language model's tensors in a multimodal checkpoint."""
+    for prefix in ("language_model.", "model.language_model."):
+        if any(name.startswith(prefix) for name in checkpoint.tensors):
+            return prefix
+    return ""
+
+
+def pick_device(device: str) -> torch.device:
+    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+    except RuntimeError as error:
+        raise UserError(f"device must be auto, cpu or cuda; found {device!r}") from error
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("device is cuda, but torch finds no CUDA device; use device='cpu' or a torch built for CUDA")
+    return found

@@ -1,0 +1,170 @@
+"""The command line as users meet it: help without torch, frozen flags, one sentence and exit code 2 for bad input."""
+
+import inspect
+import json
+import os
+import subprocess
+import sys
+from importlib import import_module
+
+import pytest
+
+from moe2dense.__main__ import main
+from moe2dense.cli.app import COMMANDS
+
+FLAGS = {
+    "convert": "allow-loss alpha baseline block config control data device dry-run dtype epochs experts init judge lora loss lr memory ood out"
+    " quantize report-to resume seed stages teacher-card temperature to tokens valid",
+    "plan": "block config data json lora memory out teacher-card to tokens",
+    "list": "json",
+    "inspect": "block data json memory teacher-card tokens",
+    "targets": "analyze block data device draws experts features format json k memory out seed teacher-card temperature"
+    " token-weights tokens",
+    "distill": "alpha block completions config cross-tokenizer data device endpoint endpoint-model epochs lora loss lr memory out report-to resume seed targets teacher"
+    " teacher-card temperature tokens valid",
+    "generate": "beams block config data device duplicates experts learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
+    " same-script seed teacher-card temperature tokens top-p",
+    "eval": "allow-loss baseline block data device json judge limit memory out samples seed split tasks teacher teacher-card tokens",
+    "report": "json",
+    "export": "data dtype format max-kl out overwrite public push-to-hub quantize shard-size tokenizer yes",
+    "doctor": "json",
+}
+
+
+def function(where):
+    module, name = where.split(":")
+    return getattr(import_module(module), name)
+
+
+@pytest.mark.parametrize(("command", "where"), [(c, w) for c, w, _ in COMMANDS])
+def test_flags_are_frozen(command, where):
+    parameters = inspect.signature(function(where)).parameters.values()
+    flags = {p.name.replace("_", "-") for p in parameters if p.kind is p.KEYWORD_ONLY}
+    assert flags == set(FLAGS[command].split())
+
+
+@pytest.mark.parametrize(("command", "where"), [(c, w) for c, w, _ in COMMANDS])
+def test_every_parameter_is_explained(command, where):
+    found = function(where)
+    for name in inspect.signature(found).parameters:
+        assert f"    {name}: " in found.__doc__, f"{command}: {name}"
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["convert", "--help"], ["plan", "--help"], ["eval", "--help"], ["--version"]]
+)
+def test_help_does_not_load_torch(arguments):
+    code = f"import sys; from moe2dense.__main__ import main; main({arguments!r}); assert 'torch' not in sys.modules"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "moe2dense" in done.stdout or "0.1.0" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["plan", "mixtrall", "--to", "7b"], "no known name (did you mean 'mixtral'"),
+        (["plan", "mixtral"], "--to is missing"),
+        (["plan", "mixtral", "--to", "90b"], "not smaller than the teacher"),
+        (["plan", "mixtral", "--to", "7b", "--config", "nowhere.toml"], "--config nowhere.toml cannot be read"),
+        (["plan", "mixtral", "--to", "7b", "--memory", "lots"], "--memory must be a number such as 300MB"),
+        (["plan", "mixtral", "--to", "7b", "--tokens", "many"], "--tokens must be a number"),
+        (["plan", "mixtral", "--to", "7b", "--nonsense", "3"], "nonsense"),
+        (["convert", "examples/tiny-mixtral", "--to", "3.2m", "--init", "magic"], "starts with no known method"),
+        (["convert", "examples/tiny-mixtral", "--to", "3.2m", "--temperature", "0"], "--temperature must be above 0"),
+        (["convert", "examples/tiny-mixtral", "--to", "3.2m", "--alpha", "2"], "--alpha must be between 0 and 1"),
+        (
+            ["convert", "examples/tiny-mixtral", "--to", "3.2m", "--block", "512"],
+            "--block 512 is more than the teacher's 256",
+        ),
+        (
+            ["distill", "examples/tiny-mixtral", "--data", "examples/text", "--out", "nowhere"],
+            "either --teacher, or --targets",
+        ),
+        (["inspect", "nowhere"], "no folder, no hub id"),
+        (["report", "nowhere"], "holds no report.json"),
+        (["unknown"], "unknown"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(arguments, message, capsys, root, monkeypatch):
+    monkeypatch.chdir(root)
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1, error
+    assert "Traceback" not in error
+
+
+def test_unknown_toml_key(tmp_path, capsys):
+    (tmp_path / "c.toml").write_text("[train]\nlearnrate = 1\n")
+    assert main(["plan", "mixtral", "--to", "7b", "--config", str(tmp_path / "c.toml")]) == 2
+    assert "unknown key 'train.learnrate'" in capsys.readouterr().err
+
+
+def test_plan_mixtral_to_7b(capsys):
+    assert main(["plan", "mixtral", "--to", "7b", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["student"]["parameters"] == 7_241_732_096
+    assert found["shape"]["parameters"] == 46_702_792_704
+    assert found["student"]["host"] == "mistral"
+
+
+def test_dry_run_writes_nothing(tmp_path, tiny, capsys):
+    out = tmp_path / "out"
+    assert main(["convert", str(tiny), "--to", "3.2m", "--out", str(out), "--dry-run"]) == 0
+    assert not out.exists()
+    assert "width 512 (2 experts)" in capsys.readouterr().out
+
+
+def test_list_and_doctor(capsys):
+    assert main(["list", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {"mixtral"} <= {t["family"] for t in found["teachers"]}
+    assert main(["doctor", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["versions"]["torch"]
+    assert set(found["experts"]) == {"streamed", "grouped_mm", "megablocks"}
+
+
+def test_doctor_shows_remedies_whole(capsys):
+    assert main(["doctor"]) == 0
+    shown = "".join(capsys.readouterr().out.split())
+    assert "moe2dense[" in shown or "notinstalled" not in shown
+
+
+def test_module_entry_point(root):
+    done = subprocess.run([sys.executable, "-m", "moe2dense", "--version"], capture_output=True, text=True, cwd=root)
+    assert done.stdout.strip() == "0.1.0"
+
+
+def test_ctrl_c_says_how_to_resume(monkeypatch, capsys, tiny, tmp_path):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("moe2dense.conversion.pipeline.run_conversion", stopped)
+    arguments = ["convert", str(tiny), "--to", "3.2m", "--out", str(tmp_path / "out")]
+    assert main(arguments) == 130
+    assert f"continue with: moe2dense {' '.join(arguments)} --resume" in capsys.readouterr().err
+
+
+def test_inspect_shows_shape_and_routing(tiny, text, capsys):
+    assert main(["inspect", str(tiny), "--data", str(text), "--tokens", "1k"]) == 0
+    shown = capsys.readouterr().out
+    assert "8 of width 256, top-2" in shown
+    assert "in effective use" in " ".join(shown.split())
+    assert main(["inspect", str(tiny), "--data", str(text), "--tokens", "1k", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert len(found["routing"]["layers"]) == found["shape"]["num_hidden_layers"] == 4
+
+
+def test_inspect_marks_dense_layers(capsys):
+    from rich.console import Console
+
+    from moe2dense.cli.inspect import _print_routing
+
+    sparse = {"layer": 1, "sparse": True, "effective_experts": 2.0, "gini": 0.0, "dead": [], "load": [1.0, 1.0]}
+    routing = {"tokens": 9, "layers": [{"layer": 0, "sparse": False}, sparse], "prediction": "even"}
+    _print_routing(routing, Console(width=100))
+    assert "dense" in capsys.readouterr().out

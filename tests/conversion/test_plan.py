@@ -1,0 +1,140 @@
+import dataclasses
+import json
+
+import pytest
+
+from moe2dense.config.schema import RunConfig
+from moe2dense.config.toml import merge_flags
+from moe2dense.conversion.configure import default_out
+from moe2dense.conversion.machine import Machine, calibrate
+from moe2dense.conversion.plan import block_length, make_plan
+from moe2dense.conversion.show_plan import print_plan
+from moe2dense.errors import UserError
+from moe2dense.student.build.cost import build_tokens
+
+MACHINE = Machine(flops=1e11, disk=1e9)
+
+
+def planned(model="mixtral", to="7b", **flags):
+    flags = {name.replace("__", "."): value for name, value in flags.items()}
+    return make_plan(merge_flags(RunConfig(model=model, to=to), {"teacher.memory": "12GB"} | flags), MACHINE)
+
+
+def test_mixtral_costs():
+    plan = planned(train__tokens=1_000_000)
+    assert plan.checkpoint_bytes == 2 * 46_702_792_704
+    assert plan.flops["teacher"] == 2 * 12_879_925_248 * 1_000_000
+    assert plan.flops["student"] == 6 * 7_241_732_096 * 1_000_000
+    assert plan.flops["from_scratch"] == 6 * 20 * 7_241_732_096**2
+    assert plan.memory["distill"] == 16 * 7_241_732_096
+    assert plan.disk["model"] == 2 * 7_241_732_096
+    assert plan.bytes_per_token == pytest.approx(plan.checkpoint_bytes / plan.macro_batch)
+    # where reading the checkpoint once takes as long as computing the macro-batch
+    seconds_read = plan.checkpoint_bytes / MACHINE.disk
+    seconds_compute = plan.break_even_batch * 2 * plan.shape.active_parameters / (0.6 * MACHINE.flops)
+    assert seconds_read == pytest.approx(seconds_compute, rel=1e-2)
+
+
+def test_more_memory_means_fewer_bytes_per_token():
+    small, large = planned(teacher__memory="6GB"), planned(teacher__memory="40GB")
+    assert small.bytes_per_token > large.bytes_per_token
+    assert small.reads >= large.reads
+
+
+def test_lora_and_build_only_save_memory_and_disk():
+    full, lora, build = planned(), planned(train__lora=64), planned(train__tokens=0)
+    assert lora.memory["distill"] < full.memory["distill"] / 3
+    assert build.disk["checkpoints"] == 0
+    assert build.flops["student"] == 0
+    assert build.build_tokens > 0
+
+
+def test_warnings():
+    assert any("capacity gap" in w for w in planned("qwen3-30b-a3b", "1.5b").warnings)
+    assert not any("capacity gap" in w for w in planned().warnings)
+    assert any("few calibration tokens" in w for w in planned(train__tokens=1000).warnings)
+    assert any("distillation budget" in w for w in planned().warnings)
+    assert any("--lora" in w for w in planned("mixtral-8x22b", "40b").warnings)
+
+
+def test_the_build_takes_a_fixed_share():
+    config = merge_flags(RunConfig(), {"train.tokens": 1_000_000, "build.fraction": 0.1})
+    assert build_tokens(config, 256) == 1_000_000 // 10 // 256 * 256
+    assert build_tokens(merge_flags(config, {"train.tokens": 5000}), 256) == 4864  # never more than there is
+    assert build_tokens(merge_flags(config, {"train.tokens": 10}), 256) == 256
+
+
+def test_block_length():
+    assert block_length(RunConfig(), 256) == 256
+    assert block_length(RunConfig(), 32768) == 2048
+    with pytest.raises(UserError, match="--block 512 is more than the teacher's 256"):
+        block_length(merge_flags(RunConfig(), {"data.block": 512}), 256)
+
+
+def test_plain_values():
+    plan = planned()
+    table = json.loads(json.dumps(plan.to_dict()))
+    assert table["student"]["width"] == 14336
+    assert table["shape"]["num_experts"] == 8
+    assert {f.name for f in dataclasses.fields(plan)} - {"target", "machine", "shape"} <= set(table)
+
+
+def test_a_further_sweep_costs_a_reading_and_its_fits():
+    one, three = planned(build__heal_epochs=0.0), planned(build__heal_epochs=0.0, build__sweeps=3)
+    assert (
+        three.flops["build"] == pytest.approx(3 * one.flops["build"]) and three.disk["build"] == 2 * one.disk["build"]
+    )
+    extra = 2 * -(-one.build_tokens // one.macro_batch)
+    assert three.reads == one.reads + extra and three.memory["build"] == one.memory["build"]
+
+
+def test_the_build_costs_its_fits():
+    build, plain = planned(), planned(build__init="concat")
+    assert plain.flops["build"] == 2 * plain.shape.parameters * plain.build_tokens
+    assert build.flops["build"] > 2 * plain.flops["build"]
+    healed = planned(teacher__memory="200GB")  # five copies of 7.24B fp32 weights
+    assert healed.flops["build"] > build.flops["build"] == planned(build__heal_epochs=0.0).flops["build"]
+    assert healed.memory["build"] > 20 * 7_241_732_096 > 4 * build.memory["build"]
+    assert any("without its end-to-end fit, which takes 145 GB" in w for w in build.warnings)
+    assert not any("end-to-end fit" in w for w in (*healed.warnings, *plain.warnings))
+
+
+def test_pruning_is_told_and_its_scores_cost_a_read():
+    import io
+
+    from rich.console import Console
+
+    def text(plan):
+        out = io.StringIO()
+        print_plan(plan, Console(file=out, width=200))
+        return out.getvalue()
+
+    small = planned("qwen3-30b-a3b", "1b", teacher__memory="200GB")
+    assert small.reads == 3 and "of 2048 channels (by mean activation)" in text(small)
+    even = planned("qwen3-30b-a3b", "3b", teacher__memory="200GB", build__prune="depth", build__depth="alternate")
+    assert even.reads == 2 and "41 of 48 layers (evenly spaced)" in text(even)
+    assert "attention, norms, embeddings whole" in text(planned())
+
+
+def test_data_that_is_too_short_is_said():
+    import torch
+
+    from moe2dense.conversion.job import Text, shortfall
+    from moe2dense.data.blocks import Blocks
+
+    plan = planned(train__tokens=100_000)
+    few, enough = (Blocks(torch.zeros(n, 100, dtype=torch.int64)) for n in (500, 1000))
+    assert "50k tokens for training, 100k were asked for" in shortfall(Text(few, few, None, few), plan)
+    assert shortfall(Text(enough, few, None, few), plan) == ""
+
+
+def test_default_out():
+    assert default_out("mixtral", "7b") == "./mixtral-7b"
+    assert default_out("tiny", "25%") == "./tiny-25pct"
+    assert default_out("tiny", "owner/Dense-Model") == "./tiny-dense-model"
+
+
+def test_calibration_measures_something(tiny):
+    machine = calibrate(tiny, seconds=0.2)
+    assert machine.flops > 1e8
+    assert machine.disk > 1e6

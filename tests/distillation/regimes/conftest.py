@@ -1,0 +1,1 @@
+"""The small models of tests/test_training.py serve here too."""

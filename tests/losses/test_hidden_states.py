@@ -1,0 +1,132 @@
+import itertools
+
+import pytest
+import torch
+
+from moe2dense.errors import UserError
+from moe2dense.losses.attention import attention_transfer, group_heads
+from moe2dense.losses.hidden_states import HiddenMatch, Tokens, layer_pairs, make_projector, token_cosine, token_mse
+from moe2dense.losses.relations import minilm_relation, rkd_angle, rkd_distance
+
+DOUBLE = torch.float64
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+def normal(*shape):
+    return torch.randn(*shape, dtype=DOUBLE)
+
+
+def test_layer_maps():
+    assert layer_pairs("uniform", 4, 4) == [(0, 0), (1, 1), (2, 2), (3, 3)]
+    assert layer_pairs("uniform", 3, 12) == [(0, 3), (1, 7), (2, 11)]
+    assert layer_pairs("even:4", 32, 48) == [(7, 11), (15, 23), (23, 35), (31, 47)]
+    assert layer_pairs("even:4", 3, 12) == layer_pairs("uniform", 3, 12)
+    assert layer_pairs("last:2", 3, 12) == [(1, 10), (2, 11)]
+    assert layer_pairs("0=1,-1=-2", 3, 12) == [(0, 1), (2, 10)]
+    for wrong in ("first", "0=12", "9=0", "last:4", "last:x", "0:1"):
+        with pytest.raises(UserError, match="layer map"):
+            layer_pairs(wrong, 3, 12)
+
+
+def test_token_losses_by_hand():
+    s, t = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
+    assert token_mse(s, t).tolist() == [2.0, 1.0]
+    torch.testing.assert_close(token_cosine(s, t), torch.tensor([1.0, 0.0]))
+
+
+def test_projectors_start_orthogonal_or_are_nothing():
+    assert isinstance(make_projector(8, 8), torch.nn.Identity)
+    weight = make_projector(6, 9).weight
+    torch.testing.assert_close(weight.T @ weight, torch.eye(6), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["mse", "cosine"])
+def test_hidden_match_is_the_mean_over_pairs_of_counted_tokens(kind):
+    match = HiddenMatch("0=1,1=3", kind, (2, 6), (4, 9)).double()
+    student, teacher = ({f"hidden-{i}": normal(7, d) for i in range(n)} for n, d in ((2, 6), (4, 9)))
+    kept = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
+    student["hidden-0"][2] = float("nan")
+    found = match(student, teacher, Tokens(kept.double() / 5, torch.empty(0)))
+    measure = token_mse if kind == "mse" else token_cosine
+    parts = [
+        measure(match.projectors[i](student[f"hidden-{s}"][kept]), teacher[f"hidden-{t}"][kept]).mean()
+        for i, (s, t) in enumerate([(0, 1), (1, 3)])
+    ]
+    torch.testing.assert_close(found, sum(parts) / 2)
+    assert match(student, teacher, Tokens(torch.zeros(7, dtype=DOUBLE), torch.empty(0))).item() == 0
+
+
+def test_a_learned_map_finds_the_right_layer():
+    match = HiddenMatch("learned", "mse", (1, 5), (3, 5))
+    teacher = {f"hidden-{i}": torch.randn(64, 5) for i in range(3)}
+    tokens = Tokens(torch.full((64,), 1 / 64), torch.empty(0))
+    optimizer = torch.optim.Adam(match.parameters(), lr=0.1)
+    for _ in range(150):
+        optimizer.zero_grad()
+        match({"hidden-0": teacher["hidden-1"]}, teacher, tokens).backward()
+        optimizer.step()
+    assert match.mixture.softmax(-1)[0, 1] > 0.95
+
+
+def test_attention_transfer_against_loops():
+    student, teacher = normal(2, 2, 5, 5), normal(2, 6, 5, 5)
+    causal = torch.ones(5, 5).tril().bool()
+    student, teacher = (x.masked_fill(~causal, -torch.inf).softmax(-1) for x in (student, teacher))
+    mask = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]]).bool()
+    total, count = 0.0, 0
+    for n, h, i in itertools.product(range(2), range(2), range(5)):
+        if mask[n, i]:
+            t = teacher[n, 3 * h : 3 * h + 3, i].mean(0)[: i + 1]
+            total += (t * (t / student[n, h, i, : i + 1]).log()).sum()
+            count += 1
+    torch.testing.assert_close(attention_transfer(student, teacher, mask), total / count)
+    assert attention_transfer(teacher, teacher).abs() < 1e-12
+    with pytest.raises(UserError, match="cannot be grouped"):
+        group_heads(teacher, 4)
+
+
+def test_minilm_relation_against_loops():
+    student, teacher = normal(2, 5, 8).requires_grad_(), normal(2, 5, 12)
+    mask = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]]).bool()
+    total, count = 0.0, 0
+    for n, r, i in itertools.product(range(2), range(4), range(5)):
+        if not mask[n, i]:
+            continue
+        seen = [j for j in range(i + 1) if mask[n, j]]
+        s, t = student[n, :, 2 * r : 2 * r + 2], teacher[n, :, 3 * r : 3 * r + 3]
+        q, p = (s[seen] @ s[i] / 2**0.5).softmax(-1), (t[seen] @ t[i] / 3**0.5).softmax(-1)
+        total = total + (p * (p / q).log()).sum()
+        count += 1
+    found = minilm_relation(student, teacher, 4, mask)
+    torch.testing.assert_close(found, total / count)
+    for a, b in zip(*(torch.autograd.grad(x, student) for x in (found, total / count)), strict=True):
+        torch.testing.assert_close(a, b)
+    assert minilm_relation(teacher, teacher, 4).abs() < 1e-12
+
+
+def test_rkd_against_loops():
+    student, teacher = normal(6, 4), normal(6, 9)
+
+    def huber(a, b):
+        d = abs(a - b)
+        return 0.5 * d * d if d < 1 else d - 0.5
+
+    pairs = list(itertools.combinations(range(6), 2))
+    ds, dt = ([(x[i] - x[j]).norm().item() for i, j in pairs] for x in (student, teacher))
+    ms, mt = sum(ds) / 15, sum(dt) / 15
+    expected = sum(huber(a / ms, b / mt) for a, b in zip(ds, dt, strict=True)) / 15
+    assert rkd_distance(student, teacher).item() == pytest.approx(expected)
+
+    def cosine(x, i, j, k):
+        a, b = x[j] - x[i], x[k] - x[i]
+        return 0.0 if i in (j, k) else (a @ b / (a.norm() * b.norm())).item()
+
+    triples = list(itertools.product(range(6), repeat=3))
+    expected = sum(huber(cosine(student, *t), cosine(teacher, *t)) for t in triples) / len(triples)
+    assert rkd_angle(student, teacher).item() == pytest.approx(expected)
+    rotation = torch.linalg.qr(normal(9, 9)).Q
+    assert rkd_angle(3 * teacher @ rotation, teacher) < 1e-12 and rkd_distance(3 * teacher @ rotation, teacher) < 1e-12
