@@ -1,194 +1,350 @@
-"""Every option of a run: one small frozen dataclass per stage, nested in RunConfig. No torch here, so --help stays quick.
+"""Every option of a run, described once: one frozen dataclass a stage, nested in RunConfig.
 
-Order of precedence: these defaults < the teacher's card < --config TOML < flags.
+Order of precedence: these defaults < the teacher's card < the checkpoint folder's moe2dense.toml < --config < flags.
+Help pages, flags and docs/options.md are made from what stands here. No torch, so that `--help` is quick.
 """
 
 from dataclasses import dataclass, field
+
+from moe2dense.common.units import parse_count
+from moe2dense.config.options import option, parse_names
+from moe2dense.config.training import RegimeConfig, TrainConfig
+
+DEFAULT_CORPUS = "HuggingFaceFW/fineweb-edu"
 
 
 @dataclass(frozen=True)
 class TeacherConfig:
     """How the teacher is run."""
 
-    memory: str = "auto"  # budget for weights and hidden states: "2GB"; auto = half of the free RAM
-    experts: str = "auto"  # auto | streamed | grouped_mm | megablocks
-    device: str = "auto"
-    card: str = ""  # path of a teacher card for a family that is not shipped
-    quantize: str = ""  # int8 | int4 | nf4: teach with experts rounded as they are read (simulated); the student is judged by the full teacher
-    top_k: int = 0  # experts per token of the teacher that writes the targets; 0 = its own number
-    draws: int = 0  # its experts are drawn from the router's distribution; above 1: so many times, the answers averaged; 0 = the likeliest experts
+    memory: str = option(
+        "auto",
+        help="Memory for the teacher's weights and hidden states while it is streamed. Training the student takes what it takes.",
+        unit="bytes",
+        example="2GB",
+        shown="auto: half of the free memory",
+    )
+    experts: str = option(
+        "auto",
+        help="How the experts are computed: one by one from disk (streamed), or together in memory (grouped_mm, megablocks).",
+        choices=("auto", "streamed", "grouped_mm", "megablocks"),
+        example="streamed",
+        shown="auto: grouped_mm where the teacher fits --memory, else streamed",
+    )
+    device: str = option(
+        "auto", help="Where to compute: cpu or cuda.", example="cpu", shown="auto: a GPU where there is one"
+    )
+    card: str = option(
+        "",
+        help="TOML card of a teacher family that is not shipped.",
+        example="my-family.toml",
+        shown="the shipped card",
+    )
+    quantize: str = option(
+        "",
+        help="Round every expert as it is read, to learn from a quantised teacher. The full teacher still judges the student.",
+        choices=("", "int8", "int4", "nf4"),
+        example="int4",
+        shown="none",
+    )
+    top_k: int = option(
+        0,
+        help="Experts a token passes in the teacher that gives the targets.",
+        unit="experts",
+        example="4",
+        shown="the checkpoint's own number",
+    )
+    draws: int = option(
+        0,
+        help="Draw the experts from the router's distribution so many times and average the answers.",
+        unit="drawings",
+        example="4",
+        shown="0: the likeliest experts, once",
+    )
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """What text is used."""
 
-    path: str = ""  # folder with train/valid/test files, one file, or a hub id; "" = the default corpus
-    valid: str = ""  # held-out text; "" = the data's own valid split
-    ood: str = ""  # out-of-distribution text for the report
-    block: int = 0  # tokens per block; 0 = min(2048, the teacher's max positions)
-    document_masks: str = "auto"  # auto | on | off: may a token see the document before it in its block
-    eval_blocks: int = 96
+    path: str = option(
+        "",
+        help="Text to learn from: a folder with train/valid/test files, one .jsonl, .txt or .parquet file, or a hub id. "
+        "Of one file, 90% trains and 5% is held out.",
+        example="my-text.jsonl",
+        shown=f"{DEFAULT_CORPUS}, or what the teacher's folder names",
+        group="Essentials",
+        flag="--data",
+    )
+    valid: str = option(
+        "",
+        help="Held-out text to choose and judge by. A small file needs one of its own.",
+        example="valid.jsonl",
+        shown="the valid split of --data",
+    )
+    ood: str = option(
+        "",
+        help="Text of another kind, scored apart in the report (out of distribution).",
+        example="other.jsonl",
+        shown="none, or what the teacher's folder names",
+    )
+    block: int = option(
+        0,
+        help="Length of the pieces that text is cut into; no token sees beyond its piece.",
+        unit="tokens",
+        example="1024",
+        shown="min(2048, the teacher's longest)",
+    )
+    document_masks: str = option(
+        "auto",
+        help="Whether a token is kept from seeing the document before its own in the same block.",
+        choices=("auto", "on", "off"),
+        example="on",
+        shown="auto: on for chat, off for plain text",
+    )
+    eval_blocks: int = option(96, help="How much held-out text is scored.", unit="blocks", example="32")
 
 
 @dataclass(frozen=True)
 class WriteConfig:
-    """Text that the teacher writes (moe2dense/generation/)."""
+    """Text that the teacher writes for its student."""
 
-    share: float = 0.0  # of the training text that the teacher writes, continuing passages of the data; 0 = none
-    prompt_tokens: int = 32  # of a passage that is given
-    new_tokens: int = 0  # that are written after it, at most; 0 = what is left of a block
-    temperature: float = 1.0  # 0 = the likeliest token each time
-    top_p: float = 1.0
-    beams: int = 1  # above 1: beam search, with temperature 0
-    learn_prompt: bool = False  # loss on the given beginning too
-    min_tokens: int = 8  # fewer written ones are dropped
-    nll: str = ""  # LOW:HIGH, the band of the teacher's mean nats per written token that is kept
-    duplicates: float = 0.0  # Jaccard similarity of five-word sequences from which a text is dropped; 0 = none is
-    same_script: bool = False  # drop texts in another script (alphabet) than their prompt's
-    shard: int = 1024  # texts written at once
+    share: float = option(
+        0.0,
+        help="Share of the training text that the teacher writes, continuing passages of the data.",
+        example="0.5",
+        shown="0: none",
+    )
+    prompt_tokens: int = option(32, help="How much of a passage is given.", unit="tokens", example="64")
+    new_tokens: int = option(
+        0, help="The most that is written after it.", unit="tokens", example="128", shown="what is left of a block"
+    )
+    temperature: float = option(1.0, help="How freely words are drawn; 0 takes the likeliest each time.", example="0.8")
+    top_p: float = option(
+        1.0, help="Draw only among the likeliest tokens that hold this much probability together.", example="0.9"
+    )
+    beams: int = option(1, help="Beam search with so many beams; needs temperature 0.", unit="beams", example="4")
+    learn_prompt: bool = option(False, help="Learn the given beginning too, not only what the teacher wrote.")
+    min_tokens: int = option(8, help="Drop texts of fewer written tokens.", unit="tokens", example="16")
+    nll: str = option(
+        "",
+        help="Keep texts whose mean surprise to the teacher lies in this band, LOW:HIGH.",
+        unit="nats per token",
+        example="2.5:4",
+        shown="every text",
+    )
+    duplicates: float = option(
+        0.0,
+        help="Drop a text at least this similar to one kept before (Jaccard similarity of five-word sequences).",
+        example="0.8",
+        shown="0: none is dropped",
+    )
+    same_script: bool = option(False, help="Drop texts in another alphabet than their prompt's.")
+    shard: int = option(1024, help="How many texts are written at once.", unit="texts", example="256")
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """How the student is built (moe2dense/student/)."""
+    """How the student is built from the teacher, before any training."""
 
-    init: str = "layerwise"
-    fraction: float = 0.1  # share of --tokens used by the build
-    max_tokens: int = 200_000
-    min_tokens: int = 49_152
-    ridge: float = 1e-3  # of the Gram matrix's mean diagonal
-    local_steps: int = 0  # of the fit of a layer's FFN; 0 = 600 where a heal follows, 1200 where none does
-    local_lr: float = 4e-3
-    local_batch: int = 512  # tokens
-    layer_steps: int = (
-        200  # of the fit of a whole layer, attention and norms too; builds that end with a heal leave it out
+    init: str = option(
+        "layerwise",
+        help="How the student's weights are made from the experts: METHOD[+refit][+local][+layer][+heal]. "
+        "`moe2dense list methods` explains each.",
+        example="obs+refit",
     )
-    layer_lr: float = 1e-3
-    layer_batch: int = 2048  # tokens
-    sweeps: int = (
-        1  # passes over the layers; each further one fits them again, reading the teacher once more for the same tokens
+    fraction: float = option(0.1, help="Share of --tokens that the build reads.", example="0.2")
+    max_tokens: int = option(
+        200_000, help="The most that the build reads.", unit="tokens", example="400k", parse=parse_count
     )
-    heal_epochs: float = 16.0  # passes of the end-to-end fit over the build's own tokens
-    heal_lr: float = 1e-3
-    heal_batch: int = 2048  # tokens
-    heal_hints: float = 10.0  # weight of the teacher's hidden states beside its distributions; 0 = these alone
-    hold_out: float = 0.06  # share of the build's blocks kept back to choose the best step of every fit
-    gram_tokens: int = 16_384  # tokens of the Gram matrix for choosing neurons; 0 = all
-    score: str = "acp"  # of whole experts: frequency | cp | acp | do-acp | reap
-    scale: str = "1/K"  # of concatenated experts: 1/K | alpha
-    prune: str = "auto"  # what goes when the FFN alone is not enough: auto | width | depth | heads
-    depth: str = "influence"  # which layers stay when some go: influence | alternate
-    host: str = ""  # student card of another dense host than the family's usual one
-    graft: bool = (
-        False  # a pretrained dense target gets FFNs of the build where these lower its divergence from the teacher
+    min_tokens: int = option(
+        49_152,
+        help="The least that the build reads, where --tokens allows.",
+        unit="tokens",
+        example="100k",
+        parse=parse_count,
     )
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How the student is distilled (moe2dense/distillation/api.py)."""
-
-    tokens: int = 500_000  # unique teacher positions, the build's included; 0 = build only
-    epochs: float = 1.0  # passes over the training positions; replays cost no teacher tokens
-    batch: int = 2048  # tokens per optimiser step
-    micro_batch: int = 8  # blocks per forward
-    lr: float = 0.0  # peak; 0 = by the hidden size: 1e-3 at 192, 1e-4 at 4096, three times that for adapters
-    warmup: float = 0.03  # share of the steps
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    loss: str = "forward_kl"
-    temperature: float = 1.0
-    alpha: float = 0.0  # weight of the hard-label loss; 1 - alpha weighs the distillation loss
-    targets: str = ""  # folder of stored targets; "" = computed by the run
-    select: str = (
-        ""  # divergence:SHARE or coreset:SHARE: train on these blocks of the text only, as many steps as on all
+    ridge: float = option(
+        1e-3, help="Ridge of the least-squares fits, relative to the Gram matrix's mean diagonal.", example="1e-2"
     )
-    target_format: str = "hidden"  # hidden | sampled | topk | full
-    save_every: int = 50  # steps
-    eval_every: int = 50
-    gradient_checkpointing: bool = False  # recompute activations in the backward pass: less memory, a third more time
-    shard: bool = False  # on several processes: spread weights and optimiser over them (FSDP2) instead of copies (DDP)
-    alpha_schedule: str = ""  # SHAPE:FROM:TO over the run in alpha's place: constant, linear, cosine or step
-    temperature_schedule: str = ""  # a schedule, or auto: chosen by short trainings (needs validation text)
-    features: str = "auto"  # KIND:MAP@WEIGHT joined with +: mse, cosine, attention, relation or rkd; uniform, even:K, last:K, 0=1,3=7;
-    # auto: hidden states where the student shares the teacher's residual stream; "" = none
-    feature_weight: str = "0.1"  # of features without one of their own: a number or a schedule SHAPE:FROM:TO
-    token_weights: str = ""  # weigh each token's loss by the teacher's routing: router-entropy | expert-saliency
-    lora: int = 0  # rank; 0 = full training
-    dora: bool = False  # adapters of direction and magnitude (DoRA)
-    report_to: str = "none"
-    regime: str = ""  # "" = fixed text; on-policy, policy-gradient, online, mutual, ema, multiview or mtp, whose options are in [regime]
-
-    @property
-    def wanted_features(self) -> str:
-        """The features that were asked for; "" where they are left to the run."""
-        return "" if self.features == "auto" else self.features
-
-
-@dataclass(frozen=True)
-class RegimeConfig:
-    """Options of train.regime (moe2dense/regimes/); each regime reads its own."""
-
-    share: str = "0.5"  # on-policy: of the steps on the student's own text; mutual, ema, multiview: of the target that is theirs, the rest is the teacher's. A number or SHAPE:FROM:TO
-    rollout_steps: int = 8  # on-policy: steps whose text is written, and scored by the teacher, in one go
-    prompt: float = 0.25  # on-policy: share of a block that is given
-    sample_temperature: float = 1.0  # on-policy
-    top_p: float = 1.0  # on-policy
-    generated_only: bool = True  # on-policy: loss on the student's own words alone, not on the prompt
-    teacher_mix: float = 0.0  # policy-gradient, which has the options of on-policy too: share of the teacher in what words are drawn from
-    ratio_clip: float = 0.2  # policy-gradient: how far a word's probability may move from where it was written; 0 = any
-    normalize: bool = True  # policy-gradient: a word earns the mean of the rewards after it, not their sum
-    baseline: bool = (
-        True  # policy-gradient: ... less what the other texts earn there, which changes nothing in expectation
+    local_steps: int = option(
+        0,
+        help="Steps of the fit of one layer's FFN.",
+        unit="steps",
+        example="400",
+        shown="600 where a heal follows, else 1200",
     )
-    peer: str = "obs+refit"  # mutual: how the second student is built, or the folder of a dense checkpoint
-    peer_lr: float = 0.0  # online, mutual: peak rate of the model that trains along; 0 = the student's
-    decay: float = 0.99  # ema: of the averaged weights, per step
-    views: int = 2  # multiview: whose mean prediction is the target
-    dropout: float = 0.1  # multiview: of the embeddings, different in every view
-    heads: int = 2  # mtp: for the tokens after the next one
-    head_weight: str = "0.3"  # mtp: of their loss, a number or SHAPE:FROM:TO
-    trunk: str = (
-        "0"  # mtp: share of the heads' gradient that reaches the student's own weights, a number or SHAPE:FROM:TO
+    local_lr: float = option(4e-3, help="Peak learning rate of that fit.", example="2e-3")
+    local_batch: int = option(512, help="Batch of that fit.", unit="tokens", example="1024")
+    layer_steps: int = option(
+        200,
+        help="Steps of the fit of a whole layer, attention and norms too. Builds that end with a heal leave it out.",
+        unit="steps",
+        example="100",
     )
-    keep_heads: bool = False  # mtp: beside the exported model as mtp_heads.safetensors
+    layer_lr: float = option(1e-3, help="Peak learning rate of the whole layer's fit.", example="5e-4")
+    layer_batch: int = option(2048, help="Batch of the whole layer's fit.", unit="tokens", example="4096")
+    sweeps: int = option(
+        1,
+        help="Passes over the layers. Each further one fits them again and reads the teacher once more for the same text.",
+        unit="passes",
+        example="2",
+    )
+    heal_epochs: float = option(
+        16.0,
+        help="Length of the end-to-end fit that closes the build (healing), in passes over the build's text.",
+        unit="passes",
+        example="4",
+    )
+    heal_lr: float = option(1e-3, help="Peak learning rate of the heal.", example="5e-4")
+    heal_batch: int = option(2048, help="Batch of the heal.", unit="tokens", example="4096")
+    heal_hints: float = option(
+        10.0,
+        help="Weight of the teacher's hidden states beside its distributions in the heal; 0 leaves them out.",
+        example="1",
+    )
+    hold_out: float = option(
+        0.06, help="Share of the build's blocks kept back to choose the best step of every fit.", example="0.1"
+    )
+    gram_tokens: int = option(
+        16_384,
+        help="Tokens of the Gram matrix from which neurons are chosen; 0 takes all.",
+        unit="tokens",
+        example="32k",
+        parse=parse_count,
+    )
+    score: str = option(
+        "acp",
+        help="By which score whole experts are chosen (methods concat and cluster).",
+        choices=("frequency", "cp", "acp", "do-acp", "reap"),
+        example="reap",
+    )
+    scale: str = option("1/K", help="How concatenated experts are scaled.", choices=("1/K", "alpha"), example="alpha")
+    prune: str = option(
+        "auto",
+        help="What goes when a narrower FFN alone is not enough: channels (width), layers (depth) or attention heads.",
+        choices=("auto", "width", "depth", "heads"),
+        example="depth",
+        shown="auto: channels",
+    )
+    depth: str = option(
+        "influence",
+        help="Which layers stay when some go: those that change the hidden state most, or evenly spaced ones.",
+        choices=("influence", "alternate"),
+        example="alternate",
+    )
+    host: str = option(
+        "",
+        help="Student card of the dense architecture, in place of the family's usual one; see `moe2dense list students`.",
+        example="llama",
+        shown="the family's usual one",
+    )
+    graft: bool = option(
+        False,
+        help="Put the build's FFNs into a pretrained dense --to wherever they bring it closer to the teacher.",
+    )
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What the report compares with, and what it lets the models write (moe2dense/conversion/report_stage.py)."""
+    """What the report compares with, and what it lets the models write."""
 
-    allow_loss: tuple[str, ...] = ()  # domains the student may lose: reported apart
-    baseline: tuple[str, ...] = ()  # dense checkpoints with the teacher's tokenizer, a row each
-    judge: str = ""  # a third checkpoint that scores what student and teacher wrote; never the teacher
-    samples: int = 4  # held-out prompts that student and teacher continue; 0 = none
-    prompt_tokens: int = 32
-    sample_tokens: int = 32  # of each continuation
-    sample_temperature: float = 0.0  # 0 = the likeliest token each time
-    teacher_read: str = "20GB"  # most a teacher that does not fit memory may read from disk to write its continuations
+    allow_loss: tuple[str, ...] = option(
+        (),
+        help="Domains of the held-out text that the student may lose; they are reported apart.",
+        example="code,drama",
+        shown="none",
+        parse=parse_names,
+    )
+    baseline: tuple[str, ...] = option(
+        (),
+        help="A dense checkpoint with the teacher's tokenizer to compare with; may be given several times.",
+        example="dense-sibling/",
+        shown="none",
+    )
+    judge: str = option(
+        "",
+        help="Folder of a third language model that scores what student and teacher write; never the teacher.",
+        example="other-model/",
+        shown="none",
+    )
+    samples: int = option(
+        4,
+        help="Held-out beginnings that student and teacher continue, side by side; 0 for none.",
+        unit="texts",
+        example="8",
+    )
+    prompt_tokens: int = option(32, help="Length of those beginnings.", unit="tokens", example="64")
+    sample_tokens: int = option(32, help="Length of the continuations.", unit="tokens", example="64")
+    sample_temperature: float = option(
+        0.0, help="How freely the continuations are drawn; 0 takes the likeliest token each time.", example="0.7"
+    )
+    teacher_read: str = option(
+        "20GB",
+        help="The most a teacher larger than memory may read from disk to write its continuations.",
+        unit="bytes",
+        example="50GB",
+    )
 
 
 @dataclass(frozen=True)
 class ExportConfig:
     """What the deployable checkpoint looks like."""
 
-    dtype: str = "bfloat16"
-    format: str = "hf"
-    quantize: str = ""
-    shard_size: str = "5GB"
+    dtype: str = option(
+        "bfloat16",
+        help="Number format of the exported weights.",
+        choices=("bfloat16", "float16", "float32"),
+        example="float16",
+    )
+    format: str = option(
+        "hf",
+        help="File layout: transformers and vLLM (hf) or llama.cpp (gguf).",
+        choices=("hf", "gguf"),
+        example="gguf",
+    )
+    quantize: str = option(
+        "",
+        help="Quantise the exported weights: int8 or int4 for hf, q8_0 for gguf.",
+        choices=("", "int8", "int4", "q8_0"),
+        example="int8",
+        shown="none",
+    )
+    shard_size: str = option("5GB", help="Largest weight file.", unit="bytes", example="2GB")
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """A whole run: `moe2dense convert TEACHER --to TARGET`, resolved and saved as out/moe2dense.toml."""
+    """A whole run: `moe2dense convert TEACHER --to TARGET`, resolved and saved as OUT/moe2dense.toml."""
 
-    model: str = ""  # the teacher, as given
-    to: str = ""
-    out: str = ""
-    seed: int = 0
-    control: bool = False
-    stages: str = ""  # sizes on the way, 47%,40%: each stage's student is the next one's teacher; "" = straight to `to`
+    model: str = option(
+        "",
+        help="The teacher: folder of a checkpoint, hub id (owner/name), or a known name from `moe2dense list teachers`.",
+        example="mixtral",
+        shown="required",
+        flag="TEACHER",
+    )
+    to: str = option(
+        "",
+        help="Size of the student: a number of parameters (7b), a share of the teacher (25%), a named target, or a dense "
+        "checkpoint to start from.",
+        example="7b",
+        shown="required",
+    )
+    out: str = option("", help="Folder of the run.", example="out/first", shown="./TEACHER-TARGET")
+    seed: int = option(0, help="Seed of everything random.", example="1", group="Training")
+    control: bool = option(
+        False,
+        help="Train a randomly initialised student of the same shape alike, to see what the build is worth. Doubles the time.",
+        group="Comparison",
+    )
+    stages: str = option(
+        "",
+        help="Sizes on the way, from large to small: each student is the teacher of the next.",
+        example="47%,40%",
+        shown="straight to --to",
+        group="Build",
+    )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     data: DataConfig = field(default_factory=DataConfig)
     write: WriteConfig = field(default_factory=WriteConfig)
@@ -197,6 +353,3 @@ class RunConfig:
     regime: RegimeConfig = field(default_factory=RegimeConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-
-
-DEFAULT_CORPUS = "HuggingFaceFW/fineweb-edu"

@@ -1,0 +1,187 @@
+"""The options of distillation, [train] and [regime], described once."""
+
+from dataclasses import dataclass
+
+from moe2dense.common.units import parse_count
+from moe2dense.config.options import option
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the student is distilled."""
+
+    tokens: int = option(
+        500_000,
+        help="How much text the teacher reads, each token once; the build reads the first part of it. 0 stops after the build. "
+        "More is better: the default is for a first look, 1b for quality.",
+        unit="tokens",
+        example="20m",
+        group="Essentials",
+        parse=parse_count,
+    )
+    epochs: float = option(
+        1.0, help="Passes over the training text. Repeats read no teacher.", unit="passes", example="5"
+    )
+    batch: int = option(2048, help="Batch of one optimiser step.", unit="tokens", example="8192")
+    micro_batch: int = option(8, help="How much of a batch passes the student at once.", unit="blocks", example="2")
+    lr: float = option(
+        0.0,
+        help="Peak learning rate.",
+        example="2e-4",
+        shown="by the hidden size: 1e-3 at 192, 1e-4 at 4096; three times that for --lora",
+    )
+    warmup: float = option(0.03, help="Share of the steps in which the learning rate rises.", example="0.1")
+    weight_decay: float = option(0.0, help="Decoupled weight decay of AdamW.", example="0.1")
+    clip: float = option(1.0, help="Largest norm of the gradient; longer ones are scaled down.", example="0.5")
+    loss: str = option(
+        "forward_kl", help="Distillation loss; `moe2dense list losses` explains each.", example="jsd:0.3"
+    )
+    temperature: float = option(
+        1.0,
+        help="Softens both distributions; the loss is multiplied by its square. `auto` chooses it by short trainings.",
+        example="2",
+    )
+    alpha: float = option(
+        0.0,
+        help="Weight of the text's own next token (hard labels); 1 - alpha weighs the teacher. Some papers mean the opposite.",
+        example="0.1",
+    )
+    targets: str = option(
+        "",
+        help="Folder of targets stored by `moe2dense targets`.",
+        example="targets/",
+        shown="computed by the run",
+    )
+    select: str = option(
+        "",
+        help="Train on the most useful blocks only: divergence:SHARE or coreset:SHARE; as many steps as on all.",
+        example="divergence:0.5",
+        shown="all of the text",
+    )
+    target_format: str = option(
+        "hidden",
+        help="What is stored of the teacher: its hidden states, or a sampled, top-k or full distribution.",
+        choices=("hidden", "sampled", "topk", "full"),
+        example="sampled",
+    )
+    save_every: int = option(50, help="How often a checkpoint is written.", unit="steps", example="200")
+    eval_every: int = option(50, help="How often held-out text is scored.", unit="steps", example="200")
+    gradient_checkpointing: bool = option(
+        False, help="Compute activations again in the backward pass: less memory, a third more time."
+    )
+    shard: bool = option(
+        False,
+        help="On several processes, spread weights and optimiser over them (FSDP2) instead of keeping copies (DDP).",
+    )
+    alpha_schedule: str = option(
+        "",
+        help="Let alpha change over the run: SHAPE:FROM:TO with constant, linear, cosine or step.",
+        example="linear:0.5:0",
+        shown="constant alpha",
+    )
+    temperature_schedule: str = option(
+        "",
+        help="Let the temperature change over the run, or `auto` to choose one by short trainings.",
+        example="linear:4:1",
+        shown="constant temperature",
+    )
+    features: str = option(
+        "auto",
+        help="What of the teacher's layers is matched too: KIND:LAYERS@WEIGHT joined with +; KIND is mse, cosine, attention, "
+        "relation or rkd, LAYERS uniform, even:K, last:K or 0=1,3=7. Empty for none.",
+        example="mse:uniform@0.1",
+        shown="auto: hidden states where student and teacher share a residual stream",
+    )
+    feature_weight: str = option(
+        "0.1", help="Weight of features without one of their own: a number or SHAPE:FROM:TO.", example="linear:1:0"
+    )
+    token_weights: str = option(
+        "",
+        help="Weigh each token by how the teacher routed it: router-entropy or expert-saliency.",
+        example="router-entropy",
+        shown="all tokens alike",
+    )
+    lora: int = option(
+        0,
+        help="Train low-rank adapters of this rank instead of all weights.",
+        unit="rank",
+        example="64",
+        shown="0: all weights",
+    )
+    dora: bool = option(False, help="Adapters of direction and magnitude (DoRA); needs --lora.")
+    report_to: str = option(
+        "none",
+        help="Where progress is logged beside metrics.jsonl: none, tensorboard, trackio or wandb.",
+        example="tensorboard",
+    )
+    regime: str = option(
+        "",
+        help="Who learns what from whom: on-policy, policy-gradient, online, mutual, ema, multiview or mtp; "
+        "options in [regime].",
+        example="on-policy",
+        shown="the teacher's distributions on fixed text",
+    )
+
+    @property
+    def wanted_features(self) -> str:
+        """The features that were asked for; "" where they are left to the run."""
+        return "" if self.features == "auto" else self.features
+
+
+@dataclass(frozen=True)
+class RegimeConfig:
+    """Options of train.regime; each regime reads its own."""
+
+    share: str = option(
+        "0.5",
+        help="on-policy: share of the steps on the student's own text. mutual, ema, multiview: their share of the target, the "
+        "rest is the teacher's. A number or SHAPE:FROM:TO.",
+        example="linear:0:1",
+    )
+    rollout_steps: int = option(
+        8, help="on-policy: steps whose text is written and scored in one go.", unit="steps", example="4"
+    )
+    prompt: float = option(0.25, help="on-policy: share of a block that is given.", example="0.5")
+    sample_temperature: float = option(1.0, help="on-policy: how freely the student draws.", example="0.8")
+    top_p: float = option(
+        1.0, help="on-policy: draw among the likeliest tokens that hold this much probability.", example="0.9"
+    )
+    generated_only: bool = option(
+        True, help="on-policy: learn from the student's own words alone, not from the prompt."
+    )
+    teacher_mix: float = option(
+        0.0, help="policy-gradient: share of the teacher in what words are drawn from.", example="0.2"
+    )
+    ratio_clip: float = option(
+        0.2,
+        help="policy-gradient: how far a word's probability may move from where it was written; 0 for any.",
+        example="0.1",
+    )
+    normalize: bool = option(
+        True, help="policy-gradient: a word earns the mean of the rewards after it, not their sum."
+    )
+    baseline: bool = option(
+        True, help="policy-gradient: less what the other texts earn there, which changes nothing in expectation."
+    )
+    peer: str = option(
+        "obs+refit",
+        help="mutual: how the second student is built, or the folder of a dense checkpoint.",
+        example="select+refit",
+    )
+    peer_lr: float = option(
+        0.0,
+        help="online, mutual: peak learning rate of the model that trains along.",
+        example="1e-4",
+        shown="the student's",
+    )
+    decay: float = option(0.99, help="ema: decay of the averaged weights, per step.", example="0.999")
+    views: int = option(2, help="multiview: views whose mean prediction is the target.", unit="views", example="4")
+    dropout: float = option(0.1, help="multiview: dropout of the embeddings, different in every view.", example="0.2")
+    heads: int = option(2, help="mtp: heads for the tokens after the next one.", unit="heads", example="3")
+    head_weight: str = option("0.3", help="mtp: weight of their loss, a number or SHAPE:FROM:TO.", example="0.1")
+    trunk: str = option(
+        "0",
+        help="mtp: share of the heads' gradient that reaches the student's own weights, a number or SHAPE:FROM:TO.",
+        example="0.5",
+    )
+    keep_heads: bool = option(False, help="mtp: keep the heads beside the exported model, as mtp_heads.safetensors.")
