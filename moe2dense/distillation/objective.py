@@ -10,7 +10,7 @@ from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.hidden_states import Tokens
 from moe2dense.losses.teacher_rows import TeacherRows
-from moe2dense.modeling.forward import final_hidden
+from moe2dense.modeling.forward import document_numbers, evaluation_mode, final_hidden
 from moe2dense.modeling.head import model_head
 from moe2dense.modeling.hooks import captured
 
@@ -66,7 +66,7 @@ def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) 
     counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask
     seen = torch.ones(*shape, shape[1], dtype=torch.bool, device=hidden.device).tril()
     if "position_ids" in inputs:
-        documents = (inputs["position_ids"] == 0).cumsum(1)
+        documents = document_numbers(inputs["position_ids"])
         seen &= documents[:, :, None] == documents[:, None, :]
     if "attention_mask" in inputs:
         seen &= inputs["attention_mask"][:, None, :].bool() | torch.eye(
@@ -81,9 +81,7 @@ def head_error(model: Any, inputs: dict[str, Tensor]) -> float:
 
     Not small when an architecture changes its logits in a way that `modeling/head.py` does not know.
     """
-    training = model.training
-    model.eval()
-    own = model(**inputs, use_cache=False).logits.float()
-    ours = model_head(model).logits(final_hidden(model, inputs)).float()
-    model.train(training)
+    with evaluation_mode(model):
+        own = model(**inputs, use_cache=False).logits.float()
+        ours = model_head(model).logits(final_hidden(model, inputs)).float()
     return float((own - ours).abs().max() / own.std().clamp(min=1e-12))

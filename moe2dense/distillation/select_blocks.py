@@ -16,7 +16,7 @@ from torch.nn.functional import normalize
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
-from moe2dense.modeling.forward import final_hidden, model_inputs
+from moe2dense.modeling.forward import evaluation_mode, final_hidden, model_inputs
 from moe2dense.modeling.head import model_head
 
 # N blocks, S block length, H teacher hidden
@@ -52,13 +52,13 @@ def parse_selection(text: str) -> Selection | None:
 @torch.no_grad()
 def block_divergence(model: Any, targets: Any, blocks: Blocks, batch: int = 8) -> Tensor:
     """Mean forward KL from teacher to student of every block [N], at the targets' temperature, over the positions that count."""
-    device, training = next(model.parameters()).device, model.training
-    model.eval()
+    device = next(model.parameters()).device
     found = torch.zeros(len(blocks))
     mask = blocks.loss_mask()
     for start in range(0, len(blocks), batch):
         rows = list(range(start, min(start + batch, len(blocks))))
-        hidden = final_hidden(model, model_inputs(blocks[rows], device)).flatten(0, 1)
+        with evaluation_mode(model):
+            hidden = final_hidden(model, model_inputs(blocks[rows], device)).flatten(0, 1)
         teacher = targets.batch(rows).to(device)
         length = mask.shape[1]
         for k, row in enumerate(rows):
@@ -68,7 +68,6 @@ def block_divergence(model: Any, targets: Any, blocks: Blocks, batch: int = 8) -
                 part = teacher.select(kept)
                 loss = distillation_loss(hidden[kept], model_head(model), part, temperature=softness)
                 found[row] = loss.kd / softness**2
-    model.train(training)
     return found
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
 from moe2dense.evaluation import token_metrics as metrics
-from moe2dense.modeling.forward import last_hidden, model_inputs
+from moe2dense.modeling.forward import evaluation_mode, final_hidden, model_inputs
 from moe2dense.modeling.head import output_head
 
 
@@ -35,12 +35,9 @@ def reference(model: Any, blocks: Any, batch: int = 8) -> Reference:
 
 
 def _hidden(model: Any, blocks: Any, batch: int, device: Any) -> Tensor:
-    was_training = model.training
-    model.eval()
-    parts = [
-        last_hidden(model, model_inputs(blocks[i : i + batch], device)).cpu() for i in range(0, len(blocks), batch)
-    ]
-    model.train(was_training)
+    starts = range(0, len(blocks), batch)
+    with evaluation_mode(model):
+        parts = [final_hidden(model, model_inputs(blocks[i : i + batch], device)).cpu() for i in starts]
     return torch.cat(parts)
 
 

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
 from moe2dense.exporting.gptq import Rounded, round_weight
+from moe2dense.modeling.forward import evaluation_mode
 
 # N blocks, S block length, V vocabulary, I inputs of a linear layer
 
@@ -107,13 +108,11 @@ def input_grams(
         return add
 
     handles = [m.register_forward_pre_hook(hook(name)) for name, m in layers.items()]
-    training = model.training
-    model.eval()
     try:
-        for ids in text.split(batch):
-            model(input_ids=ids.to(model.device), use_cache=False)
+        with evaluation_mode(model):
+            for ids in text.split(batch):
+                model(input_ids=ids.to(model.device), use_cache=False)
     finally:
-        model.train(training)
         for handle in handles:
             handle.remove()
     return {name: gram / text.numel() for name, gram in grams.items()}
@@ -180,14 +179,10 @@ def load(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
 @torch.no_grad()
 def divergence(student: PreTrainedModel, other: PreTrainedModel, text: Tensor) -> float:
     """Mean KL(student || other) over the tokens of text [N, S], nats per token; one block at a time, fp32."""
-    training = student.training
-    student.eval()
     total = 0.0
-    try:
+    with evaluation_mode(student):
         for ids in text.to(student.device).split(1):
             p = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             q = other(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
             total += (p.exp() * (p - q)).sum().item()
-    finally:
-        student.train(training)
     return max(total / text.numel(), 0.0)

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError
+from moe2dense.modeling.forward import evaluation_mode
 from moe2dense.modeling.load import quiet
 
 # Parameter names by which a mixture of experts is recognised.
@@ -101,14 +102,10 @@ def compare_forward(loaded: PreTrainedModel, student: PreTrainedModel, tolerance
     length = min(33, getattr(config, "max_position_embeddings", 33) or 33)
     seeded = torch.Generator().manual_seed(0)
     ids = torch.randint(0, config.vocab_size, (2, length), generator=seeded).to(loaded.device)
-    training = student.training
-    student.eval()
-    try:
+    with evaluation_mode(student):
         want = torch.func.functional_call(
             student, loaded.state_dict(), kwargs={"input_ids": ids, "use_cache": False}, tie_weights=False
         )
-    finally:
-        student.train(training)
     got = loaded(input_ids=ids, use_cache=False).logits.float()
     want = want.logits.float()
     worst = (want - got).abs().max().item()

@@ -10,7 +10,10 @@ from moe2dense.common.seeds import uniforms
 from moe2dense.generation.mixed_sampling import Draws
 from moe2dense.generation.sampling import Sampling, choose
 from moe2dense.losses.tiled import compute_dtype
+from moe2dense.modeling.decoder import decoder_of
+from moe2dense.modeling.forward import evaluation_mode
 from moe2dense.modeling.head import model_head
+from moe2dense.modeling.internals import cache_arguments, cache_of
 
 # N blocks, S block length, P prompt length, H hidden, V vocabulary
 ROWS = 64  # continued at a time
@@ -21,7 +24,7 @@ class ResidentDecoder:
 
     def __init__(self, model: Any, prompts: Tensor):
         """prompts [N, P]."""
-        self.whole = model.get_base_model() if hasattr(model, "peft_config") else model
+        self.decoder = decoder_of(model)
         self.head, self.prompts, self.cache = model_head(model), prompts, None
 
     def prefill(self) -> Tensor:
@@ -34,10 +37,9 @@ class ResidentDecoder:
 
     @torch.no_grad()
     def _logits(self, fresh: Tensor) -> Tensor:
-        out = self.whole.base_model(
-            input_ids=fresh.to(self.head.weight.device), past_key_values=self.cache, use_cache=True
-        )
-        self.cache = out.past_key_values
+        caching = cache_arguments(self.decoder, self.cache)
+        out = self.decoder(input_ids=fresh.to(self.head.weight.device), use_cache=True, **caching)
+        self.cache = cache_of(out)
         logits = self.head.logits(out.last_hidden_state[:, -1])
         return logits.to(compute_dtype(logits.dtype))
 
@@ -59,15 +61,13 @@ def continued(
     document. Dropout is off. Keys and values of at most `at_once` rows are held, and those rows end together: when each has
     written an id of `stop`, what follows is left as it was. `draws` chooses the words in place of `sampling` and notes their odds.
     """
-    training = model.training
-    model.eval()
-    parts = [
-        _continue(
-            model, input_ids[a : a + at_once], prompt, sampling, numbers[a : a + at_once], stop, draws and draws.of(a)
-        )
-        for a in range(0, len(input_ids), at_once)
-    ]
-    model.train(training)
+    with evaluation_mode(model):
+        parts = [
+            _continue(
+                model, input_ids[a : a + at_once], prompt, sampling, numbers[a : a + at_once], stop, draws and draws.of(a)
+            )
+            for a in range(0, len(input_ids), at_once)
+        ]
     return torch.cat(parts) if parts else input_ids.clone()
 
 

@@ -1,24 +1,35 @@
-"""Run a model's body: inputs from blocks, positions of packed documents, final hidden states."""
+"""Run a model's decoder: inputs made from blocks, positions of packed documents, final hidden states."""
 
-from typing import Any
+import contextlib
+from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+from moe2dense.data.blocks import Blocks
+from moe2dense.modeling.decoder import decoder_of
+
+# N blocks, S block length, H hidden size
 
 
-def final_hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """The normed hidden states [N, S, H] that the head of a causal language model reads; logits are not computed."""
-    whole = model.get_base_model() if hasattr(model, "peft_config") else model
-    return whole.base_model(**inputs, use_cache=False).last_hidden_state
+def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the normed hidden states [N, S, H] that the head of a causal language model reads; compute no logits."""
+    return decoder_of(model)(**inputs, use_cache=False).last_hidden_state
 
 
-def last_hidden(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Final normed hidden states [N, S, H] of a transformers causal LM."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch dropout and the like off within the context, and back to what they were after it."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
-def model_inputs(blocks: Any, device: Any = "cpu") -> dict[str, Tensor]:
-    """Keyword arguments for a transformers model: positions restart at each document, which also parts their attention."""
+def model_inputs(blocks: Blocks, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """Return keyword arguments for a transformers model; positions restart at each document, which also parts attention."""
     inputs = {"input_ids": blocks.input_ids.to(device)}
     mask, documents = blocks.attention_mask, blocks.document_ids
     if documents is not None:
@@ -31,8 +42,13 @@ def model_inputs(blocks: Any, device: Any = "cpu") -> dict[str, Tensor]:
 
 
 def document_positions(document_ids: Tensor) -> Tensor:
-    """[N, S] document ids -> [N, S] positions that restart at 0 where the document changes."""
+    """Return positions [N, S] that restart at 0 wherever the document id [N, S] changes."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(1).values
+
+
+def document_numbers(position_ids: Tensor) -> Tensor:
+    """Return the document [N, S] that each position [N, S] belongs to, counted from 1: one begins wherever the position is 0."""
+    return (position_ids == 0).cumsum(1)

@@ -1,6 +1,6 @@
 """What a feature loss reads of a model, taken through hooks on the layers asked for.
 
-A feature is named by what it is and its layer: `hidden-3` is the residual stream after layer 3 (counted from 0), [n, H];
+A feature is named by its kind and its layer: `hidden-3` is the residual stream after layer 3 (counted from 0), [n, H];
 `maps-3` its attention probabilities, a row [h, S] for each token, [n, h, S]; `query-3`, `key-3` and `value-3` the projections
 of its attention before rotary positions, [n, D].
 """
@@ -10,52 +10,51 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
+from moe2dense.modeling.decoder import decoder_layers
+from moe2dense.modeling.kinds import without_adapters
 
-# N blocks, S block length, n = N S tokens, h heads
+# N blocks, S block length, n = N S tokens, h heads, H hidden size, D width of a projection
 
-KINDS = ("hidden", "maps", "query", "key", "value")
-_ATTENTION = ("self_attn", "attention", "self_attention", "attn")
+FEATURE_KINDS = ("hidden", "maps", "query", "key", "value")
+_ATTENTION_NAMES = ("self_attn", "attention", "self_attention", "attn")
 _PROJECTIONS = {"query": "q_proj", "key": "k_proj", "value": "v_proj"}
 
 
 def feature_name(name: str | int) -> str:
-    """`hidden-3` for 3; a whole name as it is. Raises UserError for anything else."""
+    """Return `hidden-3` for 3, and a full name as it is. Raises UserError for anything else."""
     kind, _, layer = (f"hidden-{name}" if isinstance(name, int) else name).partition("-")
-    if kind not in KINDS or not layer.isdigit():
-        raise UserError(f"feature {name!r} must be KIND-LAYER with a kind of {', '.join(KINDS)}, such as hidden-3")
+    if kind not in FEATURE_KINDS or not layer.isdigit():
+        raise UserError(
+            f"feature {name!r} must be KIND-LAYER with a kind of {', '.join(FEATURE_KINDS)}, such as hidden-3"
+        )
     return f"{kind}-{int(layer)}"
 
 
 def split_name(name: str) -> tuple[str, int]:
-    """`hidden-3` -> ("hidden", 3)."""
+    """Return ("hidden", 3) for `hidden-3`."""
     kind, _, layer = name.partition("-")
     return kind, int(layer)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a causal language model, in order."""
-    whole = model.get_base_model() if hasattr(model, "peft_config") else model
-    count = whole.config.get_text_config().num_hidden_layers
-    return next(m for m in whole.base_model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
-
-
-def attention_of(layer: nn.Module, index: int) -> Any:
-    """The attention of a decoder layer. Raises UserError where it has none."""
-    found = next((m for n in _ATTENTION if (m := getattr(layer, n, None)) is not None), None)
-    if found is None:
+def attention_of(layer: nn.Module, index: int) -> nn.Module:
+    """Return the attention module of a decoder layer. Raises UserError where it has none."""
+    attention = next((m for n in _ATTENTION_NAMES if (m := getattr(layer, n, None)) is not None), None)
+    if attention is None:
         raise UserError(f"features: layer {index} ({type(layer).__name__}) has no attention to learn from")
-    return found
+    return attention
 
 
-def first(output: Any) -> Tensor:
-    """The tensor of a module's output."""
+def first_tensor(output: Any) -> Tensor:
+    """Return the tensor of a module's output, the first where it returns several."""
     return output[0] if isinstance(output, tuple) else output
 
 
-def hook_attention(layer: nn.Module, name: str, keep: Callable[[str, Tensor], None]) -> Any:
-    """Calls keep(name, value [n, ...]) whenever this layer's attention makes the feature; returns the hook's handle.
+def hook_attention(layer: nn.Module, name: str, keep: Callable[[str, Tensor], None]) -> RemovableHandle:
+    """Call keep(name, value [n, ...]) whenever this layer's attention computes the feature; return the hook's handle.
 
     Raises UserError where the attention has no such projection (fused or compressed ones).
     """
@@ -63,11 +62,11 @@ def hook_attention(layer: nn.Module, name: str, keep: Callable[[str, Tensor], No
     attention = attention_of(layer, index)
     if kind == "maps":
 
-        def rows(_module: Any, _inputs: Any, output: Any) -> None:
+        def keep_rows(_module: nn.Module, _inputs: Any, output: Any) -> None:
             if isinstance(output, tuple) and len(output) > 1 and output[1] is not None:
                 keep(name, output[1].transpose(1, 2).flatten(0, 1))
 
-        return attention.register_forward_hook(rows)
+        return attention.register_forward_hook(keep_rows)
     projection = getattr(attention, _PROJECTIONS[kind], None)
     if projection is None:
         raise UserError(
@@ -78,8 +77,8 @@ def hook_attention(layer: nn.Module, name: str, keep: Callable[[str, Tensor], No
 
 
 @contextlib.contextmanager
-def eager_attention(config: Any, names: Iterable[str]) -> Iterator[None]:
-    """Where attention maps are asked for: attention that returns them, which other implementations do not."""
+def eager_attention(config: PreTrainedConfig, names: Iterable[str]) -> Iterator[None]:
+    """Use eager attention within the context where attention maps are asked for: no other implementation returns them."""
     config = config.get_text_config()
     before = config._attn_implementation
     if any(n.startswith("maps-") for n in names):
@@ -91,30 +90,29 @@ def eager_attention(config: Any, names: Iterable[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def captured(model: Any, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Fills a dict with the features asked for while the model runs; other layers are left alone.
+def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Fill a dict with the features asked for while the model runs; other layers are left alone.
 
     Raises UserError for a feature that the model does not give.
     """
-    found: dict[str, Tensor] = {}
+    features: dict[str, Tensor] = {}
     if not names:
-        yield found
+        yield features
         return
-    whole = model.get_base_model() if hasattr(model, "peft_config") else model
-    layers = decoder_layers(model)
+    causal, layers = without_adapters(model), decoder_layers(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(eager_attention(whole.config, names))
+        stack.enter_context(eager_attention(causal.config, names))
         for name in names:
             kind, index = split_name(name)
             if kind == "hidden":
 
-                def hidden(_module: Any, _inputs: Any, output: Any, name: str = name) -> None:
-                    found[name] = first(output).flatten(0, 1)
+                def keep_hidden(_module: nn.Module, _inputs: Any, output: Any, name: str = name) -> None:
+                    features[name] = first_tensor(output).flatten(0, 1)
 
-                handle = layers[index].register_forward_hook(hidden)
+                handle = layers[index].register_forward_hook(keep_hidden)
             else:
-                handle = hook_attention(layers[index], name, found.__setitem__)
+                handle = hook_attention(layers[index], name, features.__setitem__)
             stack.callback(handle.remove)
-        yield found
-    if missing := [n for n in names if n not in found]:
-        raise UserError(f"features: {type(whole).__name__} gives no {missing[0]}")
+        yield features
+    if missing := [n for n in names if n not in features]:
+        raise UserError(f"features: {type(causal).__name__} gives no {missing[0]}")

@@ -3,6 +3,8 @@ layer by layer, and putting our own code where its experts are. tests/teacher/te
 """
 
 import copy
+import functools
+import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -12,7 +14,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
@@ -21,6 +23,7 @@ from transformers.core_model_loading import (
     apply_renamings,
     rename_source_key,
 )
+from transformers.utils.generic import ModelOutput
 
 from moe2dense.errors import UserError
 from moe2dense.weights import bitsandbytes
@@ -217,16 +220,34 @@ def run_body(
     with forwards({module: stand_in(i) for i, module in enumerate(body.layers)}):
         out = body(
             inputs_embeds=embeddings, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=cache, use_cache=cache is not None,
+            use_cache=cache is not None, **cache_arguments(body, cache),
         )  # fmt: skip
     return out.last_hidden_state
 
 
-def new_cache(config: Any) -> Any:
-    """An empty cache of keys and values (or states), as the family's own forward makes it."""
-    from transformers import DynamicCache
-
+def new_cache(config: PreTrainedConfig) -> DynamicCache:
+    """Return an empty cache of keys and values (or states), as the family's own forward builds it."""
     return DynamicCache(config=config)
+
+
+def cache_arguments(body: nn.Module, cache: Cache | None) -> dict[str, Cache]:
+    """Return the keyword argument that hands `cache` to a decoder; none without a cache.
+
+    transformers calls it `cache`; it was `past_key_values` before, and still is in models that bring their own code.
+    """
+    if cache is None:
+        return {}
+    return {_cache_argument(type(body)): cache}
+
+
+@functools.cache
+def _cache_argument(kind: type[nn.Module]) -> str:
+    return "cache" if "cache" in inspect.signature(kind.forward).parameters else "past_key_values"
+
+
+def cache_of(output: ModelOutput) -> Cache:
+    """Return the cache in a decoder's output, whatever the installed transformers calls it."""
+    return output["cache" if "cache" in output else "past_key_values"]
 
 
 def embed(body: Any, rows: Tensor, ids: Tensor) -> Tensor:

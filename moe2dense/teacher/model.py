@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
+from moe2dense.modeling.forward import document_positions
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.check import check_coverage, check_quantization
@@ -173,14 +174,11 @@ def masks(
         return (None if attention_mask is None else attention_mask.long()), None
     documents = document_ids.clone()
     documents[~real] = documents.min() - 1  # padding becomes a document of its own
-    begins = torch.ones_like(documents, dtype=torch.bool)
-    begins[:, 1:] = documents[:, 1:] != documents[:, :-1]
     if teacher.card is not None and not teacher.card.packing:
         raise UserError(
             f"document_ids: {teacher.card.title} carries state across document borders; give one document per block"
         )
-    at = torch.arange(ids.shape[1]).expand_as(documents)
-    return None, at - torch.where(begins, at, 0).cummax(1).values
+    return None, document_positions(documents)
 
 
 def _one_document(documents: Tensor, real: Tensor) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.modeling import internals
+from moe2dense.modeling.forward import document_numbers
 from moe2dense.teacher.backends import ExpertRuntime, run_experts
 from moe2dense.teacher.buffers import Arena
 from moe2dense.teacher.layer_pass import LayerPass
@@ -242,7 +243,7 @@ class Stream:
 
 def _keep_documents_apart(calls: list[dict[str, Any]], positions: Tensor) -> None:
     """Close the masks across documents, which start at position 0: not every family's own masks do. [n, 1, S, S]"""
-    documents = (positions == 0).cumsum(1)
+    documents = document_numbers(positions)
     same = (documents[:, :, None] == documents[:, None, :])[:, None]
     length = positions.shape[1]
     causal = (

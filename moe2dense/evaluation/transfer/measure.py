@@ -17,7 +17,8 @@ from moe2dense.evaluation.scores import Scores
 from moe2dense.evaluation.transfer import coverage as cov
 from moe2dense.evaluation.transfer.observer import LayerWatch, TransferObserver
 from moe2dense.evaluation.transfer.rollup import layer_rollup, model_rollup, provenance_columns, ranking
-from moe2dense.evaluation.transfer.student_side import StudentLayer, decoder_layers, ffn_input, residual_streams
+from moe2dense.evaluation.transfer.student_side import StudentLayer, ffn_input, residual_streams
+from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.teacher.experts import ExpertWeights
 
 # T tokens, N blocks, E experts, K top_k, H hidden, F expert width, M student FFN width

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe2dense.modeling.forward import model_inputs
+from moe2dense.modeling.decoder import decoder_layers
+from moe2dense.modeling.forward import final_hidden, model_inputs
 
 # n tokens, H hidden, M student FFN width, D tokens followed through the depth
 
@@ -76,11 +77,6 @@ def ffn_input(layer: Any, student: nn.Module) -> tuple[Tensor, nn.Module | None]
     return (residual, own) if isinstance(own, nn.Module) else (layer.x, None)
 
 
-def decoder_layers(model: Any) -> nn.ModuleList:
-    """The decoder layers of a transformers causal LM."""
-    return model.get_decoder().layers
-
-
 @torch.no_grad()
 def residual_streams(model: Any, blocks: Any, positions: Tensor) -> list[Tensor]:
     """The residual stream after each layer at `positions` of every block: L tensors [N * P, H]."""
@@ -88,7 +84,7 @@ def residual_streams(model: Any, blocks: Any, positions: Tensor) -> list[Tensor]
     with _watched(
         decoder_layers(model), lambda out: streams.append(out[:, positions.to(out.device)].flatten(0, 1).float().cpu())
     ):
-        model.base_model(**model_inputs(blocks, next(model.parameters()).device), use_cache=False)
+        final_hidden(model, model_inputs(blocks, next(model.parameters()).device))
     return streams
 
 
