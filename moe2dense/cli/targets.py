@@ -57,7 +57,7 @@ def targets(
     from moe2dense.common.progress import progress_for
     from moe2dense.common.units import parse_count
     from moe2dense.distillation.targets.store import write_targets
-    from moe2dense.losses.feature_match import teacher_features
+    from moe2dense.losses.feature_spec import teacher_features
 
     _check(out, format, temperature, analyze)
     count = parse_count(tokens, "--tokens")

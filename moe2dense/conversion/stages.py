@@ -132,7 +132,7 @@ def training_targets(job: Job) -> Any:
     from moe2dense.distillation.regimes.registry import brings_targets
     from moe2dense.distillation.targets.mixture import MixedTargets
     from moe2dense.distillation.targets.store import open_targets, write_targets
-    from moe2dense.losses.feature_match import teacher_features
+    from moe2dense.losses.feature_spec import teacher_features
 
     settings = job.settings.train
     if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):

@@ -1,15 +1,17 @@
-"""Attention transfer: the student's attention maps learn the teacher's (TinyBERT, 1909.10351; as KL, MiniLM, 2002.10957)."""
+"""Match attention maps: the student's learn the teacher's (TinyBERT, 1909.10351; as KL, MiniLM, 2002.10957)."""
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from moe2dense.errors import UserError
+from moe2dense.losses.feature_spec import layer_pairs
+from moe2dense.losses.hidden_states import Tokens
 
-# N blocks, n = N S tokens, hs and ht heads, S block length
+# n tokens, hs and ht heads, S block length
 
 
 def group_heads(maps: Tensor, heads: int) -> Tensor:
-    """Attention maps [n, h, ...] of neighbouring heads averaged into `heads` of them. Raises UserError if h is no multiple."""
+    """Average attention maps [n, h, ...] of neighbouring heads into `heads` of them. Raises UserError if h is no multiple."""
     if maps.shape[1] % heads:
         raise UserError(
             f"attention transfer: {maps.shape[1]} heads cannot be grouped into {heads}; one must divide the other"
@@ -18,7 +20,7 @@ def group_heads(maps: Tensor, heads: int) -> Tensor:
 
 
 def token_attention(student: Tensor, teacher: Tensor) -> Tensor:
-    """[n]: mean over heads of KL(teacher || student) between the rows of attention maps, [n, hs, S] and [n, ht, S].
+    """Return [n]: mean over heads of KL(teacher || student) between the rows of attention maps, [n, hs, S] and [n, ht, S].
 
     Heads are grouped to the smaller of the two numbers.
     """
@@ -28,10 +30,15 @@ def token_attention(student: Tensor, teacher: Tensor) -> Tensor:
     return (torch.xlogy(t, t) - t * s.clamp(min=torch.finfo(s.dtype).tiny).log()).sum(-1).mean(1)
 
 
-def attention_transfer(student: Tensor, teacher: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Mean over heads and counted rows of KL(teacher || student) between attention maps [N, h, S, S] of probabilities.
+class AttentionMatch(nn.Module):
+    """The loss between the attention maps of chosen layers; student and teacher: (layers, hidden size)."""
 
-    mask [N, S] bool: the rows (queries) that count.
-    """
-    found = token_attention(*(x.transpose(1, 2).flatten(0, 1) for x in (student, teacher)))
-    return found.mean() if mask is None else found[mask.flatten()].sum() / mask.sum().clamp(min=1)
+    def __init__(self, layer_map: str, kind: str, student: tuple[int, int], teacher: tuple[int, int], heads: int):
+        super().__init__()
+        self.pairs = layer_pairs(layer_map, student[0], teacher[0])
+
+    def forward(self, student: dict[str, Tensor], teacher: dict[str, Tensor], tokens: Tokens) -> Tensor:
+        """Return the mean over layer pairs of the tokens' weighted sum; maps [n, h, S] by name."""
+        parts = [token_attention(student[f"maps-{s}"], teacher[f"maps-{t}"]) for s, t in self.pairs]
+        # a masked row may be NaN, where softmax saw nothing
+        return torch.stack([torch.where(tokens.weights > 0, p, 0.0) @ tokens.weights for p in parts]).mean()

@@ -10,7 +10,7 @@ from moe2dense.cli.list import LOSSES, METHODS
 from moe2dense.config.toml import read_toml
 from moe2dense.conversion.checks import check_settings
 from moe2dense.conversion.configure import configure
-from moe2dense.losses.divergences import NAMES
+from moe2dense.losses.registry import DIVERGENCES
 from moe2dense.student.ffn.methods import BASES
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.toml"))
@@ -45,5 +45,5 @@ def test_recipes_run(recipe, tiny, tmp_path):
 
 
 def test_what_is_listed_is_what_there_is():
-    assert set(LOSSES) == set(NAMES)
+    assert set(LOSSES) == set(DIVERGENCES)
     assert set(METHODS) == {"layerwise", *BASES}

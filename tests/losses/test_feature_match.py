@@ -8,8 +8,10 @@ import torch
 from transformers import MistralConfig, MistralForCausalLM
 
 from moe2dense.errors import UserError
-from moe2dense.losses.feature_match import FeatureMatch, feature_weights, parse_features, teacher_features
+from moe2dense.losses.feature_match import FeatureMatch
+from moe2dense.losses.feature_spec import feature_weights, parse_features, teacher_features
 from moe2dense.losses.hidden_states import Tokens
+from moe2dense.losses.relations import rkd_angle, rkd_distance
 from moe2dense.modeling.hooks import captured, feature_name
 
 SIZES = dict(vocab_size=61, intermediate_size=16, max_position_embeddings=32)
@@ -51,16 +53,16 @@ def test_captured_features_are_the_models_own(models):
     _, teacher = models
     own = teacher(IDS, output_hidden_states=True)
     before, hooks = teacher.config._attn_implementation, [len(m._forward_hooks) for m in teacher.modules()]
-    with captured(teacher, ("hidden-1", "maps-2", "query-0", "value-3")) as found:
+    with captured(teacher, ("hidden-1", "maps-2", "query-0", "value-3")) as features:
         teacher.model(IDS)
     assert teacher.config._attn_implementation == before
     assert [len(m._forward_hooks) for m in teacher.modules()] == hooks
-    torch.testing.assert_close(found["hidden-1"], own.hidden_states[2].flatten(0, 1))
-    assert found["maps-2"].shape == (27, 6, 9) and found["value-3"].shape == (27, 12)
-    torch.testing.assert_close(found["maps-2"].sum(-1), torch.ones(27, 6).double())
+    torch.testing.assert_close(features["hidden-1"], own.hidden_states[2].flatten(0, 1))
+    assert features["maps-2"].shape == (27, 6, 9) and features["value-3"].shape == (27, 12)
+    torch.testing.assert_close(features["maps-2"].sum(-1), torch.ones(27, 6).double())
     layer = teacher.model.layers[0]
     query = layer.self_attn.q_proj(layer.input_layernorm(teacher.model.embed_tokens(IDS)))
-    torch.testing.assert_close(found["query-0"], query.flatten(0, 1))
+    torch.testing.assert_close(features["query-0"], query.flatten(0, 1))
     assert feature_name(3) == "hidden-3"
     for wrong in ("hidden", "maps-x", "logits-2"):
         with pytest.raises(UserError, match="must be KIND-LAYER"):
@@ -100,8 +102,6 @@ def test_relations_against_loops(models):
 
 @pytest.mark.parametrize("kind", ["rkd", "rkd-distance", "rkd-angle"])
 def test_rkd_within_each_block(models, kind):
-    from moe2dense.losses.relations import rkd_angle, rkd_distance
-
     counted = torch.ones(3, 9, dtype=torch.bool)
     counted[1, 2:] = False  # too few for a triangle
     counted[2, :4] = False
@@ -129,7 +129,7 @@ def test_terms_add_up_with_their_weights(models):
 
 def test_what_is_written_is_what_is_read():
     terms = parse_features("mse:uniform@0.1+attention:last:2@linear:1:0+rkd")
-    assert [(f.kind, f.spec, f.weight) for f in terms] == [
+    assert [(f.kind, f.layer_map, f.weight) for f in terms] == [
         ("mse", "uniform", "0.1"), ("attention", "last:2", "linear:1:0"), ("rkd", "uniform", "")
     ]  # fmt: skip
     assert feature_weights("mse+attention@linear:1:0", "0.5", 10, 11) == (0.5, 0.0)

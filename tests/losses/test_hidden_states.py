@@ -1,12 +1,15 @@
+"""Each feature loss against loops or by hand in float64, and layer maps."""
+
 import itertools
 
 import pytest
 import torch
 
 from moe2dense.errors import UserError
-from moe2dense.losses.attention import attention_transfer, group_heads
-from moe2dense.losses.hidden_states import HiddenMatch, Tokens, layer_pairs, make_projector, token_cosine, token_mse
-from moe2dense.losses.relations import minilm_relation, rkd_angle, rkd_distance
+from moe2dense.losses.attention import group_heads, token_attention
+from moe2dense.losses.feature_spec import layer_pairs
+from moe2dense.losses.hidden_states import HiddenMatch, Tokens, make_projector, token_cosine, token_mse
+from moe2dense.losses.relations import rkd_angle, rkd_distance, token_relation
 
 DOUBLE = torch.float64
 
@@ -48,15 +51,15 @@ def test_projectors_start_orthogonal_or_are_nothing():
 def test_hidden_match_is_the_mean_over_pairs_of_counted_tokens(kind):
     match = HiddenMatch("0=1,1=3", kind, (2, 6), (4, 9)).double()
     student, teacher = ({f"hidden-{i}": normal(7, d) for i in range(n)} for n, d in ((2, 6), (4, 9)))
-    kept = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
+    counted = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
     student["hidden-0"][2] = float("nan")
-    found = match(student, teacher, Tokens(kept.double() / 5, torch.empty(0)))
+    value = match(student, teacher, Tokens(counted.double() / 5, torch.empty(0)))
     measure = token_mse if kind == "mse" else token_cosine
     parts = [
-        measure(match.projectors[i](student[f"hidden-{s}"][kept]), teacher[f"hidden-{t}"][kept]).mean()
+        measure(match.projectors[i](student[f"hidden-{s}"][counted]), teacher[f"hidden-{t}"][counted]).mean()
         for i, (s, t) in enumerate([(0, 1), (1, 3)])
     ]
-    torch.testing.assert_close(found, sum(parts) / 2)
+    torch.testing.assert_close(value, sum(parts) / 2)
     assert match(student, teacher, Tokens(torch.zeros(7, dtype=DOUBLE), torch.empty(0))).item() == 0
 
 
@@ -72,27 +75,27 @@ def test_a_learned_map_finds_the_right_layer():
     assert match.mixture.softmax(-1)[0, 1] > 0.95
 
 
-def test_attention_transfer_against_loops():
+def test_attention_of_each_token_against_loops():
     student, teacher = normal(2, 2, 5, 5), normal(2, 6, 5, 5)
     causal = torch.ones(5, 5).tril().bool()
     student, teacher = (x.masked_fill(~causal, -torch.inf).softmax(-1) for x in (student, teacher))
-    mask = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]]).bool()
-    total, count = 0.0, 0
-    for n, h, i in itertools.product(range(2), range(2), range(5)):
-        if mask[n, i]:
+    by_token = [x.transpose(1, 2).flatten(0, 1) for x in (student, teacher)]
+    values = token_attention(*by_token).view(2, 5)
+    for n, i in itertools.product(range(2), range(5)):
+        total = 0.0
+        for h in range(2):
             t = teacher[n, 3 * h : 3 * h + 3, i].mean(0)[: i + 1]
             total += (t * (t / student[n, h, i, : i + 1]).log()).sum()
-            count += 1
-    torch.testing.assert_close(attention_transfer(student, teacher, mask), total / count)
-    assert attention_transfer(teacher, teacher).abs() < 1e-12
+        torch.testing.assert_close(values[n, i], total / 2)
+    assert token_attention(by_token[1], by_token[1]).abs().max() < 1e-12
     with pytest.raises(UserError, match="cannot be grouped"):
         group_heads(teacher, 4)
 
 
-def test_minilm_relation_against_loops():
+def test_relations_of_each_token_against_loops():
     student, teacher = normal(2, 5, 8).requires_grad_(), normal(2, 5, 12)
     mask = torch.tensor([[1, 1, 1, 0, 1], [0, 1, 1, 1, 1]]).bool()
-    total, count = 0.0, 0
+    total, count = torch.zeros((), dtype=DOUBLE), 0
     for n, r, i in itertools.product(range(2), range(4), range(5)):
         if not mask[n, i]:
             continue
@@ -101,11 +104,12 @@ def test_minilm_relation_against_loops():
         q, p = (s[seen] @ s[i] / 2**0.5).softmax(-1), (t[seen] @ t[i] / 3**0.5).softmax(-1)
         total = total + (p * (p / q).log()).sum()
         count += 1
-    found = minilm_relation(student, teacher, 4, mask)
-    torch.testing.assert_close(found, total / count)
-    for a, b in zip(*(torch.autograd.grad(x, student) for x in (found, total / count)), strict=True):
+    seen = mask[:, None, :].expand(-1, 5, -1).tril()
+    mean = (token_relation(student, teacher, 4, seen) * mask).sum() / mask.sum()
+    torch.testing.assert_close(mean, total / count)
+    for a, b in zip(*(torch.autograd.grad(x, student) for x in (mean, total / count)), strict=True):
         torch.testing.assert_close(a, b)
-    assert minilm_relation(teacher, teacher, 4).abs() < 1e-12
+    assert token_relation(teacher, teacher, 4, seen).abs().max() < 1e-12
 
 
 def test_rkd_against_loops():
