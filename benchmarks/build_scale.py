@@ -27,9 +27,10 @@ from moe2dense.common.units import parse_bytes, show_bytes
 from moe2dense.config.schema import BuildConfig
 from moe2dense.student.ffn.dense import DenseFFN
 from moe2dense.student.ffn.local import relative_error
-from moe2dense.student.ffn.methods import Block, make_ffn
+from moe2dense.student.ffn.make import make_ffn
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.ffn.refit import refit
+from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.footprint import pool_limit, refit_limit
 from moe2dense.teacher.routing import LayerStats
 
@@ -74,9 +75,9 @@ def measure(size: str, memory: int, tokens: int) -> tuple[float, ...]:
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     limit = min(pool_limit(memory, dense, hidden), count * width)
     experts.seconds = 0.0
-    block = Block(dense, hidden, x, target, [], experts, stats, config=BuildConfig(), pool_limit=limit)
+    task = FFNTask(dense, hidden, x, target, [], experts, stats, config=BuildConfig(), pool_limit=limit)
     begun = time.monotonic()
-    ffn, _ = make_ffn(block, "obs")
+    ffn, _ = make_ffn(task, "obs")
     chosen = time.monotonic()
     ffn = refit(ffn, x, target, limit=refit_limit(memory))
     done = time.monotonic()

@@ -1,29 +1,71 @@
-"""What `--init BASE[+refit][+local][+layer][+heal]` asks for; `layerwise` is the whole recipe."""
+"""Say which steps `--init METHOD[+refit][+local][+layer][+heal]` takes; `layerwise` stands for the whole recipe."""
 
-STEPS = ("refit", "local", "layer", "heal")
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step that can follow the method in `--init`."""
+
+    name: str
+    title: str
+    paper: str
+    help: str
+
+
+STEPS: dict[str, Step] = {
+    row.name: row
+    for row in (
+        Step(
+            "refit",
+            "closed-form refit",
+            "",
+            "the output weights that fit the teacher's layer best, by ridge regression, pulled towards where they were",
+        ),
+        Step(
+            "local",
+            "fit of the FFN",
+            "",
+            "gradient steps on all weights of a layer's FFN towards the teacher's layer, the best step kept",
+        ),
+        Step(
+            "layer",
+            "fit of the layer",
+            "",
+            "gradient steps on a whole decoder layer, attention and norms too, the best step kept",
+        ),
+        Step(
+            "heal",
+            "end-to-end fit",
+            "hints: FitNets, arXiv 1412.6550",
+            "gradient steps on the whole student towards the teacher's distributions and hidden states, where memory allows",
+        ),
+    )
+}
 LAYERWISE = "obs+refit+local+layer+heal"
 
-# of the local fit: what more of them give, the heal gives sooner
-STEPS_BEFORE_POLISH, STEPS_ALONE = 600, 1200
+# steps of the local fit: what more of them bring, the heal brings sooner
+LOCAL_STEPS_BEFORE_HEAL, LOCAL_STEPS_ALONE = 600, 1200
 
 
-def parts(init: str) -> list[str]:
-    """The base method and the steps as they are written."""
+def base_and_steps(init: str) -> list[str]:
+    """Return the base method and the steps of `--init` in the order they are written."""
     return (LAYERWISE if init == "layerwise" else init).split("+")
 
 
 def steps_of(init: str, healed: bool, join: str = "additive") -> list[str]:
-    """The steps after the base method, in the order they are taken.
+    """Return the steps after the base method, in the order they are taken.
 
-    healed: whether the end-to-end fit runs, where it is asked for. Whole layers of a build are then left to it, which does more in the same
-    seconds (docs/students.md), except where the host norms the FFN's output (`join`): what comes behind that norm only they are fitted to.
+    healed: whether the end-to-end fit runs, where it is asked for. `layerwise` then leaves out the fit of whole layers, since
+    the heal does more in the same seconds (docs/students.md). It keeps that fit where the host norms the FFN's output
+    (`join`): no other step of the build is fitted to what comes behind that norm.
     """
-    found = [step for step in STEPS if step in parts(init)[1:]]
+    steps = [step for step in STEPS if step in base_and_steps(init)[1:]]
     if init == "layerwise" and healed and join != "post_norm":
-        found.remove("layer")
-    return found
+        steps.remove("layer")
+    return steps
 
 
 def local_steps(wanted: int, healed: bool) -> int:
-    """Steps of the local fit of a layer's FFN: as many as are wanted, by whether a heal follows where that is 0."""
-    return wanted or (STEPS_BEFORE_POLISH if healed else STEPS_ALONE)
+    """Return the steps of the local fit of a layer's FFN: those wanted or, for 0, a default by whether a heal follows."""
+    return wanted or (LOCAL_STEPS_BEFORE_HEAL if healed else LOCAL_STEPS_ALONE)

@@ -11,7 +11,7 @@ from moe2dense.config.toml import read_toml
 from moe2dense.conversion.checks import check_settings
 from moe2dense.conversion.configure import configure
 from moe2dense.losses.registry import DIVERGENCES
-from moe2dense.student.ffn.methods import BASES
+from moe2dense.student.ffn.methods import METHODS as BASE_METHODS
 
 RECIPES = sorted((Path(__file__).parents[2] / "examples" / "recipes").glob("*.toml"))
 SMALL = {
@@ -46,4 +46,4 @@ def test_recipes_run(recipe, tiny, tmp_path):
 
 def test_what_is_listed_is_what_there_is():
     assert set(LOSSES) == set(DIVERGENCES)
-    assert set(METHODS) == {"layerwise", *BASES}
+    assert set(METHODS) == {"layerwise", *BASE_METHODS}

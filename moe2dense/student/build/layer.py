@@ -11,8 +11,9 @@ from moe2dense.student.build.assemble import put_ffn
 from moe2dense.student.build.state import BuildState
 from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.local import local, relative_error
-from moe2dense.student.ffn.methods import Block, make_ffn
+from moe2dense.student.ffn.make import make_ffn
 from moe2dense.student.ffn.refit import refit
+from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.fit import Fit, fit
 from moe2dense.student.footprint import layer_bytes, pool_limit, refit_limit
 from moe2dense.student.memory import device_with_room, release_freed_memory
@@ -23,24 +24,24 @@ from moe2dense.teacher.layer_pass import LayerPass
 # N blocks, S block length, T = N * S tokens, H hidden, E experts, M student FFN width
 
 
-def block_of(state: BuildState, made: LayerPass, x: Tensor, target: Tensor) -> Block:
+def block_of(state: BuildState, made: LayerPass, x: Tensor, target: Tensor) -> FFNTask:
     """What the methods are told of a layer."""
-    fixed = [] if made.sparse else [dense(made.dense)]
+    always_on = [] if made.sparse else [dense(made.dense)]
     probability = None
     if made.sparse:
-        fixed = [dense(part.weights, mean_gate(part.gate, made)) for part in made.shared]
+        always_on = [dense(part.weights, mean_gate(part.gate, made)) for part in made.shared]
         assert made.router_logits is not None
         probability = made.router_logits[made.token_mask].float().softmax(-1).sum(0)
-    gating = fixed[0].gating if fixed else made.experts[0].gating if made.experts else None
+    gating = always_on[0].gating if always_on else made.experts[0].gating if made.experts else None
     hidden_size = x.shape[1]
-    block = Block(
-        width=state.target.width, hidden_size=hidden_size, x=x, target=target, fixed=fixed,
+    task = FFNTask(
+        width=state.target.width, hidden_size=hidden_size, x=x, target=target, always_on=always_on,
         experts=made.experts or (), stats=state.stats[made.index] if made.sparse else None, probability=probability,
         input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
         seed=state.seed * 1000 + made.index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
         pool_limit=pool_limit(state.teacher.budget // 2, state.target.width, hidden_size), device=state.teacher.device,
     )  # fmt: skip
-    return replace(block, gating=gating) if gating else block
+    return replace(task, gating=gating) if gating else task
 
 
 def seen_and_wanted(state: BuildState, made: LayerPass, index: int) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""`aligned-average`: permute each expert's neurons onto a reference expert's before averaging."""
+"""Permute each expert's neurons onto a reference expert's, then average: the method `aligned-average`."""
 
 import torch
 from scipy.optimize import linear_sum_assignment
@@ -6,13 +6,15 @@ from torch import Tensor
 
 from moe2dense.student.ffn.average import average
 from moe2dense.student.ffn.dense import DenseFFN, Experts, GatedFFN, dense
+from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
 def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:
-    """The permutation p [F] with expert neuron p[j] in the place of the reference's neuron j, matching as well as one can.
+    """Return the permutation p [F] that best puts the expert's neuron p[j] in the place of the reference's neuron j.
 
     It maximises the sum of inner products of the neurons' gate, up and down weights (the weight matching of Git Re-Basin, Ainsworth et al.,
-    arXiv 2209.04836, exact for one FFN), each kind scaled to unit mean square so that none rules. Solved by scipy's assignment.
+    arXiv 2209.04836, exact for one FFN), each kind scaled to unit mean square so that none dominates. Solved as an assignment by scipy.
     """
 
     def features(ffn: GatedFFN) -> Tensor:
@@ -27,7 +29,12 @@ def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:
 
 
 def aligned_average(experts: Experts, alpha: Tensor, weighted: bool = True) -> DenseFFN:
-    """The mean of the experts after their neurons are matched to those of the most used one (MC-SMoE, arXiv 2310.01334)."""
+    """Return the mean of the experts after their neurons are matched to those of the most used one (MC-SMoE, arXiv 2310.01334)."""
     reference = experts[int(alpha.argmax())]
     aligned = [dense(experts[e], rows=neuron_match(experts[e], reference)) for e in range(len(alpha))]
     return average(aligned, alpha, weighted)
+
+
+def aligned_average_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Return the weighted mean of the aligned experts, trimmed to the width."""
+    return without_source(trim_to_width(aligned_average(task.experts, task.alpha), task.x, width))

@@ -1,9 +1,11 @@
-"""`average` and `weighted-average`: the mean of the experts' weights."""
+"""Take the mean of the experts' weights: the methods `average` and `weighted-average`."""
 
 import torch
 from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, Experts, dense, gating_of
+from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
 def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:
@@ -13,7 +15,7 @@ def _mean(tensors: list[Tensor | None], shares: Tensor) -> Tensor | None:
 
 
 def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN:
-    """One FFN of an expert's width whose weights are the mean of the experts' (Xue et al., OneS, arXiv 2201.10890).
+    """Return one FFN of an expert's width whose weights are the mean of the experts' (Xue et al., OneS, arXiv 2201.10890).
 
     `alpha` [E] is the mean routing weight of each expert over all tokens. The mean is uniform or in proportion to alpha; the
     output is multiplied by alpha's sum, the total weight a token's experts get (1 where routing weights are normalised).
@@ -36,3 +38,13 @@ def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN
         None if down_bias is None else down_bias * scale,
         gating_of(parts[0]),
     )
+
+
+def average_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Return the plain mean of the experts, trimmed to the width."""
+    return without_source(trim_to_width(average(task.experts, task.alpha), task.x, width))
+
+
+def weighted_average_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Return the mean of the experts in proportion to their routing weights, trimmed to the width."""
+    return without_source(trim_to_width(average(task.experts, task.alpha, weighted=True), task.x, width))

@@ -1,15 +1,17 @@
-"""`concat`: keep the best experts whole, side by side."""
+"""Keep the best experts whole, side by side: the method `concat`."""
 
 import torch
 from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate, dense
+from moe2dense.student.ffn.scores import best_experts
+from moe2dense.student.ffn.task import FFNTask, SourcedFFN
 
 SCALES = ("1/K", "alpha")
 
 
 def scales(alpha: Tensor, keep: Tensor, scale: str) -> Tensor:
-    """Factors [len(keep)] of the kept experts' outputs; both kinds add up to alpha's sum, the weight a token's experts share.
+    """Return factors [len(keep)] of the kept experts' outputs; both kinds add up to alpha's sum, all that a token's experts weigh.
 
     1/K: equal shares (Kim et al., arXiv 2605.28207; literally 1/K where routing weights are normalised). alpha: in proportion to the experts'
     mean routing weights, so that keeping all of them gives the mean-routed block sum_e alpha_e f_e(x).
@@ -20,17 +22,21 @@ def scales(alpha: Tensor, keep: Tensor, scale: str) -> Tensor:
 
 
 def concat(experts: Experts, alpha: Tensor, keep: Tensor, scale: str = "1/K") -> DenseFFN:
-    """The experts `keep` [K] as one FFN of K times their width, each output scaled (see `scales`); alpha [E]."""
+    """Return the experts `keep` [K] as one FFN of K times their width, each output scaled (see `scales`); alpha [E]."""
     factors = scales(alpha, keep, scale)
     return concatenate([dense(experts[e], float(f)) for e, f in zip(keep.tolist(), factors, strict=True)])
 
 
-def best_part(width: int, expert_width: int) -> int:
-    """How many whole experts fit in `width` neurons, at least one."""
-    return max(1, width // expert_width)
-
-
-def trim(ffn: DenseFFN, energy: Tensor, width: int) -> tuple[DenseFFN, Tensor]:
-    """`ffn` cut to its `width` neurons of most `energy` [M], and their indices, ascending."""
-    rows = torch.arange(ffn.width) if width >= ffn.width else energy.topk(width).indices.sort().values
-    return dense(ffn, rows=rows), rows
+def concat_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Keep the best experts whole; where the width is no multiple of theirs, the best of the last one's neurons fill it."""
+    assert task.stats is not None
+    size = task.experts[0].gate.shape[0]
+    count = min(len(task.experts), max(1, -(-width // size)))
+    keep = best_experts(task.stats, count, task.config.score, task.probability)
+    ffn = concat(task.experts, task.alpha, keep, task.config.scale)
+    expert, neuron = keep.repeat_interleave(size), torch.arange(size).repeat(count)
+    if ffn.width <= width:
+        return SourcedFFN(ffn, expert, neuron)
+    scores = torch.cat([task.energies[e] for e in keep.tolist()])
+    rows = scores.topk(width).indices.sort().values
+    return SourcedFFN(dense(ffn, rows=rows), expert[rows], neuron[rows])

@@ -1,14 +1,16 @@
-"""`random`: normal weights, the control that every table carries."""
+"""Draw random FFNs: the method `random`, the control of every table, and neurons that pad a narrow FFN."""
 
 import torch
 
 from moe2dense.student.ffn.dense import DenseFFN, Gating, silu_glu
+from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
+from moe2dense.student.types import NEW
 
 
 def random_ffn(
     width: int, hidden_size: int, std: float = 0.02, seed: int = 0, bias: bool = False, gating: Gating = silu_glu
 ) -> DenseFFN:
-    """A gated FFN of `width` neurons with weights from N(0, std^2) and zero biases, as transformers initialises one."""
+    """Return a gated FFN of `width` neurons with weights from N(0, std^2) and zero biases, as transformers initialises one."""
     generator = torch.Generator().manual_seed(seed)
     gate, up, down = (
         torch.randn(shape, generator=generator) * std
@@ -19,9 +21,9 @@ def random_ffn(
 
 
 def pad(ffn: DenseFFN, width: int, std: float = 0.02, seed: int = 0) -> DenseFFN:
-    """`ffn` widened to `width` neurons with the same output: new neurons read at random (so they can learn) and write zero.
+    """Widen `ffn` to `width` neurons with the same output: new neurons read at random, so that they can learn, and write zero.
 
-    Raises nothing: a width not above the FFN's own returns it unchanged.
+    Return it unchanged where the width is not above its own.
     """
     extra = width - ffn.width
     if extra <= 0:
@@ -37,3 +39,10 @@ def pad(ffn: DenseFFN, width: int, std: float = 0.02, seed: int = 0) -> DenseFFN
         down_bias=ffn.down_bias,
         gating=ffn.gating,
     )
+
+
+def random_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Return new neurons, with biases where the experts have some."""
+    bias = bool(task.experts) and task.experts[0].down_bias is not None
+    ffn = random_ffn(width, task.hidden_size, task.std, task.seed, bias=bias, gating=task.gating)
+    return without_source(ffn, NEW)

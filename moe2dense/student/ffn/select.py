@@ -1,4 +1,4 @@
-"""`select`: keep the best neurons of all experts, scored one by one."""
+"""Keep the best neurons of all experts, scored one by one: the method `select`."""
 
 from collections.abc import Sequence
 
@@ -6,20 +6,11 @@ import torch
 from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate, dense
-
-
-def neuron_energy(hidden: Tensor, weights: Tensor) -> Tensor:
-    """Sum over an expert's tokens of (w_t h_j(x_t))^2, [F]: hidden [n, F], routing weights [n]."""
-    return (hidden * weights[:, None]).pow(2).sum(0)
-
-
-def output_energy(energy: Tensor, down: Tensor) -> Tensor:
-    """Energy [F] that neurons write to the output: activation energy [F] times the squared norms of down's [H, F] columns."""
-    return energy * down.pow(2).sum(0).to(energy)
+from moe2dense.student.ffn.task import FFNTask, SourcedFFN
 
 
 def best_neurons(scores: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
-    """(expert [count], neuron [count]) of the highest `scores` (one [F] tensor per expert), ordered by expert, then neuron.
+    """Return (expert [count], neuron [count]) of the highest `scores` (one [F] tensor per expert), ordered by expert, then neuron.
 
     With output energy as the score this is the ranking of CAMERA (arXiv 2508.02322), over all experts at once.
     """
@@ -29,7 +20,7 @@ def best_neurons(scores: Sequence[Tensor], count: int) -> tuple[Tensor, Tensor]:
 
 
 def gather(experts: Experts, expert: Tensor, neuron: Tensor, scale: Tensor) -> DenseFFN:
-    """The neurons (expert[i], neuron[i]) side by side, those of expert e scaled by scale[e]; each expert is read once.
+    """Return the neurons (expert[i], neuron[i]) side by side, those of expert e scaled by scale[e]; each expert is read once.
 
     `expert` must be ascending, so that the result keeps its order. An expert's output bias comes along, scaled, whether or
     not its neurons do: it is part of what a token gets.
@@ -48,3 +39,20 @@ def gather(experts: Experts, expert: Tensor, neuron: Tensor, scale: Tensor) -> D
     joined = concatenate(parts)
     joined.down_bias = bias
     return joined
+
+
+def gather_routed(task: FFNTask, expert: Tensor, neuron: Tensor) -> DenseFFN:
+    """Return neurons of the routed experts side by side, each writing with its expert's mean routing weight."""
+    if not task.input_scaled:
+        return gather(task.experts, expert, neuron, task.alpha)
+    assert task.stats is not None
+    weight, load = task.stats.mean_weight.float(), task.stats.load.float()
+    ffn = gather(task.experts, expert, neuron, load)  # the routing weight multiplies the expert's input
+    ffn.gate, ffn.up = ffn.gate * weight[expert, None], ffn.up * weight[expert, None]
+    return ffn
+
+
+def select_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Keep the neurons of highest output energy, at most `width` of them."""
+    expert, neuron = best_neurons(task.energies, min(width, sum(len(e) for e in task.energies)))
+    return SourcedFFN(gather_routed(task, expert, neuron), expert, neuron)

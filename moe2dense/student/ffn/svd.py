@@ -1,19 +1,21 @@
-"""`svd`: gather the experts through truncated singular value decompositions."""
+"""Add up the experts through truncated singular value decompositions: the method `svd`."""
 
 import torch
 from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, Experts, dense, gating_of
+from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
 def truncate(matrix: Tensor, rank: int) -> Tensor:
-    """The nearest matrix of at most `rank`, in the Frobenius norm (Eckart and Young)."""
+    """Return the nearest matrix of at most `rank`, in the Frobenius norm (Eckart and Young)."""
     u, s, vh = torch.linalg.svd(matrix, full_matrices=False)
     return (u[:, :rank] * s[:rank]) @ vh[:rank]
 
 
 def svd_gather(experts: Experts, alpha: Tensor, rank: int | None = None) -> DenseFFN:
-    """One FFN of an expert's width: the sum of the experts' matrices, each cut to its leading `rank` directions.
+    """Return one FFN of an expert's width: the sum of the experts' matrices, each cut to its leading `rank` directions.
 
     SVD knowledge gathering of OneS (Xue et al., arXiv 2201.10890); by default the ranks of all experts add up to a full
     rank. Down projections carry the experts' mean routing weights `alpha` [E], so that magnitudes stay those of the block; biases are averaged.
@@ -35,3 +37,8 @@ def svd_gather(experts: Experts, alpha: Tensor, rank: int | None = None) -> Dens
         down_bias=None if biases["down_bias"] is None else biases["down_bias"] * total,
         gating=gating_of(parts[0]),
     )
+
+
+def svd_method(task: FFNTask, width: int) -> SourcedFFN:
+    """Return the sum of the low-rank experts, trimmed to the width."""
+    return without_source(trim_to_width(svd_gather(task.experts, task.alpha), task.x, width))

@@ -16,7 +16,8 @@ from moe2dense.student.build.api import build_student
 from moe2dense.student.build.layer import held_out, on_cpu
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.ffn.dense import dense
-from moe2dense.student.ffn.methods import Block, make_ffn
+from moe2dense.student.ffn.make import make_ffn
+from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.footprint import pool_bytes, pool_limit
 from moe2dense.student.target.dense_config import dense_config
@@ -219,10 +220,10 @@ def test_elimination_works_on_the_neurons_of_most_energy_when_memory_is_short(tm
     stats.neuron_energy += torch.rand(4, 9, generator=generator)
     x = torch.randn(60, 5, generator=generator)
     target = sum(a * f(x) for a, f in zip((0.4, 0.3, 0.2, 0.1), experts, strict=True))
-    block = Block(12, 5, x, target, [], experts, stats)
+    task = FFNTask(12, 5, x, target, [], experts, stats)
 
     def chosen(limit: int, base: str = "obs", width: int = 12) -> set[tuple[int, int]]:
-        _, provenance = make_ffn(dataclasses.replace(block, pool_limit=limit, width=width), base)
+        _, provenance = make_ffn(dataclasses.replace(task, pool_limit=limit, width=width), base)
         assert provenance is not None
         return set(zip(provenance.source_expert.tolist(), provenance.source_neuron.tolist(), strict=True))
 

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from moe2dense.student.ffn import symmetric
 from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
+from moe2dense.student.ffn.energy import output_energy
 from moe2dense.student.ffn.local import local, relative_error
 from moe2dense.student.ffn.obs import eliminate
 from moe2dense.student.ffn.refit import grams, refit, ridge_solve
-from moe2dense.student.ffn.select import best_neurons, gather, neuron_energy, output_energy
+from moe2dense.student.ffn.select import best_neurons, gather
 from moe2dense.student.fit import cosine
 
 H, F, E, T = 5, 6, 3, 71
@@ -170,7 +171,7 @@ def test_selection_by_energy_is_the_brute_force_ranking():
     scores = []
     for e, f in enumerate(experts):
         rows = torch.nonzero(routed[:, e]).flatten()
-        scores.append(output_energy(neuron_energy(f.hidden(x[rows]), routed[rows, e]), f.down))
+        scores.append(output_energy((f.hidden(x[rows]) * routed[rows, e, None]).pow(2).sum(0), f.down))
     brute = {
         (e, j): float(
             sum((routed[t, e] * f.hidden(x[t : t + 1])[0, j]) ** 2 for t in range(T)) * f.down[:, j].pow(2).sum()
