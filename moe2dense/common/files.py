@@ -23,6 +23,7 @@ _PLACE = {
     errno.ENOTDIR: "a part of the path is a file, not a folder",
     errno.EEXIST: "a part of the path is a file, not a folder",
     errno.ENAMETOOLONG: "the path is too long",
+    errno.EIO: "the device reports an error",
 }
 
 
@@ -41,6 +42,7 @@ def place_errors(out: Path) -> Iterator[None]:
 
 
 def _place_reason(error: BaseException) -> str | None:
+    """Return what is wrong with the place, in words, or None for an error of another kind."""
     if isinstance(error, OSError) and error.errno in _PLACE:
         return _PLACE[error.errno]
     # safetensors reports the operating system's error as text, in its own exception type.
@@ -53,15 +55,20 @@ def _place_reason(error: BaseException) -> str | None:
 def _flush(folder: Path) -> None:
     """fsync every file and folder below `folder`, so that the rename never precedes the data."""
     for path in [folder, *folder.rglob("*")]:
-        handle = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+        _sync(path)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def _remove_leftovers(out: Path) -> None:
-    """Delete what an export of `out` that was killed has left: temporary folders whose process is gone."""
+    """Delete what a killed process has left of `out`: temporary folders whose process is gone."""
     for path in out.parent.glob(f".{out.name}.partial-*"):
         pid = path.name.removeprefix(f".{out.name}.partial-").split("-")[0]
         if pid.isdigit() and not psutil.pid_exists(int(pid)):
@@ -72,7 +79,7 @@ def _remove_leftovers(out: Path) -> None:
 def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `out`; on success it becomes `out`, on any error or interrupt it is deleted.
 
-    A process that is killed leaves only a hidden `.NAME.partial-PID-...` folder, removed by the next export of `out`.
+    A process that is killed leaves only a hidden `.NAME.partial-PID-...` folder, removed when `out` is written next.
     Raises UserError when `out` exists (and `overwrite` is off) or its place cannot be written.
     """
     if out.exists() and not overwrite and (not out.is_dir() or any(out.iterdir())):
@@ -91,12 +98,14 @@ def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
 
 
 def _umask() -> int:
+    """Return the process's umask."""
     mask = os.umask(0)
     os.umask(mask)
     return mask
 
 
 def _rename(partial: Path, out: Path) -> None:
+    """Put `partial` in the place of `out`; the old `out` is there until the rename, and comes back if it fails."""
     old = out.with_name(f".{out.name}.replaced-{os.getpid()}")
     if out.exists():
         out.rename(old)
@@ -106,41 +115,44 @@ def _rename(partial: Path, out: Path) -> None:
         if old.exists():
             old.rename(out)
         raise
-    parent = os.open(out.parent, os.O_RDONLY)
-    try:
-        os.fsync(parent)
-    finally:
-        os.close(parent)
+    _sync(out.parent)
     if old.is_dir():
         shutil.rmtree(old, ignore_errors=True)
     elif old.exists():
         old.unlink()
 
 
-def atomic_write(path: str | Path, data: bytes | str) -> None:
-    """Write a file so that it is either absent, as before, or whole: temporary name, fsync, rename.
+@contextlib.contextmanager
+def whole_file(path: str | Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success its file becomes `path`, on any error it is deleted.
 
+    The file is synced before it is renamed, so `path` is absent, as before, or whole.
     Raises UserError when the place cannot be written or the disk is full.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.replace(path)
-    except OSError as error:
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"{path} cannot be written: {error.strerror or error}; free the disk or choose another --out"
-        ) from error
+        reason = _place_reason(error) or (error.strerror or str(error) if isinstance(error, OSError) else None)
+        if reason is None:
+            raise
+        raise UserError(f"{path} cannot be written: {reason}; free the disk or choose another --out") from error
+
+
+def atomic_write(path: str | Path, data: bytes | str) -> None:
+    """Write a file so that it is absent, as before, or whole. Raises UserError when it cannot be written."""
+    with whole_file(path) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
 
 
 def free_bytes(folder: str | Path) -> int:
-    """Free disk space where `folder` is or will be."""
+    """Return the free disk space in bytes where `folder` is or will be."""
     place = Path(folder).absolute()
     while not place.exists():
         place = place.parent

@@ -5,7 +5,6 @@ is written under another name, synced and renamed.
 """
 
 import json
-import os
 import re
 import shutil
 from pathlib import Path
@@ -15,18 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from moe2dense.common.files import whole_folder
 from moe2dense.distillation.fsdp import full_tensor, shard_like
 from moe2dense.errors import UserError
 
 _NAME = re.compile(r"^step-(\d+)$")
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
@@ -73,24 +65,10 @@ class Checkpoints:
 
     def save(self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Write a checkpoint whole or not at all. Raises UserError when the disk does not take it."""
-        target, temporary = self.path(step), self.folder / f".writing-{step}"
-        try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
+        with whole_folder(self.path(step), overwrite=True) as temporary:
             save_file({k: v.detach().contiguous() for k, v in weights.items()}, temporary / "weights.safetensors")
             save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / "optimizer.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-            for path in temporary.iterdir():
-                _sync(path)
-            _sync(temporary)
-            shutil.rmtree(target, ignore_errors=True)
-            temporary.rename(target)
-            _sync(self.folder)
-        except OSError as error:
-            shutil.rmtree(temporary, ignore_errors=True)
-            raise UserError(
-                f"checkpoint {target} cannot be written: {error.strerror or error}; free the disk or choose another --out"
-            ) from error
 
     def keep(self, *steps: int | None) -> None:
         """Remove all checkpoints but these."""

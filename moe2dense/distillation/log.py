@@ -1,7 +1,6 @@
 """What a training run writes down while it goes: metrics.jsonl, memory, and the wish to stop."""
 
 import json
-import os
 import signal
 import sys
 import threading
@@ -9,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from moe2dense.common.files import atomic_write
 
 
 class MetricsFile:
@@ -32,10 +33,7 @@ class MetricsFile:
                 continue
             if record["step"] <= step:
                 self.records.append(record)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records))
-        os.replace(temporary, self.path)
+        atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def add(self, record: dict[str, Any]) -> None:
         self.records.append(record)

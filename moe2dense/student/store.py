@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
+from moe2dense.common.files import whole_folder
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_host
 from moe2dense.modeling.load import quiet
@@ -42,7 +41,6 @@ def save_parts(student: Student, folder: str | Path, parts: Iterable[dict[str, t
     """As `save_student` for a model that is not in memory: its tensors come in `parts`, by name, each a file of the checkpoint."""
 
     def write(temporary: Path) -> None:
-        temporary.mkdir(parents=True)
         places: dict[str, str] = {}
         size = 0
         for number, tensors in enumerate(parts):
@@ -61,7 +59,6 @@ def save_parts(student: Student, folder: str | Path, parts: Iterable[dict[str, t
 
 def _save(student: Student, folder: str | Path, write: Callable[[Path], None]) -> Path:
     folder = Path(folder)
-    temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     about = {
         "host": student.card.name,
         "teacher": student.teacher_path,
@@ -70,18 +67,10 @@ def _save(student: Student, folder: str | Path, write: Callable[[Path], None]) -
         "layers": len(student.provenance),
         "history": student.history,
     }
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
+    with whole_folder(folder, overwrite=True) as temporary:
         write(temporary)
         save_file(_provenance_tensors(student.provenance), temporary / "provenance.safetensors")
         (temporary / "student.json").write_text(json.dumps(about, indent=2) + "\n")
-        shutil.rmtree(folder, ignore_errors=True)
-        temporary.rename(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{folder} cannot be written: {error.strerror or error}; free the disk or choose another --out"
-        ) from error
     return folder
 
 

@@ -9,7 +9,7 @@ import time
 
 import pytest
 
-from moe2dense.common.files import whole_folder
+from moe2dense.common.files import atomic_write, whole_file, whole_folder
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
 from tests.exporting.conftest import tiny
@@ -130,3 +130,18 @@ def test_a_killed_export_leaves_nothing_that_looks_whole_and_the_next_one_cleans
     time.sleep(0.1)
     export(tiny("mistral"), tmp_path / "m")
     assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "deep" / "f.json"
+    with pytest.raises(KeyboardInterrupt), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise KeyboardInterrupt
+    assert list(path.parent.iterdir()) == []
+    atomic_write(path, "old")
+    with pytest.raises(UserError, match="f.json cannot be written: the disk is full"), whole_file(path) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert path.read_text() == "old" and [p.name for p in path.parent.iterdir()] == ["f.json"]
+    atomic_write(path, b"new")
+    assert path.read_text() == "new"

@@ -3,7 +3,6 @@
 import copy
 import dataclasses
 import json
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from moe2dense.common.files import whole_file
 from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
@@ -59,17 +59,8 @@ class LayerStore:
             tensors |= {
                 _FATE + f.name: getattr(provenance, f.name).contiguous() for f in dataclasses.fields(provenance)
             }
-        temporary = self.folder / f".{self.path(index).name}.{os.getpid()}.tmp"
-        try:
+        with whole_file(self.path(index)) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key, "record": json.dumps(record)})
-            with temporary.open("rb") as file:
-                os.fsync(file.fileno())
-            temporary.rename(self.path(index))
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise UserError(
-                f"{self.path(index)} cannot be written: {error.strerror or error}; free the disk"
-            ) from error
 
     def read(self, index: int, layer: nn.Module) -> tuple[LayerProvenance | None, dict[str, Any]] | None:
         """Fill `layer` from its file and return its provenance and record; None when it is not built yet.
