@@ -25,8 +25,9 @@ from typing import Any
 
 import torch
 
-from moe2dense.config.schema import BuildConfig, RunConfig, TrainConfig
+from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.config.toml import merge_flags
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.data.records import passages
@@ -35,7 +36,7 @@ from moe2dense.distillation.auto_features import AUTO_FEATURES
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.reference import Reference, reference
-from moe2dense.losses.feature_match import teacher_features
+from moe2dense.losses.feature_spec import teacher_features
 from moe2dense.student.build.api import build_student
 from moe2dense.student.target.dense_config import dense_config
 from moe2dense.student.target.resolve import Target, resolve_target

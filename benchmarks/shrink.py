@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from recovery import ROOT, followed, judge, judge_teacher, one_block_per_passage, show, trained
 
-from moe2dense.config.schema import BuildConfig, TrainConfig
+from moe2dense.config.schema import BuildConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.distillation.targets.memory import hidden_targets

@@ -5,11 +5,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from moe2dense.config.schema import RunConfig, TrainConfig
+from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.checks import needs_teacher
 from moe2dense.errors import UserError
-from moe2dense.losses.feature_match import FeatureMatch, teacher_features
-from moe2dense.student.ffn.methods import made_of_teacher
+from moe2dense.losses.feature_match import FeatureMatch
+from moe2dense.losses.feature_spec import teacher_features
+from moe2dense.student.ffn.methods import built_from_teacher
 
 if TYPE_CHECKING:
     from moe2dense.student.target.resolve import Target
@@ -17,8 +19,6 @@ if TYPE_CHECKING:
 
 def kept_states(config: RunConfig, target: "Target") -> int:
     """Hidden states of the teacher's layers beside its last that the stored targets hold, one byte a number."""
-    from moe2dense.losses.feature_match import teacher_features
-
     text, layers = features_to_store(config.train, target), target.teacher.num_hidden_layers
     names = teacher_features(text, target.config.num_hidden_layers, layers)
     return sum(name.startswith("hidden-") for name in names)
@@ -34,7 +34,7 @@ def settle_features(config: TrainConfig, student: Any, known: Any, teacher: Any,
         return config
     model = student.model if hasattr(student, "provenance") else student
     about, brought = model.config.get_text_config(), regime is not None and regime.brings_targets
-    fits = not brought and made_of_teacher(getattr(student, "method", ""))
+    fits = not brought and built_from_teacher(getattr(student, "method", ""))
     if known is not None:
         layers, width = (getattr(known, name, 0) for name in ("layers", "width"))
         wanted = teacher_features(AUTO_FEATURES, about.num_hidden_layers, layers) if layers else ("any",)

@@ -1,17 +1,17 @@
 """Refuse training settings that contradict each other or what is at hand."""
 
 from moe2dense.config.schedules import scheduled
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.targets.formats import FORMATS
 from moe2dense.distillation.targets.record import check_token_weights
 from moe2dense.errors import UserError
-from moe2dense.losses.divergences import divergence
-from moe2dense.losses.feature_match import parse_features
+from moe2dense.losses.feature_spec import parse_features
+from moe2dense.losses.registry import parse_divergence
 
 
 def check_training(config: TrainConfig) -> None:
     """Refuse settings that no run could follow, before anything is read. Raises UserError naming the setting."""
-    divergence(config.loss)
+    parse_divergence(config.loss)
     if config.target_format not in FORMATS:
         raise UserError(f"train.target_format must be one of {', '.join(FORMATS)}; found {config.target_format!r}")
     if config.wanted_features:
