@@ -88,6 +88,6 @@ def _calibration_text(data: str, tokenizer: str, model):
 
 def _card_info(run: Path) -> dict:
     from moe2dense.exporting.card_info import card_info
-    from moe2dense.reporting.assemble import read_report
+    from moe2dense.reporting.report_file import read_report
 
     return card_info(read_report(run))

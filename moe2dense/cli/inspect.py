@@ -32,7 +32,7 @@ def inspect(
 
     console = Console()
     if is_run(Path(what)):
-        from moe2dense.reporting.assemble import read_report
+        from moe2dense.reporting.report_file import read_report
         from moe2dense.reporting.terminal import print_report
 
         report = read_report(what)

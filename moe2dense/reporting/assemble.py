@@ -1,24 +1,24 @@
 """The report as one dict, report.json: what a run measured, under a versioned schema. Rendering reads nothing else."""
 
 import dataclasses
-import json
 import shlex
 import time
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.common.jsonable import clean
 from moe2dense.config.schema import RunConfig
 from moe2dense.errors import UserError
-from moe2dense.evaluation.scores import Scores, retention, split_domains
+from moe2dense.evaluation.scores import Scores, split_domains
+from moe2dense.evaluation.scores import retention as gap_closed
 from moe2dense.reporting.definitions import ROW_TITLES
+from moe2dense.reporting.diagnosis import diagnose
+from moe2dense.reporting.report_file import SCHEMA, Report
 
-SCHEMA = 1
-Report = dict[str, Any]
 
-
-def assemble(
+def assemble_report(
     *,
     config: RunConfig,
     plan: Mapping[str, Any],
@@ -36,19 +36,19 @@ def assemble(
     allow_loss: Sequence[str] = (),
     samples: Mapping[str, Any] | None = None,
     train_scores: Scores | None = None,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> Report:
-    """Everything a run has to say, as plain JSON values. Only `config`, `plan`, `student` and `rows` are needed.
+    """Gather everything a run has to say as plain JSON values. Only `config`, `plan`, `student` and `rows` are needed.
 
     plan: `Plan.to_dict()`. student: {"parameters", "bytes" (exported), "architecture", "method" (init), "width", "layers",
-    "moe_shaped"}, more keys are shown as they are. rows: Scores by "teacher", "student" (required), "before", "control", and
+    "moe_shaped"}; more keys are shown as they are. rows: Scores by "teacher", "student" (required), "before", "control", and
     any baseline under the name to show; all from one Reference. ood: the same rows on out-of-distribution text.
     history: the records of metrics.jsonl: "step", "tokens", "loss", optional parts under "parts" (name -> value), "lr",
     "tokens_per_second", and at evaluations "valid_kl", "valid_rare_kl", "valid_nll"; control_history: the control's.
-    transfer: `Transfer.to_dict()` of reporting.transfer. timings: seconds by stage. hashes: file or stage -> hash.
-    data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: what `sidebyside.side_by_side` returns.
-    allow_loss: domains the user allows to be lost; "apart" holds every row without them and on them alone, and they are left
-    out of `retention.kept`.
+    transfer: `Transfer.to_dict()`. timings: seconds by stage. hashes: file or stage -> hash.
+    data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: what `side_by_side` returns.
+    allow_loss: domains the user allows to be lost. "apart" has every row without them and on them alone, and
+    `retention.kept` leaves them out.
     train_scores: the student on text it was trained on (memorisation). tokenizer: gives the worst tokens their text.
     Raises UserError where the student's row is missing.
     """
@@ -80,37 +80,38 @@ def assemble(
             "data": dict(data or {}),
         },
     }
-    from moe2dense.reporting.diagnosis import diagnose
-
     report = clean(report)
     report["diagnosis"] = diagnose(report)
     return report
 
 
 def _in_order(rows: Mapping[str, Scores]) -> dict[str, Any]:
-    """Teacher, student, before, control, then baselines as given."""
+    """Return teacher, student, before, control, then baselines as given."""
     known = [n for n in ROW_TITLES if n in rows]
     return {n: rows[n].to_dict() for n in [*known, *(n for n in rows if n not in known)]}
 
 
 def _apart(rows: Mapping[str, Scores], ood: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[str, Any] | None:
-    """{"domains", "held_out": {"kept": rows, "lost": rows}, "ood": the same or None}; None where nothing may be lost."""
+    """Return {"domains", "held_out": {"kept": rows, "lost": rows}, "ood": the same or None}; None where nothing may be lost."""
     if not allow_loss:
         return None
     return {"domains": list(allow_loss), "held_out": split_rows(rows, allow_loss), "ood": split_rows(ood, allow_loss)}
 
 
 def split_rows(rows: Mapping[str, Scores], domains: Sequence[str]) -> dict[str, dict[str, Any]] | None:
-    """Rows of scores without `domains` ("kept") and on them alone ("lost"); None where the text has none or nothing else."""
+    """Return rows of scores without `domains` ("kept") and on them alone ("lost").
+
+    None where the text has none of them or nothing else.
+    """
     parts = {name: split_domains(scores, domains) for name, scores in rows.items()}
-    found = {name: part for name, part in parts.items() if part is not None}
-    if not found:
+    known = {name: part for name, part in parts.items() if part is not None}
+    if not known:
         return None
-    return {which: _in_order({n: part[i] for n, part in found.items()}) for i, which in enumerate(("kept", "lost"))}
+    return {side: _in_order({n: part[i] for n, part in known.items()}) for i, side in enumerate(("kept", "lost"))}
 
 
-def _token_texts(rows: Mapping[str, Scores], tokenizer: Any) -> dict[str, str]:
-    """Text of every token that a table of worst tokens names."""
+def _token_texts(rows: Mapping[str, Scores], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:
+    """Return the text of every token that a table of worst tokens names."""
     if tokenizer is None:
         return {}
     ids = {row["id"] for scores in rows.values() for row in scores.worst_tokens}
@@ -128,10 +129,18 @@ def _teacher(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 def _cost(plan: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
     shape, flops = plan.get("shape", {}), plan.get("flops", {})
-    size, active, mine = shape.get("parameters"), shape.get("active_parameters"), student.get("parameters")
+    teacher_size, active, student_size = (
+        shape.get("parameters"),
+        shape.get("active_parameters"),
+        student.get("parameters"),
+    )
     cost: dict[str, Any] = {"tokens": plan.get("tokens"), "build_tokens": plan.get("build_tokens")}
-    if size and mine:
-        cost |= {"parameters_ratio": mine / size, "active_ratio": mine / (active or size)}
+    if teacher_size and student_size:
+        ratios = {
+            "parameters_ratio": student_size / teacher_size,
+            "active_ratio": student_size / (active or teacher_size),
+        }
+        cost |= ratios
     spent = sum(flops.get(k, 0) for k in ("teacher", "build", "student"))
     if spent and flops.get("from_scratch"):
         cost |= {"flops": spent, "scratch_ratio": spent / flops["from_scratch"]}
@@ -142,31 +151,11 @@ def _retention(rows: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[st
     control = rows.get("control")
     if control is None:
         return {"allow_loss": list(allow_loss)} if allow_loss else None
-    found = retention(rows["student"], control)
-    kept = retention(rows["student"], control, without=allow_loss)["overall"] if allow_loss else found["overall"]
+    closed = gap_closed(rows["student"], control)
+    without_lost = gap_closed(rows["student"], control, without=allow_loss) if allow_loss else closed
     return {
-        "overall": found["overall"].to_dict(),
-        "kept": kept.to_dict(),
-        "by_domain": {d: e.to_dict() for d, e in found["by_domain"].items()},
+        "overall": closed["overall"].to_dict(),
+        "kept": without_lost["overall"].to_dict(),
+        "by_domain": {d: e.to_dict() for d, e in closed["by_domain"].items()},
         "allow_loss": list(allow_loss),
     }
-
-
-def read_report(path: str | Path) -> Report:
-    """A report from its folder or its report.json.
-
-    Raises UserError where there is none, it is not JSON, or a newer version wrote it.
-    """
-    path = Path(path)
-    file = path / "report.json" if path.is_dir() else path
-    try:
-        report = json.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} holds no report.json; run `moe2dense report {path}` on a finished run") from error
-    except ValueError as error:
-        raise UserError(f"{file} is not valid JSON ({error}); write it again with `moe2dense report`") from error
-    if not isinstance(report, dict) or "rows" not in report:
-        raise UserError(f"{file} is not a moe2dense report")
-    if report.get("schema") != SCHEMA:
-        raise UserError(f"{file} has report schema {report.get('schema')!r}; this version reads {SCHEMA}")
-    return report

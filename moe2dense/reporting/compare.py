@@ -1,45 +1,41 @@
-"""Two reports side by side: what changed in the settings, in quality and in what survived of the experts."""
+"""Two reports compared: what changed in the settings, in quality and in what survived of the experts."""
 
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from moe2dense.common.numbers import UNKNOWN, show_number, show_percent
 from moe2dense.errors import UserError
-from moe2dense.reporting.assemble import Report
-from moe2dense.reporting.charts import number
-
-QUALITY = ("kl", "rare_kl", "nll", "perplexity", "agreement", "top5", "correlation", "ece", "entropy_gap")
-LOWER_IS_BETTER = {"kl", "rare_kl", "nll", "perplexity", "ece"}
+from moe2dense.reporting.definitions import MODEL, SCORE_KEYS
+from moe2dense.reporting.report_file import Report, score_value, transfer_totals
 
 
-def compare(a: Report, b: Report) -> dict[str, Any]:
-    """The students of two reports, as plain values.
+def compare_reports(a: Report, b: Report) -> dict[str, Any]:
+    """Compare the students of two reports, as plain values.
 
-    {"settings": {key: [a, b]}, "quality": {name: {"a", "b", "difference", "apart"}}, "by_domain": {domain: [a, b]},
+    {"settings": {key: [a, b]}, "quality": {name: {"a", "b", "difference", "separate"}}, "by_domain": {domain: [a, b]},
     "transferred": [a, b] | None, "experts": [{"layer", "expert", "a", "b", "difference"}] by how much coverage changed,
-    "same_text": bool}. apart: the two 95 % intervals do not overlap (a cautious sign of a difference, and only where
+    "same_text": bool}. separate: the two 95% intervals do not overlap (a cautious sign of a difference, and only where
     both judged the same text). Raises UserError where the reports are of different teachers.
     """
-    names = [
-        (r["teacher"].get("name"), r["teacher"].get("num_experts"), r["teacher"].get("num_hidden_layers"))
-        for r in (a, b)
-    ]
-    if names[0][1:] != names[1][1:]:
+    keys = ("name", "num_experts", "num_hidden_layers")
+    teachers = [tuple(r["teacher"].get(k) for k in keys) for r in (a, b)]
+    if teachers[0][1:] != teachers[1][1:]:
         raise UserError(
-            f"the reports are of different teachers: {names[0]} and {names[1]}; compare runs of one teacher"
+            f"the reports are of different teachers: {teachers[0]} and {teachers[1]}; compare runs of one teacher"
         )
     rows = a["rows"]["student"], b["rows"]["student"]
     domains = [{d: r["kl"]["value"] for d, r in (row.get("by_domain") or {}).items()} for row in rows]
-    moved = [((r.get("transfer") or {}).get("model") or {}).get("transferred") for r in (a, b)]
+    transferred = [transfer_totals(r).get("transferred") for r in (a, b)]
     return {
         "settings": _settings(a, b),
-        "quality": {k: _pair(rows[0].get(k) or {}, rows[1].get(k) or {}) for k in QUALITY},
+        "quality": {k: _pair(rows[0].get(k) or {}, rows[1].get(k) or {}) for k in SCORE_KEYS},
         "by_domain": {d: [x.get(d) for x in domains] for d in sorted({*domains[0], *domains[1]})},
-        "transferred": moved if None not in moved else None,
+        "transferred": transferred if None not in transferred else None,
         "experts": _experts(a, b),
         "same_text": all(rows[0].get(k) == rows[1].get(k) for k in ("tokens", "blocks"))
-        and (rows[0].get("teacher_nll") or {}).get("value") == (rows[1].get("teacher_nll") or {}).get("value"),
+        and score_value(rows[0], "teacher_nll") == score_value(rows[1], "teacher_nll"),
     }
 
 
@@ -50,15 +46,16 @@ def _pair(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
         "a": x,
         "b": y,
         "difference": None if x is None or y is None else y - x,
-        "apart": known and (a["high"] < b["low"] or b["high"] < a["low"]),
+        "separate": known and (a["high"] < b["low"] or b["high"] < a["low"]),
     }
 
 
 def _flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    out = {}
+    """Return {'train.lr': 0.001} of nested tables."""
+    flat = {}
     for k, v in table.items():
-        out |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
-    return out
+        flat |= _flat(v, f"{prefix}{k}.") if isinstance(v, dict) else {prefix + k: v}
+    return flat
 
 
 def _settings(a: Report, b: Report) -> dict[str, list[Any]]:
@@ -81,44 +78,48 @@ def _experts(a: Report, b: Report) -> list[dict[str, Any]]:
 
 
 def print_comparison(
-    found: dict[str, Any], console: Console | None = None, names: tuple[str, str] = ("A", "B")
+    comparison: dict[str, Any], console: Console | None = None, names: tuple[str, str] = ("A", "B")
 ) -> None:
-    """What `compare` found, as tables on a rich console; * marks intervals that do not overlap."""
+    """Print the result of `compare_reports` as tables on a rich console; * marks intervals that do not overlap."""
     console = console or Console()
     table = Table(box=None, header_style="bold", pad_edge=False)
     for i, column in enumerate(("", *names, "difference")):
         table.add_column(column, justify="left" if i == 0 else "right")
-    for key, row in found["quality"].items():
-        table.add_row(key, number(row["a"]), number(row["b"]), _difference(key, row))
-    for domain, (x, y) in found["by_domain"].items():
-        table.add_row(f"kl, {domain or '(no label)'}", number(x), number(y), _signed(x, y))
-    if found["transferred"]:
-        table.add_row(
-            "experts' function that survives",
-            *(number(v) for v in found["transferred"]),
-            _signed(*found["transferred"]),
-        )
+    for key, row in comparison["quality"].items():
+        table.add_row(MODEL[key].title, _show(key, row["a"]), _show(key, row["b"]), _difference(key, row))
+    for domain, (x, y) in comparison["by_domain"].items():
+        table.add_row(f"KL, {domain or '(no label)'}", show_number(x), show_number(y), _signed("kl", x, y))
+    if comparison["transferred"]:
+        x, y = comparison["transferred"]
+        table.add_row("Experts' function that survives", show_percent(x), show_percent(y), _signed("transferred", x, y))
     console.print(table)
-    if not found["same_text"]:
+    if any(row["separate"] for row in comparison["quality"].values()):
+        console.print("* the two 95% intervals do not overlap", style="dim", highlight=False)
+    if not comparison["same_text"]:
         console.print("[yellow]The two were judged on different text, so the differences mix both.[/]")
-    for key, (x, y) in found["settings"].items():
+    for key, (x, y) in comparison["settings"].items():
         console.print(f"{key}: {x!r} → {y!r}", highlight=False, markup=False)
-    for r in found["experts"][:5]:
+    for r in comparison["experts"][:5]:
         if abs(r["difference"]) >= 0.005:
-            console.print(
-                f"layer {r['layer']} expert {r['expert']}: coverage {r['a']:.0%} → {r['b']:.0%}", highlight=False
-            )
+            change = f"coverage {show_percent(r['a'])} → {show_percent(r['b'])}"
+            console.print(f"layer {r['layer']} expert {r['expert']}: {change}", highlight=False)
 
 
-def _signed(x: float | None, y: float | None) -> str:
-    return "–" if x is None or y is None else f"{y - x:+.3g}"
+def _show(key: str, x: float | None) -> str:
+    return show_percent(x, 1) if MODEL[key].unit == "%" else show_number(x)
+
+
+def _signed(key: str, x: float | None, y: float | None) -> str:
+    """Return the difference with its sign, in percentage points for shares."""
+    if x is None or y is None:
+        return UNKNOWN
+    return f"{100 * (y - x):+.3g} pp" if MODEL[key].unit == "%" else f"{y - x:+.3g}"
 
 
 def _difference(key: str, row: dict[str, Any]) -> str:
-    text = _signed(row["a"], row["b"])
-    if not row["apart"]:
+    text = _signed(key, row["a"], row["b"])
+    if not row["separate"]:
         return text
-    better = (
-        (row["difference"] < 0) == (key in LOWER_IS_BETTER) if key != "entropy_gap" else abs(row["b"]) < abs(row["a"])
-    )
+    good = MODEL[key].good
+    better = abs(row["b"]) < abs(row["a"]) if good == "zero" else (row["difference"] < 0) == (good == "low")
     return f"[{'green' if better else 'red'}]{text}[/] *"

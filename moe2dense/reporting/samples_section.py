@@ -1,48 +1,57 @@
-"""The section of what student and teacher wrote after the same prompts, worded for the page and the terminal."""
+"""The section of what student and teacher wrote after the same prompts, worded for page and terminal."""
 
 from typing import Any
 
-from moe2dense.reporting.assemble import Report
-from moe2dense.reporting.charts import number, percent
-from moe2dense.reporting.definitions import QUALITY
+from moe2dense.common.numbers import show_number, show_percent
+from moe2dense.reporting.definitions import MODEL
+from moe2dense.reporting.report_file import Report
 
 WRITERS = {"student": "The student's", "teacher": "The teacher's", "text": "The held-out text's own"}
+TEXT_TITLES = {"student": "Student", "teacher": "Teacher", "text": "Held-out text"}
 
 
 def samples_section(report: Report) -> dict[str, Any] | None:
-    """{"how", "head", "rows" (a line for each writer), "samples"} of the report's samples; None where there are none."""
+    """Return {"how", "head", "rows" (a line for each writer), "samples"} of the report's samples; None where there are none."""
     samples = report.get("samples")
     if not samples:
         return None
+    judge = samples.get("judge")
     columns = [
-        ("NLL by the teacher, nats/token", "teacher", QUALITY["written_teacher"]),
-        ("NLL by the student, nats/token", "student", QUALITY["written_student"]),
-        (f"NLL by the judge {samples.get('judge')}, nats/byte", "judge", QUALITY["written_judge"]),
-        ("Distinct bigrams", "distinct", QUALITY["written_distinct"]),
+        ("teacher", "NLL by the teacher, nats/token"),
+        ("student", "NLL by the student, nats/token"),
+        *([("judge", f"NLL by the judge {judge}, nats/byte")] if judge else []),
+        ("distinct", "Distinct bigrams"),
     ]
-    columns = [c for c in columns if c[1] != "judge" or samples.get("judge")]
-    writers = [(w, samples["scores"][w]) for w in WRITERS if w in samples["scores"]]
+    writers = [(title, samples["scores"][writer]) for writer, title in WRITERS.items() if writer in samples["scores"]]
     return {
-        "how": how(samples),
-        "head": [(label, text) for label, _, text in columns],
-        "rows": [(WRITERS[w] + " continuation", [_cell(key, s.get(key)) for _, key, _ in columns]) for w, s in writers],
+        "how": how_written(samples),
+        "head": [(label, MODEL[f"written_{key}"].help) for key, label in columns],
+        "rows": [
+            (f"{title} continuation", [show_score(key, scores.get(key)) for key, _ in columns])
+            for title, scores in writers
+        ],
         "samples": [{**row, "texts": _texts(row)} for row in samples["rows"]],
     }
 
 
 def _texts(row: dict[str, Any]) -> list[tuple[str, str]]:
-    shown = {"student": "Student", "teacher": "Teacher", "text": "Held-out text"}
-    return [(title, row[who]) for who, title in shown.items() if row.get(who) is not None]
+    return [(title, row[writer]) for writer, title in TEXT_TITLES.items() if row.get(writer) is not None]
 
 
-def _cell(key: str, value: float | None) -> str:
-    return percent(value) if key == "distinct" else number(value)
+def show_score(key: str, value: float | None) -> str:
+    """Show one number of a written text in its unit."""
+    return show_percent(value) if MODEL[f"written_{key}"].unit == "%" else show_number(value)
 
 
-def how(samples: dict[str, Any]) -> str:
-    """One or two sentences on how the texts came about."""
+def how_written(samples: dict[str, Any]) -> str:
+    """Say in one or two sentences how the texts came about."""
     temperature = samples.get("temperature") or 0
-    choice = "the likeliest token each time" if not temperature else f"drawn at temperature {temperature:g}, seeded"
+    choice = (
+        "taking the likeliest token each time" if not temperature else f"drawn at temperature {temperature:g}, seeded"
+    )
     count = len(samples["rows"])
-    first = f"{count} held-out prompt{'' if count == 1 else 's'} of {samples['prompt_tokens']} tokens, continued by {samples['tokens']}, {choice}."
+    first = (
+        f"{count} held-out prompt{'' if count == 1 else 's'} of {samples['prompt_tokens']} tokens, "
+        f"continued by {samples['tokens']} tokens, {choice}."
+    )
     return f"{first} {samples.get('how') or ''}".strip()

@@ -2,6 +2,13 @@
 
 from pathlib import Path
 
+from rich.console import Console
+
+from moe2dense.reporting.compare import compare_reports, print_comparison
+from moe2dense.reporting.html import save_report
+from moe2dense.reporting.report_file import read_report
+from moe2dense.reporting.terminal import print_report
+
 
 def show_report(run: Path, other: Path | None = None, /, *, json: bool = False) -> None:
     """Write report.html of a run again from its report.json, or compare two runs.
@@ -12,21 +19,13 @@ def show_report(run: Path, other: Path | None = None, /, *, json: bool = False) 
     other: folder of another run, to compare with
     json: print JSON instead of tables
     """
-    from rich.console import Console
-
-    from moe2dense.reporting import compare
-    from moe2dense.reporting.assemble import read_report
-    from moe2dense.reporting.compare import print_comparison
-    from moe2dense.reporting.html import write
-    from moe2dense.reporting.terminal import print_report
-
     console = Console()
     report = read_report(run)
     if other is not None:
-        found = compare(report, read_report(other))
-        console.print_json(data=found) if json else print_comparison(found, console)
+        comparison = compare_reports(report, read_report(other))
+        console.print_json(data=comparison) if json else print_comparison(comparison, console)
         return
-    write(report, run)
+    save_report(report, run)
     if json:
         console.print_json(data=report)
     else:

@@ -5,9 +5,9 @@ import shutil
 import pytest
 
 import moe2dense as m2d
-from moe2dense.reporting.assemble import read_report
-from moe2dense.reporting.charts import number
-from moe2dense.reporting.html import write
+from moe2dense.common.numbers import show_number
+from moe2dense.reporting.html import save_report
+from moe2dense.reporting.report_file import read_report
 
 pytestmark = pytest.mark.slow
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -24,7 +24,7 @@ def open_page(made_up_report, tmp_path_factory):
 
     def start(layers=4, experts=8, width=1280, height=900, dark=False, page=None):
         folder = tmp_path_factory.mktemp("report")
-        page = page or write(made_up_report(layers, experts), folder)
+        page = page or save_report(made_up_report(layers, experts), folder)
         options = webdriver.ChromeOptions()
         options.binary_location = CHROMIUM
         for flag in ("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
@@ -98,7 +98,7 @@ def test_heatmap_switches_hovers_opens_and_nothing_complains(open_page):
         "Layer 2 · expert 3",
         "Block error on its tokens",
         "Its tokens by domain",
-        "Where its neurons went",
+        "Its neurons in the student",
         "answers most strongly",
     ):
         assert text in panel.text, text
@@ -145,7 +145,7 @@ def test_the_report_of_a_real_run(open_page, tiny, tmp_path):
     panel = find(browser, "#expert").text
     assert f"{tokens:,} held-out tokens" in panel and "answers most strongly" in panel
     shown = find(browser, "#quality").text
-    assert "without children" in shown and number(report["rows"]["student"]["kl"]["value"]) in shown
+    assert "without children" in shown and show_number(report["rows"]["student"]["kl"]["value"]) in shown
     texts = find(browser, "#samples").text
     assert all(r["student"].split()[0] in texts for r in report["samples"]["rows"] if r["student"].split())
     assert report["run"]["hashes"]["model.safetensors"] in find(browser, "#run").text

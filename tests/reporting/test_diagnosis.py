@@ -16,7 +16,7 @@ def healthy():
         "teacher": {"vocab_size": 4096},
         "student": {"width": 512, "method": "layerwise"},
         "cost": {"active_ratio": 1.0, "build_tokens": 49_920},
-        "rows": {"student": row},
+        "rows": {"student": row, "before": {"kl": est(1.0)}},
         "ood": {"student": {"kl": est(0.15)}},
         "retention": {"overall": est(0.87)},
         "train_scores": {"kl": est(0.09)},
@@ -38,6 +38,7 @@ PROVOKED = {
     "tokenizer_mismatch": [student("teacher_nll", 8.2), student("nll", 8.3)],
     "broken_student": [student("nll", math.log(4096) + 1)],
     "worse_than_control": [lambda r: r.update(retention={"overall": {"value": -0.4, "low": -0.6, "high": -0.2}})],
+    "worse_than_before_training": [lambda r: r["rows"].update(before={"kl": {"value": 0.02, "low": 0.01, "high": 0.03}})],
     "mode_collapse": [student("entropy", 1.5), student("entropy_gap", -1.9)],
     "capacity_gap": [lambda r: r["cost"].update(active_ratio=0.2), student("kl", 0.9), lambda r: r["train_scores"].update(kl={"value": 0.85})],
     "temperature_too_high": [train(temperature=4.0), student("entropy_gap", 0.6)],
@@ -59,9 +60,9 @@ def test_each_failure_is_named_alone_with_a_remedy(name):
     report = healthy()
     for change in PROVOKED[name]:
         change(report)
-    found = diagnose(report)
-    assert [f["id"] for f in found] == [name]
-    assert any(c.isdigit() for c in found[0]["finding"]) and found[0]["remedy"].endswith(".")
+    findings = diagnose(report)
+    assert [f["id"] for f in findings] == [name]
+    assert any(c.isdigit() for c in findings[0]["finding"]) and findings[0]["remedy"].endswith(".")
 
 
 def test_every_rule_has_a_case_and_a_random_start_needs_no_calibration():

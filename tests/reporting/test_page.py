@@ -10,17 +10,19 @@ import torch
 from rich.console import Console
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from moe2dense.common.numbers import show_number, show_percent
 from moe2dense.config.schema import RunConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.reference import reference
-from moe2dense.reporting import assemble, compare
-from moe2dense.reporting.assemble import read_report
-from moe2dense.reporting.charts import Scale, number, ramp_step, scale_of
-from moe2dense.reporting.compare import print_comparison
+from moe2dense.reporting.assemble import assemble_report
+from moe2dense.reporting.charts import Scale, ramp_step, scale_of
+from moe2dense.reporting.compare import compare_reports, print_comparison
+from moe2dense.reporting.definitions import EXPERT_METRICS, MODEL_METRICS, definitions_as_markdown
 from moe2dense.reporting.heatmap import heatmap_svg
-from moe2dense.reporting.html import render, write
+from moe2dense.reporting.html import render_page, save_report
+from moe2dense.reporting.report_file import read_report
 from moe2dense.reporting.terminal import bars, print_report
 
 
@@ -55,7 +57,7 @@ def island(page):
 
 def test_page_is_well_formed_self_contained_and_complete(made_up_report):
     report = made_up_report(4, 8)
-    text = render(report)
+    text = render_page(report)
     page = Page(text)
     assert not [a for t, a in page.tags if t == "script" and "src" in a]
     assert not re.search(r'(?:src|href)="(?!#|data:,)', text) and "url(" not in text and "@import" not in text
@@ -67,7 +69,7 @@ def test_page_is_well_formed_self_contained_and_complete(made_up_report):
     shown = "".join(page.text)
     for expected in (
         "0.106",
-        "87.0\u00a0%",
+        "87.0%",
         "MistralForCausalLM",
         "moe2dense convert examples/tiny-mixtral",
         "Few calibration tokens",
@@ -79,7 +81,7 @@ def test_page_is_well_formed_self_contained_and_complete(made_up_report):
 
 def test_page_carries_the_same_numbers_as_the_report(made_up_report):
     report = made_up_report(3, 5)
-    data = island(render(report))
+    data = island(render_page(report))
     for row, shown in zip(report["transfer"]["layers"], data["layers"], strict=True):
         for key in ("coverage", "kl_after", "load", "replaceability"):
             for a, b in zip(row["metrics"][key], shown["m"][key], strict=True):
@@ -98,7 +100,7 @@ def test_text_from_models_and_data_cannot_break_out(made_up_report):
     report["samples"]["judge"] = evil
     report["transfer"]["layers"][0]["contexts"][0][0][1] = evil
     report["transfer"]["domains"][0] = evil
-    text = render(report)
+    text = render_page(report)
     page = Page(text)
     assert sum(t == "script" for t, _ in page.tags) == 2 and not [t for t, _ in page.tags if t == "img"]
     assert island(text)["domains"][0] == evil
@@ -106,26 +108,26 @@ def test_text_from_models_and_data_cannot_break_out(made_up_report):
 
 def test_texts_side_by_side_are_shown_with_what_others_think_of_them(made_up_report):
     report = made_up_report(2, 2)
-    shown = "".join(Page(render(report)).text)
+    shown = "".join(Page(render_page(report)).text)
     for expected in (
         "there was a queen",
         "there lived a miller",
         "NLL by the judge third-model",
         "samples-key.csv",
         "2.35",
-        "85\u00a0%",
+        "85%",
     ):
         assert expected in shown, expected
     report["samples"]["judge"] = ""
     for row in report["samples"]["rows"]:
         row["teacher"] = None
     del report["samples"]["scores"]["teacher"]
-    shown = "".join(Page(render(report)).text)
+    shown = "".join(Page(render_page(report)).text)
     assert "third-model" not in shown and "there was a king" not in shown and "there was a queen" in shown
 
 
 def test_large_reports_stay_below_three_megabytes(made_up_report, tmp_path):
-    page = write(made_up_report(48, 128), tmp_path)
+    page = save_report(made_up_report(48, 128), tmp_path)
     assert page.stat().st_size < 3e6
     assert island(page.read_text())["layers"][0]["examples"], "examples are thinned, not lost"
 
@@ -137,18 +139,18 @@ def test_a_report_with_nothing_optional_still_renders(made_up_report):
         "transfer": None, "train_scores": None, "samples": [], "tokens": {}, "diagnosis": [],
         "run": {"command": "", "config": {}, "plan": {}, "versions": {}, "timings": {}, "hashes": {}, "data": {}},
     }  # fmt: skip
-    page = Page(render(report))
+    page = Page(render_page(report))
     assert not [a for _, a in page.tags if a.get("id") in ("map", "experts", "training")]
     report["teacher"] = {"name": ""}
     report["rows"]["student"] = copy.deepcopy(report["rows"]["student"])
     for name in ("kl", "agreement"):
         report["rows"]["student"][name] = {"value": 0.5, "low": None, "high": None}
-    assert "no interval" in "".join(Page(render(report)).text)
+    assert "no interval" in "".join(Page(render_page(report)).text)
 
 
 def test_write_is_atomic_and_read_report_refuses_what_it_is_not(made_up_report, tmp_path):
     report = made_up_report(2, 2)
-    write(report, tmp_path / "run")
+    save_report(report, tmp_path / "run")
     assert sorted(p.name for p in (tmp_path / "run").iterdir()) == ["report.html", "report.json"]
     assert read_report(tmp_path / "run")["rows"]["student"]["kl"] == report["rows"]["student"]["kl"]
     with pytest.raises(UserError, match=r"no report\.json"):
@@ -190,7 +192,7 @@ def test_assemble_turns_a_run_into_json_with_a_page():
                   "expert_width": 12, "shared_width": 0, "parameters": 8000, "active_parameters": 4000},
         "flops": {"teacher": 1.0, "build": 2.0, "student": 3.0, "from_scratch": 60.0},
     }  # fmt: skip
-    report = assemble(
+    report = assemble_report(
         config=RunConfig(model="t", to="2k"), plan=plan, student={"parameters": 2000, "width": 24, "method": "layerwise"}, rows=rows,
         ood={"student": rows["student"]}, command=["moe2dense", "convert", "a b"], allow_loss=["b"],
         history=[{"step": 1, "tokens": 100, "loss": float("nan")}], tokenizer=Letters(),
@@ -208,8 +210,8 @@ def test_assemble_turns_a_run_into_json_with_a_page():
     a, c = rows["student"].by_domain["a"]["kl"], rows["control"].by_domain["a"]["kl"]
     assert report["retention"]["kept"]["value"] == pytest.approx(1 - a / c)
     assert report["retention"]["overall"]["value"] == pytest.approx(1 - rows["student"].kl / rows["control"].kl)
-    shown = "".join(Page(render(report)).text)
-    assert "may be lost" in shown and number(float(rows["student"].kl)) in shown
+    shown = "".join(Page(render_page(report)).text)
+    assert "may be lost" in shown and show_number(float(rows["student"].kl)) in shown
     apart = report["apart"]["held_out"]
     assert apart["kept"]["student"]["kl"]["value"] == pytest.approx(a)
     assert apart["lost"]["control"]["kl"]["value"] == pytest.approx(rows["control"].by_domain["b"]["kl"])
@@ -221,7 +223,7 @@ def test_assemble_turns_a_run_into_json_with_a_page():
     assert "held-out text without b" in text and "b alone: may be lost" in text
     assert "% without b)" in " ".join(text.split())
     with pytest.raises(UserError, match="student"):
-        assemble(config=RunConfig(), plan={}, student={}, rows={"teacher": rows["teacher"]})
+        assemble_report(config=RunConfig(), plan={}, student={}, rows={"teacher": rows["teacher"]})
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])
@@ -236,21 +238,38 @@ def test_terminal_form_fits_and_names_what_matters(made_up_report, width):
     assert bars([0.0, 0.5, 1.0, None]) == "▁▅█·" and len(bars([0.5] * 300)) <= 64
 
 
+@pytest.mark.parametrize("width", [60, 80, 100, 140])
+def test_terminal_tables_have_the_same_columns_and_say_what_they_mean(made_up_report, width):
+    report = made_up_report(4, 8)
+    report["ood"] = {"student": report["ood"]["student"]}  # a narrow table, for which more columns would fit
+    console = Console(width=width, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
+    print_report(report, console)
+    lines = console.export_text().splitlines()
+    heads = [lines[i + 1].split() for i, line in enumerate(lines) if "text" in line and "  KL" in lines[i + 1]]
+    assert len(heads) == 2 and heads[0] == heads[1]
+    explained = " ".join(" ".join(lines).split())
+    for name in ("KL: ", "same choice: ", "survives: ", "coverage: ", "neurons: ", "±: ", "– or ·: ", "docs/report.md"):
+        assert name in explained, name
+    assert ("rare KL: " in explained) == ("rare" in heads[0]) and ("ppl: " in explained) == ("ppl" in heads[0])
+
+
 def test_compare_shows_what_changed(made_up_report):
     a, b = made_up_report(2, 4), made_up_report(2, 4)
     b["rows"]["student"]["kl"] = {"value": 0.08, "low": 0.075, "high": 0.085}
     b["run"]["config"]["train"]["lr"] = 5e-4
     b["transfer"]["layers"][1]["metrics"]["coverage"][2] = 0.111
-    found = compare(a, b)
-    assert found["settings"] == {"train.lr": [1e-3, 5e-4]} and found["same_text"]
-    assert found["quality"]["kl"]["apart"] and found["quality"]["kl"]["difference"] == pytest.approx(-0.026)
-    assert not found["quality"]["nll"]["apart"]
-    assert (found["experts"][0]["layer"], found["experts"][0]["expert"]) == (1, 2)
+    comparison = compare_reports(a, b)
+    assert comparison["settings"] == {"train.lr": [1e-3, 5e-4]} and comparison["same_text"]
+    assert comparison["quality"]["kl"]["separate"] and comparison["quality"]["kl"]["difference"] == pytest.approx(
+        -0.026
+    )
+    assert not comparison["quality"]["nll"]["separate"]
+    assert (comparison["experts"][0]["layer"], comparison["experts"][0]["expert"]) == (1, 2)
     console = Console(width=100, record=True, file=open("/dev/null", "w"))  # noqa: SIM115
-    print_comparison(found, console)
+    print_comparison(comparison, console)
     assert "-0.026 *" in console.export_text()
     with pytest.raises(UserError, match="different teachers"):
-        compare(a, made_up_report(2, 5))
+        compare_reports(a, made_up_report(2, 5))
 
 
 def test_scales_and_ticks_hold_what_they_show():
@@ -260,19 +279,24 @@ def test_scales_and_ticks_hold_what_they_show():
         assert all(0 < scale(v) < 100 for v in values)
     assert scale_of([0.2, 0.9]).low == 0 and Scale(0, 10)(5) == 50
     assert scale_of([0.2, 0.9]).ticks()[0] == 0 and scale_of([]).ticks()
-    assert [number(x) for x in (0.0, 0.10612, 41.53, 12345.6, None, float("nan"))] == [
+    assert [show_number(x) for x in (0.0, 0.10612, 41.53, 12345.6, None, float("nan"))] == [
         "0",
         "0.106",
         "41.5",
-        "12 346",
+        "12,346",
         "–",
         "–",
     ]
     assert [ramp_step(x, 0, 1) for x in (-0.1, 0, 0.05, 0.95, 1, 2, None)] == [0, 0, 0, 9, 9, 9, None]
 
 
-def test_the_documentation_has_every_definition(root):
-    from moe2dense.reporting.definitions import NAMES, QUALITY, as_markdown
+def test_one_form_for_shares_everywhere():
+    assert [show_percent(x, d) for x, d in ((0.47, 0), (0.871, 1), (None, 0))] == ["47%", "87.1%", "–"]
+    assert not [m.key for m in (*MODEL_METRICS, *EXPERT_METRICS) if "0 %" in m.help]
 
-    assert NAMES.keys() == QUALITY.keys()
-    assert (root / "docs" / "report.md").read_text().endswith("-->\n" + as_markdown())
+
+def test_the_documentation_has_every_definition(root):
+    keys = [m.key for m in (*MODEL_METRICS, *EXPERT_METRICS)]
+    assert len(keys) == len(set(keys))
+    assert all(m.name and m.title and m.help.endswith(".") for m in (*MODEL_METRICS, *EXPERT_METRICS))
+    assert (root / "docs" / "report.md").read_text().endswith("-->\n" + definitions_as_markdown())

@@ -33,7 +33,7 @@ const starts = []; layers.reduce((n, l) => { starts.push(n); return n + l.tokens
 let metric = D.metrics.find(m => m.key === $("metric").value) || D.metrics[0], at = null;
 
 const number = v => v === null || v === undefined ? "–" : v === 0 ? "0" : Math.abs(v) >= 1000 ? Math.round(v).toLocaleString("en") : String(+v.toPrecision(3));
-const show = (m, v) => v === null || v === undefined ? "unmeasured" : m.unit === "%" ? +(100 * v).toPrecision(3) + " %" : m.unit === "x" ? number(v) + " ×" : number(v) + (m.unit ? " " + m.unit : "");
+const show = (m, v) => v === null || v === undefined ? "unmeasured" : m.unit === "%" ? +(100 * v).toPrecision(3) + "%" : m.unit === "x" ? number(v) + "×" : number(v) + (m.unit ? " " + m.unit : "");
 const get = (l, e, key) => { const v = (layers[l].m[key] || [])[e]; return v === undefined ? null : v; };
 const median = key => { const v = layers.flatMap(l => l.m[key] || []).filter(x => x !== null).sort((a, b) => a - b); return v.length ? v[v.length >> 1] : null; };
 
@@ -44,7 +44,7 @@ function paint() {
     const v = get(l, e, metric.key);
     rects[starts[l] + e].setAttribute("class", v === null ? "u" : "c" + Math.min(9, Math.max(0, Math.floor(10 * (v - lo) / (hi - lo || 1)))));
   }));
-  $("lo").textContent = show(metric, lo); $("hi").textContent = show(metric, hi); $("meaning").textContent = metric.text;
+  $("lo").textContent = show(metric, lo); $("hi").textContent = show(metric, hi); $("meaning").textContent = metric.help;
   if ($("matrix").open) table();
 }
 $("metric").onchange = event => { metric = byKey[event.target.value]; paint(); };
@@ -62,7 +62,7 @@ map.onmousemove = event => {
   const c = cell(event);
   if (!c) { hover.hidden = true; return; }
   const [l, e] = c, L = layers[l];
-  hover.replaceChildren(make("b", `Layer ${L.index} · expert ${e}`), make("span", `${metric.label}: ${show(metric, get(l, e, metric.key))}`), make("br"),
+  hover.replaceChildren(make("b", `Layer ${L.index} · expert ${e}`), make("span", `${metric.title}: ${show(metric, get(l, e, metric.key))}`), make("br"),
     make("span", [L.provenances[L.provenance[e]], `${L.tokens[e].toLocaleString("en")} tokens`].filter(Boolean).join(" · ")));
   mark(l, e); place(event.clientX, event.clientY);
 };
@@ -95,7 +95,7 @@ function open(l, e, keep) {
 
   const numbers = make("table"), body = make("tbody"); numbers.append(body);
   for (const m of D.metrics) {
-    const v = get(l, e, m.key), row = make("tr"), head = make("th", m.label), td = make("td", show(m, v)); head.scope = "row"; head.title = m.text;
+    const v = get(l, e, m.key), row = make("tr"), head = make("th", m.title), td = make("td", show(m, v)); head.scope = "row"; head.title = m.help;
     const [lows, highs] = L.between[m.key] || [[], []];
     if (lows[e] !== null && lows[e] !== undefined) td.append(make("small", `${show(m, lows[e])} to ${show(m, highs[e])}`));
     row.append(head, td, make("td", show(m, median(m.key)), "muted")); body.append(row);
@@ -108,12 +108,12 @@ function open(l, e, keep) {
   if (errors.length) right.append(make("h4", "Block error on its tokens"), bars(errors.map(([n, v, c]) => [n, v, number(v), c])));
   if (D.domains.length > 1 && L.domainsOf[e]) {
     const rows = D.domains.map((d, i) => [d || "(no label)", L.domainsOf[e][i], D.domainShare[i] ? L.domainsOf[e][i] / D.domainShare[i] : null]).sort((a, b) => b[1] - a[1]).slice(0, 8);
-    right.append(make("h4", "Its tokens by domain, and against chance"), bars(rows.map(([d, v, lift]) => [d, v, `${number(100 * v)} %  ${lift === null ? "" : number(lift) + "×"}`])));
+    right.append(make("h4", "Its tokens by domain, and against chance"), bars(rows.map(([d, v, lift]) => [d, v, `${number(100 * v)}%  ${lift === null ? "" : number(lift) + "×"}`])));
     if (L.chance && L.chance[e]) right.append(make("p", `Shuffled domains give a lift of up to ${number(L.chance[e])}× in 95 of 100 cases.`, "muted"));
   }
   if (L.neurons_from) {
     const other = Object.entries(L.other_neurons || {}).filter(([, n]) => n).map(([k, n]) => `${n} ${k}`).join(", ");
-    right.append(make("h4", "Where its neurons went"), make("p", `${L.neurons_from[e]} neurons of this student layer come from this expert` + (other ? ` (others in the layer: ${other}).` : ".")));
+    right.append(make("h4", "Its neurons in the student"), make("p", `${L.neurons_from[e]} neurons of this student layer come from this expert` + (other ? ` (others in the layer: ${other}).` : ".")));
   }
   const near = get(l, e, "replaceability");
   if (near !== null && L.replaced_by && L.replaced_by[e] >= 0) {
@@ -143,7 +143,7 @@ function table() {
   for (let e = 0; e < columns; e++) line.append(make("th", e));
   head.append(line);
   layers.forEach((L, l) => { const row = make("tr"); row.append(make("th", L.index)); L.tokens.forEach((_, e) => row.append(make("td", metric.unit === "%" && get(l, e, metric.key) !== null ? number(100 * get(l, e, metric.key)) : number(get(l, e, metric.key))))); body.append(row); });
-  t.append(head, body); $("matrix").lastElementChild.replaceChildren(make("p", metric.label + (metric.unit === "%" ? ", per cent" : ""), "muted"), t);
+  t.append(head, body); $("matrix").lastElementChild.replaceChildren(make("p", metric.title + (metric.unit === "%" ? ", per cent" : ""), "muted"), t);
 }
 $("matrix").ontoggle = () => { if ($("matrix").open) table(); };
 $("csv").onclick = () => {

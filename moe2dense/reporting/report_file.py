@@ -1,0 +1,46 @@
+"""report.json: the schema's version, and reading it back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from moe2dense.errors import UserError
+
+SCHEMA = 1
+Report = dict[str, Any]
+
+
+def read_report(path: str | Path) -> Report:
+    """Read a report from its folder or its report.json.
+
+    Raises UserError where there is none, it is not JSON, or a newer version wrote it.
+    """
+    path = Path(path)
+    file = path / "report.json" if path.is_dir() else path
+    try:
+        report = json.loads(file.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path} holds no report.json; run `moe2dense report {path}` on a finished run") from error
+    except ValueError as error:
+        raise UserError(f"{file} is not valid JSON ({error}); write it again with `moe2dense report`") from error
+    if not isinstance(report, dict) or "rows" not in report:
+        raise UserError(f"{file} is not a moe2dense report")
+    if report.get("schema") != SCHEMA:
+        raise UserError(f"{file} has report schema {report.get('schema')!r}; this version reads {SCHEMA}")
+    return report
+
+
+def score_value(scores: dict[str, Any] | None, key: str) -> float | None:
+    """Return the value of one number of a row of scores; None where the row or the number is missing."""
+    return ((scores or {}).get(key) or {}).get("value")
+
+
+def transfer_totals(report: Report) -> dict[str, Any]:
+    """Return what the transfer section says of the whole model; empty where experts were not measured."""
+    return (report.get("transfer") or {}).get("model") or {}
+
+
+def ood_path(report: Report) -> str:
+    """Return where the out-of-distribution text comes from; "" where the report does not say."""
+    text = ((report.get("run") or {}).get("data") or {}).get("ood")
+    return str(text.get("path") or "") if isinstance(text, dict) else ""

@@ -1,0 +1,87 @@
+"""Rows of scores as tables for a terminal, all with the same columns, and the line that explains them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
+from rich.table import Table
+from rich.text import Text
+
+from moe2dense.common.numbers import UNKNOWN, show_number, show_percent
+from moe2dense.reporting.definitions import EXPERT, MODEL, NEURONS_BRIEF, NEURONS_TITLE, ROW_TITLES, row_title
+
+COLUMNS = ("kl", "rare_kl", "nll", "perplexity", "agreement", "ece")
+LESS_NEEDED = ("ece", "perplexity", "rare_kl")  # left out in this order where a terminal is too narrow
+SHORT_TITLES = {"before": "before training"}
+
+
+def plain_table(*columns: str) -> Table:
+    """Return a table without lines; its first column is flush left, the others are flush right."""
+    table = Table(header_style="bold", box=None, pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right", no_wrap=True)
+    return table
+
+
+def titled(title: str, table: Table) -> RenderableType:
+    """Put an empty line and a title over a table; a table's own title would be folded to the table's width."""
+    return Group(Text(f"\n{title}", style="dim"), table)
+
+
+def print_scores(texts: Sequence[tuple[str, dict[str, Any]]], console: Console) -> tuple[str, ...]:
+    """Print one table of scores for each (title, rows); return the keys of the columns.
+
+    Every table has the same columns: those with which all of them fit the terminal.
+    """
+    columns = COLUMNS
+    for key in LESS_NEEDED:
+        if all(_fits(_filled(rows, columns), console) for _, rows in texts):
+            break
+        columns = tuple(c for c in columns if c != key)
+    for title, rows in texts:
+        console.print(titled(title, _filled(rows, columns)))
+    return columns
+
+
+def _fits(table: Table, console: Console) -> bool:
+    unlimited = console.options.update(max_width=10_000)
+    return Measurement.get(console, unlimited, table).maximum <= console.width
+
+
+def _filled(rows: dict[str, Any], columns: Sequence[str]) -> Table:
+    table = plain_table("", *(MODEL[key].name for key in columns))
+    for name, row in rows.items():
+        title = row_title(name).split(":")[0].lower() if name in ROW_TITLES else name
+        table.add_row(
+            SHORT_TITLES.get(name, title), *(show_half_interval(row.get(key), MODEL[key].unit) for key in columns)
+        )
+    return table
+
+
+def show_half_interval(estimate: dict[str, Any] | None, unit: str = "") -> str:
+    """Show an estimate in its metric's unit, with half the width of its interval: '0.106 ±0.005'; shares without it."""
+    if not estimate or estimate.get("value") is None:
+        return UNKNOWN
+    if unit == "%":
+        return show_percent(estimate["value"], 1)
+    half = "" if estimate.get("low") is None else f" ±{show_number((estimate['high'] - estimate['low']) / 2, 2)}"
+    return show_number(estimate["value"]) + half
+
+
+def legend(model_keys: Sequence[str], expert_keys: Sequence[str] = (), least_tokens: int | None = None) -> Text:
+    """Say in a few lines what the columns and signs of the tables mean, and where the exact definitions are.
+
+    least_tokens: held-out tokens below which an expert is not measured; None where no experts are shown.
+    """
+    entries = [(MODEL[key].name, MODEL[key].brief) for key in model_keys]
+    entries += [(EXPERT[key].name, EXPERT[key].brief) for key in expert_keys]
+    if expert_keys:
+        entries.append((NEURONS_TITLE.lower(), NEURONS_BRIEF))
+    entries.append(("±", "half the 95% interval"))
+    if least_tokens is None:
+        entries.append((UNKNOWN, "not measured"))
+    else:
+        entries.append((f"{UNKNOWN} or ·", f"not measured, for an expert: under {least_tokens} held-out tokens"))
+    meanings = "; ".join(f"{name}: {brief}" for name, brief in entries if brief)
+    return Text(f"\n{meanings}. KL and NLL are in nats per token. More: docs/report.md.", style="dim")
