@@ -128,7 +128,8 @@ def measure_build(folder: str, dense: int, memory: str, tokens: int) -> tuple[in
     from moe2dense.config.schema import RunConfig
     from moe2dense.data.blocks import Blocks
     from moe2dense.families.cards import student_host
-    from moe2dense.modeling.shape import count_parameters, empty_model, teacher_geometry
+    from moe2dense.modeling.empty import count_parameters, empty_model
+    from moe2dense.modeling.shape import teacher_geometry
     from moe2dense.student.build.api import build_to_folder
     from moe2dense.student.build.cost import build_bytes
     from moe2dense.student.target.dense_config import dense_config

@@ -59,7 +59,7 @@ def generate_text(
     from rich.console import Console
 
     from moe2dense.cli.common import open_teacher
-    from moe2dense.common.processes import processes
+    from moe2dense.common.processes import join_processes
     from moe2dense.common.progress import progress_for
     from moe2dense.common.units import parse_count
     from moe2dense.config.schema import RunConfig
@@ -73,7 +73,7 @@ def generate_text(
     }  # fmt: skip
     settings = merge_flags(base, {f"write.{k}": v for k, v in flags.items()}).write
     count = parse_count(tokens, "--tokens")
-    with processes() as rank:
+    with join_processes() as rank:
         console = Console(quiet=rank > 0)
         model = open_teacher(teacher, memory=memory, experts=experts, device=device, card=teacher_card)
         longest = min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", 2048))

@@ -79,7 +79,7 @@ def targets(
 
 
 def _check(out: Path | None, format: str, temperature: float, analyze: bool) -> None:
-    from moe2dense.common.processes import process
+    from moe2dense.common.processes import launched
     from moe2dense.errors import UserError
 
     if out is None and not analyze:
@@ -90,7 +90,7 @@ def _check(out: Path | None, format: str, temperature: float, analyze: bool) -> 
         )
     if analyze and format not in ("hidden", "full"):
         raise UserError(f"--analyze needs the whole distribution; use --format hidden or full, not {format}")
-    if analyze and process()[1] > 1:
+    if analyze and launched()[1] > 1:
         raise UserError("--analyze runs in one process; write the store first, then run it again without torchrun")
 
 

@@ -43,7 +43,23 @@ def load_blocks(
         path = parse_mixture(path)
     if isinstance(path, dict):
         return _mixture(path, tokenizer, block, split, tokens, seed, document_masks)
-    return blocks_of(passages(path, split, seed), tokenizer, block, f"{str(path)!r} ({split})", tokens, document_masks)
+    return blocks_of(passages(path, split, seed), tokenizer, block, _source_name(path, split), tokens, document_masks)
+
+
+def check_source(path: str, split: str) -> None:
+    """Refuse text that cannot be read, by its first passage. Raises UserError as `load_blocks` does."""
+    parts = parse_mixture(path) if "=" in path and not Path(path).exists() else {path: 1.0}
+    for part in parts:
+        if next(passages(part, split, 0), None) is None:
+            raise UserError(f"data {_source_name(part, split)} has no text; {HOW}")
+
+
+def _source_name(path: str | Path, split: str) -> str:
+    """How errors call one split of a source: of a single file it is a share of the passages."""
+    share = {"valid": "the 5% of its passages that are held out", "test": "5% of its passages"}.get(split)
+    if share and Path(path).is_file():
+        return f"{str(path)!r} ({split}: {share})"
+    return f"{str(path)!r} ({split})"
 
 
 def blocks_of(
@@ -62,8 +78,14 @@ def blocks_of(
     blocks = _pack(documents, block, limit, document_masks, tokenizer.eos_token_id)
     if isinstance(blocks, int):
         found = f"{blocks} tokens, fewer than one block of {block}" if blocks else "no text"
-        raise UserError(f"data {what} has {found}; {HOW if not blocks else 'pass more or a smaller --block'}")
+        raise UserError(f"data {what} has {found}; {_remedy(what, blocks)}")
     return blocks
+
+
+def _remedy(what: str, tokens: int) -> str:
+    if "held out" in what:
+        return "pass --valid with text of its own to hold out, more text, or a smaller --block"
+    return "pass more or a smaller --block" if tokens else HOW
 
 
 @dataclass

@@ -11,7 +11,7 @@ from typing import Any
 
 import xxhash
 
-from moe2dense.errors import UserError
+from moe2dense.errors import UserError, first_line
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
 _NAMES = {"train": ("train",), "valid": ("valid", "validation", "dev", "val"), "test": ("test",), "ood": ("ood",)}
@@ -100,8 +100,8 @@ def _local(files: list[Path], where: Path, seed: int) -> Iterable[dict[str, Any]
         try:  # memory-mapped: a file larger than RAM is read page by page
             data = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
         except Exception as error:  # the library wraps a reader's errors in many types
-            cause = str(error.__cause__ or error).strip().splitlines()
-            raise UserError(f"data {files[0]} cannot be read as {kind}: {cause[0] if cause else error!r}") from error
+            cause = error.__cause__ or error
+            raise UserError(f"data {files[0]} cannot be read as {kind}: {first_line(cause)}") from error
     if kind == "text":
         return _shuffled(_joined(data["text"]), seed)
     _check_fields(data.column_names, files[0])
@@ -150,9 +150,8 @@ def _hub(name: str, split: str, seed: int) -> tuple[Iterable[dict[str, Any]], bo
             if wanted or hashed:
                 data = datasets.load_dataset(repository, configuration or None, split=wanted or "train", streaming=True)
         except Exception as error:  # no network, offline mode, no such dataset, gated, ...: one remedy for all
-            reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise UserError(
-                f"data {name!r} is no file or folder here and cannot be read from the hub ({reason}); {HOW}"
+                f"data {name!r} is no file or folder here and cannot be read from the hub ({first_line(error)}); {HOW}"
             ) from error
     if data is None:
         raise UserError(

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moe2dense.errors import UserError
+from moe2dense.errors import UserError, first_line
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model",
@@ -24,8 +24,7 @@ def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTo
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"tokenizer: none can be loaded from {source} ({first}); pass --tokenizer") from error
+        raise UserError(f"tokenizer: none can be loaded from {source} ({first_line(error)}); pass --tokenizer") from error
 
 
 def source_folder(source: str | Path | PreTrainedTokenizerBase) -> Path | None:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe2dense.errors import UserError, nearest
+from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.families.cards import Checkpoint, TeacherCard, find_checkpoint, read_teacher_card, teacher_cards
 
 if TYPE_CHECKING:
@@ -58,8 +58,7 @@ def _read_config(source: str | Path, given: str) -> "PreTrainedConfig":
     try:
         return AutoConfig.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"TEACHER {given!r}: its config cannot be read ({first})") from error
+        raise UserError(f"TEACHER {given!r}: its config cannot be read ({first_line(error)})") from error
 
 
 def _offline_config(card: TeacherCard, row: Checkpoint) -> "PreTrainedConfig":
@@ -122,8 +121,7 @@ def fetch(teacher: ResolvedTeacher) -> Path:
     try:
         return Path(snapshot_download(teacher.hub_id, allow_patterns=list(WEIGHT_FILES)))
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"TEACHER {teacher.given!r} means {teacher.hub_id} on the hub, which cannot be downloaded ({first}); "
+            f"TEACHER {teacher.given!r} means {teacher.hub_id} on the hub, which cannot be downloaded ({first_line(error)}); "
             f"download it where there is a network and pass the folder"
         ) from error

@@ -1,5 +1,7 @@
 """Find the parts of a causal language model: its decoder and the decoder's layers."""
 
+from typing import cast
+
 from torch import nn
 
 from moe2dense.errors import UserError
@@ -14,7 +16,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """
     causal = without_adapters(model)
     body = causal.base_model
-    return internals.decoder(causal)[1] if body is causal else body
+    return cast(nn.Module, internals.decoder(causal)[1]) if body is causal else body
 
 
 def decoder_layers(model: nn.Module) -> nn.ModuleList:

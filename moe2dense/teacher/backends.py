@@ -13,7 +13,7 @@ from torch import Tensor
 
 from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
-from moe2dense.modeling import internals
+from moe2dense.modeling.gated_ffn import has_plain_gating
 from moe2dense.teacher import megablocks
 from moe2dense.teacher.experts import OnExpert, route, run_streamed
 from moe2dense.teacher.layer_pass import LayerPass
@@ -34,7 +34,7 @@ def megablocks_available() -> str:
 
 def _plain_gating(layers: Sequence[Layer]) -> bool:
     """Whether every expert is silu(gate) * up without biases, the only kind megablocks is given."""
-    return all(internals.has_plain_gating(layer.routed) for layer in layers if layer.sparse)
+    return all(has_plain_gating(layer.routed) for layer in layers if layer.sparse)
 
 
 def _refusal(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: MemoryPlan, budget: int) -> str:

@@ -1,38 +1,81 @@
-"""What running a teacher costs, from its config alone: bytes on disk and in memory, tokens that share one reading."""
+"""What running a teacher costs: how a memory budget is split, bytes on disk and in memory, tokens that share one reading.
 
-from moe2dense.common.units import parse_bytes
+All of it follows from sizes alone, so plans need neither weights nor torch.
+"""
+
+from dataclasses import dataclass
+
+import psutil
+
+from moe2dense.common.units import parse_bytes, show_bytes
+from moe2dense.errors import UserError
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.shape import Geometry
 
 HIDDEN_COPIES = 5  # residual stream in and out, attention output, block input and output, while a layer runs
+WORK_BYTES = 96_000_000  # slices of converted weights, activations of a chunk
+LEAST_MACRO_BATCH = 4096  # below this, hidden states spill rather than the weights being read more often
+_LEAST_BUDGET = 16_000_000  # a budget below this holds no layer of anything
+_COMPUTE_BYTES = 4  # of a number in float32, in which a CPU computes
+
+
+def memory_budget(memory: str | int | float, what: str = "memory", free: int | None = None) -> int:
+    """Return the bytes for weights and hidden states. `auto` is half of what is free, of this machine or as `free` says.
+
+    `what` is the name of the argument in errors. Raises UserError for no size, or one that holds no layer.
+    """
+    if memory == "auto":
+        return (psutil.virtual_memory().available if free is None else free) // 2
+    budget = parse_bytes(memory, what)
+    if budget < _LEAST_BUDGET:
+        raise UserError(f"{what} must be at least {show_bytes(_LEAST_BUDGET)}; found {memory!r}")
+    return budget
+
+
+@dataclass(frozen=True)
+class BudgetSplit:
+    """What a budget of bytes is spent on."""
+
+    resident: bool  # the whole model stays in memory
+    prefetch_bytes: int  # experts that are read ahead
+    hidden_bytes: int  # what is left for hidden states
+    macro_batch: int  # tokens per read of the weights
+
+
+def split_budget(budget: int, total: int, layer: int, expert: int, token: int) -> BudgetSplit:
+    """Split a budget between weights, experts read ahead and hidden states; all in bytes.
+
+    total: the whole model; layer: its largest layer without routed experts; expert: its largest expert as stored; token: all
+    copies of one token's hidden state.
+    """
+    resident = total <= budget // 2
+    weights = total if resident else layer + 2 * expert
+    left = max(budget - weights - WORK_BYTES, budget // 8)
+    prefetch = 2 * expert + (0 if resident else min(left // 4, 2 * expert))
+    left -= max(0, prefetch - 2 * expert)
+    return BudgetSplit(resident, prefetch, left, max(LEAST_MACRO_BATCH, left // token))
 
 
 def checkpoint_bytes(teacher: ResolvedTeacher, shape: Geometry) -> int:
-    """Size of the teacher's weight files; two bytes a parameter where they are not on this machine."""
+    """Return the size of the teacher's weight files; two bytes a parameter where they are not on this machine."""
     files = list(teacher.path.glob("*.safetensors")) if teacher.path else []
     return sum(f.stat().st_size for f in files) or 2 * shape.parameters
 
 
-def memory_budget(text: str) -> int:
-    """`--memory` in bytes; `auto` is half of what is free now."""
-    if text == "auto":
-        import psutil
-
-        return psutil.virtual_memory().available // 2
-    return parse_bytes(text, "--memory")
+def _layer_bytes(shape: Geometry) -> int:
+    """Return the bytes of one layer's attention, norms and router, on average, in the compute dtype."""
+    outside = shape.parameters - len(shape.moe_layers) * shape.num_experts * shape.expert_parameters
+    embeddings = 2 * shape.vocab_size * shape.hidden_size
+    return _COMPUTE_BYTES * (max(outside - embeddings, 0) // shape.num_hidden_layers)
 
 
 def resident_layer_bytes(shape: Geometry) -> int:
-    """fp32 bytes of one layer's attention, norms and router plus two experts (one computing, one prefetched)."""
-    outside = shape.parameters - len(shape.moe_layers) * shape.num_experts * shape.expert_parameters
-    embeddings = 2 * shape.vocab_size * shape.hidden_size
-    per_layer = max(outside - embeddings, 0) // shape.num_hidden_layers
-    return 4 * (per_layer + 2 * shape.expert_parameters)
+    """Return the bytes of one layer outside its experts, plus two experts (one computing, one read ahead)."""
+    return _layer_bytes(shape) + 2 * _COMPUTE_BYTES * shape.expert_parameters
 
 
 def macro_batch_tokens(budget: int, shape: Geometry) -> int:
-    """Tokens that share one read of the weights: those whose hidden states fit beside one layer, more by spilling to disk."""
-    from moe2dense.teacher.memory import LEAST_MACRO_BATCH
-
-    room = budget - resident_layer_bytes(shape)
-    return max(LEAST_MACRO_BATCH, room // (4 * HIDDEN_COPIES * shape.hidden_size))
+    """Return how many tokens share one read of the weights: those whose hidden states fit beside what is in memory."""
+    token = _COMPUTE_BYTES * HIDDEN_COPIES * shape.hidden_size
+    total, expert = _COMPUTE_BYTES * shape.parameters, _COMPUTE_BYTES * shape.expert_parameters
+    return split_budget(budget, total, _layer_bytes(shape), expert, token).macro_batch

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moe2dense.modeling.gated_ffn import Gating
 from moe2dense.teacher.buffers import Scratch
 from moe2dense.teacher.parameters import Layout, Weights
 
-Gating = Callable[[Tensor, Tensor], Tensor]
 _SLICE_BYTES = 8_000_000  # matrices are converted to the compute dtype and multiplied in slices of this size
 _ACTIVATION_BYTES = 128_000_000  # of the neurons of a slice, at once
 

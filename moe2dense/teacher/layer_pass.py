@@ -3,11 +3,23 @@
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
+
+
+class LayerFFNs(Protocol):
+    """The FFNs of a layer that are read on demand, besides its routed experts."""
+
+    def shared(self) -> list[SharedFFN]:
+        """Return the FFNs that every token passes inside a sparse block."""
+        ...
+
+    def dense(self) -> ExpertWeights:
+        """Return the FFN of a dense layer."""
+        ...
 
 
 @dataclass
@@ -27,14 +39,16 @@ class LayerPass:
     top_k_index: Tensor | None = None  # [T, K]
     top_k_weights: Tensor | None = None  # [T, K] exactly as the experts receive them
     experts: LayerExperts | None = None
-    _layer: Any = field(default=None, repr=False)
+    ffns: LayerFFNs | None = field(default=None, repr=False)
 
     @cached_property
     def shared(self) -> list[SharedFFN]:
         """The FFNs that every token passes inside a sparse block."""
-        return self._layer.shared()
+        assert self.ffns is not None
+        return self.ffns.shared()
 
     @cached_property
     def dense(self) -> ExpertWeights:
         """The FFN of a dense layer."""
-        return self._layer.dense()
+        assert self.ffns is not None
+        return self.ffns.dense()

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
+from moe2dense.modeling.gated_ffn import expert_gating, expert_layout, gated_linears
+from moe2dense.modeling.hooks import first_tensor
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
 from moe2dense.teacher.fake_quant import QuantizedExperts
 from moe2dense.teacher.parameters import Layout, assign
@@ -26,10 +28,6 @@ def _find(module: Any, path: str) -> Any:
         if module is None:
             return None
     return module
-
-
-def _first(output: Any) -> Tensor:
-    return output[0] if isinstance(output, tuple) else output
 
 
 class Layer:
@@ -75,11 +73,11 @@ class Layer:
             self.shared_module = _find(self.ffn, card.shared)
             if self.shared_module is None:
                 self.shared_module, self.shared_inside = _find(self.module, card.shared), False
-        layout = Layout(*internals.expert_layout(self.routed, card.dispatch == "stacked"))
+        layout = Layout(*expert_layout(self.routed, card.dispatch == "stacked"))
         kind = QuantizedExperts if self.skeleton.quantize else LayerExperts
         self.experts = kind(
             self.skeleton.weights, f"{self.prefix}{card.moe_block}.{card.experts}.", int(self.routed.num_experts), layout,
-            internals.expert_gating(self.routed), self.skeleton.dtype,
+            expert_gating(self.routed), self.skeleton.dtype,
         )  # fmt: skip
         if isinstance(self.experts, QuantizedExperts):
             self.experts.bits = self.skeleton.quantize
@@ -89,7 +87,7 @@ class Layer:
 
     def _dense_child(self) -> Any:
         for child in self.module.children():
-            if internals.gated_linears(child) is not None:
+            if gated_linears(child) is not None:
                 return child
         return None
 
@@ -135,7 +133,7 @@ class Layer:
     # parts as plain weights
 
     def _gated(self, module: nn.Module, what: str) -> ExpertWeights:
-        parts = internals.gated_linears(module)
+        parts = gated_linears(module)
         if parts is None:
             raise UserError(f"layer {self.index} of {self.skeleton.path}: {what} is not a gated feed-forward network")
         gate, down = _find(module, parts.gate), _find(module, parts.down)
@@ -148,7 +146,7 @@ class Layer:
             g_bias, u_bias = bias.chunk(2) if bias is not None else (None, None)
         made = ExpertWeights(g, u, down.weight, parts.gating, self.skeleton.dtype, (g_bias, u_bias, down.bias))
         probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(2, -1)
-        close = torch.allclose(made(probe), _first(module(probe)), rtol=1e-2, atol=1e-3)
+        close = torch.allclose(made(probe), first_tensor(module(probe)), rtol=1e-2, atol=1e-3)
         if not close:
             raise UserError(
                 f"layer {self.index} of {self.skeleton.path}: {what} computes something else than a gated FFN"
@@ -186,7 +184,7 @@ class Layer:
             replaced[self.routed] = lambda x, index, weights: handler(x, index, weights, logits[-1])
         if skip_shared and self.shared_module is not None:
             replaced[self.shared_module] = torch.zeros_like
-        hook = self.router.register_forward_hook(lambda _m, _i, out: logits.append(_first(out)))
+        hook = self.router.register_forward_hook(lambda _m, _i, out: logits.append(first_tensor(out)))
         try:
             with internals.forwards(replaced):
                 yield
@@ -223,10 +221,10 @@ class Layer:
         with ExitStack() as stack:
 
             def keep(_m: nn.Module, _i: Any, out: Any) -> None:
-                target.copy_(_first(out).reshape(target.shape))
+                target.copy_(first_tensor(out).reshape(target.shape))
 
             def add(_m: nn.Module, _i: Any, out: Any) -> None:
-                target.add_(_first(out).reshape(target.shape).to(target.device))
+                target.add_(first_tensor(out).reshape(target.shape).to(target.device))
 
             stack.callback(self.ffn.register_forward_hook(keep).remove)
             if self.shared_module is not None and not self.shared_inside:

@@ -17,7 +17,8 @@ from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.check import check_coverage, check_quantization
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.lm_head import LMHead
-from moe2dense.teacher.memory import MemoryPlan, memory_budget, plan_memory
+from moe2dense.teacher.cost import memory_budget
+from moe2dense.teacher.memory import MemoryPlan, free_memory, plan_memory
 from moe2dense.teacher.observer import Observer
 from moe2dense.teacher.sampled_routing import Resample
 from moe2dense.teacher.skeleton import Skeleton
@@ -51,7 +52,7 @@ class Teacher(Skeleton):
         self.resample = resample
         self.layers = [Layer(self, index) for index in range(len(self.body.layers))]
         check_coverage(self, self.layers)
-        self.budget = memory_budget(memory, self.device)
+        self.budget = memory_budget(memory, free=free_memory(self.device))
         self.plan: MemoryPlan = plan_memory(self, self.layers, self.budget)
         self.resident = self.plan.resident
         self.checkpoint.drop_pages = self.plan.drop_pages

@@ -147,7 +147,7 @@ class Stream:
         y = self.arena.buffer("y", flat, self.skeleton.dtype)
         made = LayerPass(
             layer.index, layer.sparse, layer.module, lambda rows, i=layer.index: self.layer_inputs(i, rows),
-            hidden, out, self.token_mask, x, y, experts=layer.experts, _layer=layer,
+            hidden, out, self.token_mask, x, y, experts=layer.experts, ffns=layer,
         )  # fmt: skip
         if layer.sparse:
             self._before_experts(layer, made)

@@ -14,7 +14,7 @@ from transformers import MixtralConfig
 from moe2dense.errors import UserError
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.load import load_teacher
-from moe2dense.teacher.memory import memory_budget
+from moe2dense.teacher.cost import memory_budget, split_budget
 from tests.teacher.families import blocks, make
 
 CHILD = """
@@ -149,4 +149,18 @@ def test_unwritable_spill_folder(tmp_path):
 @pytest.mark.parametrize("memory", ["a lot", "1MB", "-3GB"])
 def test_bad_budgets(memory):
     with pytest.raises(UserError, match="memory must be"):
-        memory_budget(memory, torch.device("cpu"))
+        memory_budget(memory)
+
+
+def test_half_of_what_is_free_is_the_budget_by_default():
+    assert memory_budget("auto", free=3_000_000_000) == 1_500_000_000
+
+
+@pytest.mark.parametrize(("budget", "resident", "least"), [(10**9, True, 4096), (4 * 10**8, False, 4096)])
+def test_a_budget_is_spent_once(budget, resident, least):
+    total, layer, expert, token = 3 * 10**8, 3 * 10**7, 10**7, 20 * 1024
+    split = split_budget(budget, total, layer, expert, token)
+    assert split.resident == resident
+    weights = total if resident else layer
+    assert weights + split.prefetch_bytes + split.hidden_bytes <= budget
+    assert split.macro_batch == max(least, split.hidden_bytes // token)

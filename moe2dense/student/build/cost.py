@@ -6,7 +6,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.footprint import STATE_COPIES, heal_bytes, hint_layers, layer_bytes, pool_limit, refit_limit
 from moe2dense.student.init_spec import local_steps, steps_of
-from moe2dense.teacher.cost import HIDDEN_COPIES, resident_layer_bytes
+from moe2dense.teacher.cost import HIDDEN_COPIES, WORK_BYTES, resident_layer_bytes
 
 if TYPE_CHECKING:
     from moe2dense.student.target.resolve import Target
@@ -37,8 +37,6 @@ def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int
     """Most memory of the build beside the program's own: the teacher's layer and buffers, then whichever is largest of its pass over a
     layer, building the student's layer, and the heal. The pass counts with the most that its slices may take, so for models of a few
     layers' megabytes the number is a bound and no estimate. A pretrained student is in memory as a whole, beside a build only where it is grafted on."""
-    from moe2dense.teacher.memory import WORK_BYTES
-
     whole, sizes = 4 * shape.parameters, target.config
     hidden = sizes.hidden_size
     weights = whole if whole <= budget // 2 else resident_layer_bytes(shape)

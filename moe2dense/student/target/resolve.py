@@ -6,9 +6,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe2dense.common.units import parse_count, show_count
-from moe2dense.errors import UserError, nearest
+from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.families.cards import StudentCard, TeacherCard, student_cards, student_host
-from moe2dense.modeling.shape import Geometry, count_parameters, empty_model, teacher_geometry
+from moe2dense.modeling.empty import count_parameters, empty_model
+from moe2dense.modeling.shape import Geometry, teacher_geometry
 from moe2dense.student.target.dense_config import dense_config
 from moe2dense.student.target.pruned import pruned_shape
 
@@ -155,7 +156,7 @@ def _checkpoint(to: str, config: "PreTrainedConfig", shape: Geometry) -> Target:
     try:
         dense = AutoConfig.from_pretrained(to).get_text_config()
     except (OSError, ValueError) as error:
-        raise UserError(f"--to {to}: no dense checkpoint can be read there ({str(error).splitlines()[0]})") from error
+        raise UserError(f"--to {to}: no dense checkpoint can be read there ({first_line(error)})") from error
     by_type = {c.model_type: c for c in student_cards().values() if not c.host}
     if dense.model_type not in by_type:
         raise UserError(

@@ -10,7 +10,8 @@ import torch
 from moe2dense.config.schema import BuildConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.families.cards import student_host
-from moe2dense.modeling.shape import count_parameters, empty_model, teacher_geometry
+from moe2dense.modeling.empty import count_parameters, empty_model
+from moe2dense.modeling.shape import teacher_geometry
 from moe2dense.student.build import api as build
 from moe2dense.student.build.api import build_student, build_to_folder
 from moe2dense.student.footprint import heal_bytes, layer_bytes, pool_bytes

@@ -107,7 +107,7 @@ def test_counts_from_a_few_models_are_those_of_any_model(tmp_path):
         sizes = Sizes(config, host, {}, [24, 20, 16, 12, 8])
         for depth, channels, width in ((2, 20, 37), (3, 12, 64), (1, 8, 100)):
             got = dense_config(config, host, width, hidden_size=channels, num_hidden_layers=depth)
-            from moe2dense.modeling.shape import count_parameters, empty_model
+            from moe2dense.modeling.empty import count_parameters, empty_model
 
             total = count_parameters(empty_model(got))
             assert (

@@ -3,7 +3,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import find_checkpoint, student_host, teacher_cards
-from moe2dense.modeling.shape import count_parameters, empty_model, teacher_geometry
+from moe2dense.modeling.empty import count_parameters, empty_model
+from moe2dense.modeling.shape import teacher_geometry
 from moe2dense.student.target.dense_config import dense_config, tensor_map
 from moe2dense.student.target.resolve import resolve_target, width_for, width_line
 
