@@ -4,26 +4,30 @@ import contextlib
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
+from accelerate import Accelerator
 from torch import Tensor
+from transformers import PreTrainedModel
 
-from moe2dense.common.processes import process
-from moe2dense.config.schema import TrainConfig
+from moe2dense.common.processes import launched
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.auto_features import make_match, settle_features
 from moe2dense.distillation.batches import Batches, rare_positions
 from moe2dense.distillation.checks import check_training, needs_teacher
 from moe2dense.distillation.regime import Regime
-from moe2dense.distillation.regimes.registry import make_regime
+from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.setup import default_learning_rate
 from moe2dense.distillation.targets.memory import as_targets, hidden_targets
+from moe2dense.distillation.targets.protocols import HiddenStates, RoutedTargets, Targets
 from moe2dense.distillation.targets.read_ahead import ReadAhead
-from moe2dense.distillation.targets.record import weighed
 from moe2dense.distillation.targets.store import StoredTargets
+from moe2dense.distillation.targets.token_weights import normalized
 from moe2dense.distillation.temperature import settle_temperature
 from moe2dense.distillation.trainer import Trainer, TrainResult
 from moe2dense.errors import UserError
+from moe2dense.modeling.kinds import BuiltStudent, language_model
+from moe2dense.teacher.kinds import AnyTeacher
 
 __all__ = ["TrainResult", "distill"]
 
@@ -31,20 +35,20 @@ __all__ = ["TrainResult", "distill"]
 
 
 def distill(
-    student: Any,
-    teacher: Any = None,
+    student: BuiltStudent | PreTrainedModel,
+    teacher: AnyTeacher | None = None,
     data: Blocks | None = None,
     *,
     tokens: int | None = None,
-    targets: Any = None,
+    targets: Targets | HiddenStates | None = None,
     valid: Blocks | None = None,
-    valid_targets: Any = None,
+    valid_targets: Targets | HiddenStates | None = None,
     config: TrainConfig | None = None,
     seed: int = 0,
     out: str | Path | None = None,
     resume: bool = False,
     progress: Callable[..., None] | None = None,
-    accelerator: Any = None,
+    accelerator: Accelerator | None = None,
     regime: Regime | None = None,
 ) -> TrainResult:
     """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
@@ -54,59 +58,73 @@ def distill(
     `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
     out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU.
     With config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
-    puts the result into a whole model. `regime` changes where text, targets or models come from (moe2dense.regimes).
+    puts the result into a whole model. `regime` changes where text, targets or models come from (moe2dense.distillation.regimes).
     Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
     """
-    config = config or TrainConfig()
-    model = student.model if hasattr(student, "provenance") else student
-    if data is None or not len(data):
-        raise UserError("data: distillation needs at least one block of text")
-    if config.lr <= 0:
-        rate = default_learning_rate(model.config.get_text_config().hidden_size, config.lora > 0)
-        config = dataclasses.replace(config, lr=rate)
-    block = data.input_ids.shape[1]
-    if tokens is not None and tokens < block:
-        raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
+    model = language_model(student)
+    data, block = _checked_data(data, tokens)
+    config = _with_learning_rate(config or TrainConfig(), model)
     if config.regime and regime is None:
         regime = make_regime(config.regime, teacher=teacher)
     _check_arguments(config, teacher, targets, out, regime)
-    known = None if targets is None else as_targets(targets, data)
+    answers = None if targets is None else as_targets(targets, data)
     data = data if tokens is None else data[: tokens // block]
     if not bool(data.loss_mask().any()):
         raise UserError("data: no token carries loss; the blocks are masked throughout")
-    config = settle_features(config, student, known, teacher, regime)
-    match = make_match(config, model, known, teacher, seed) if config.features else None
-    if known is None and teacher is not None and not (regime is not None and regime.brings_targets):
+    config = settle_features(config, student, answers, teacher, regime)
+    match = make_match(config, model, answers, teacher, seed) if config.features else None
+    if answers is None and teacher is not None and not (regime is not None and regime.brings_targets):
         features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)
-        known = hidden_targets(teacher, data, features=features, routing=routing, progress=progress)
-    held = None
-    if valid is not None and (valid_targets is not None or teacher is not None):
-        found = valid_targets if valid_targets is not None else hidden_targets(teacher, valid)
-        held = Batches(valid, as_targets(found, valid, "valid_targets"), rare_positions(valid, data))
-    batches = Batches(data, known, weights=_token_weights(config.token_weights, known, data))
+        answers = hidden_targets(teacher, data, features=features, routing=routing, progress=progress)
+    held_out = _held_out_batches(valid, valid_targets, teacher, data)
+    batches = Batches(data, answers, weights=_token_weights(config.token_weights, answers, data))
     if config.temperature_schedule == "auto":
-        best = settle_temperature(model, batches, held, config, seed, out, accelerator)
+        best = settle_temperature(model, batches, held_out, config, seed, out, accelerator)
         config = dataclasses.replace(config, temperature=best, temperature_schedule="")
     with contextlib.ExitStack() as stack:
-        if isinstance(known, StoredTargets) and regime is None:
+        if isinstance(answers, StoredTargets) and regime is None:
             per_step = max(1, config.batch // block)
-            ahead = ReadAhead(known, len(data), per_step, config.epochs, seed, config.micro_batch, *process())
+            ahead = ReadAhead(answers, len(data), per_step, config.epochs, seed, config.micro_batch, *launched())
             stack.callback(ahead.close)
             batches.targets = ahead
-        trainer = Trainer(model, batches, held, config, seed, out, accelerator, match, regime)
+        trainer = Trainer(model, batches, held_out, config, seed, out, accelerator, match, regime)
         return trainer.run(resume, progress)
 
 
-def _check_arguments(config: TrainConfig, teacher: Any, targets: Any, out: Any, regime: Regime | None) -> None:
-    """Raises UserError for arguments that do not fit together."""
+def _checked_data(data: Blocks | None, tokens: int | None) -> tuple[Blocks, int]:
+    """Return (data, block length). Raises UserError where there is nothing to train on."""
+    if data is None or not len(data):
+        raise UserError("data: distillation needs at least one block of text")
+    block = data.input_ids.shape[1]
+    if tokens is not None and tokens < block:
+        raise UserError(f"tokens={tokens} is less than one block of {block}; nothing would be trained")
+    return data, block
+
+
+def _with_learning_rate(config: TrainConfig, model: PreTrainedModel) -> TrainConfig:
+    """Return `config` with a learning rate that suits the model, where none was chosen."""
+    if config.lr > 0:
+        return config
+    rate = default_learning_rate(model.config.get_text_config().hidden_size, config.lora > 0)
+    return dataclasses.replace(config, lr=rate)
+
+
+def _check_arguments(
+    config: TrainConfig,
+    teacher: AnyTeacher | None,
+    targets: Targets | HiddenStates | None,
+    out: str | Path | None,
+    regime: Regime | None,
+) -> None:
+    """Raise UserError for arguments that do not fit together."""
     check_training(config)
-    brought = regime is not None and regime.brings_targets
-    if teacher is None and targets is None and not brought and needs_teacher(config):
+    brings_targets = regime is not None and regime.brings_targets
+    if teacher is None and targets is None and not brings_targets and needs_teacher(config):
         raise UserError("distill needs a teacher or targets=; with neither, alpha=1 trains on the text alone")
     if config.shard and regime is not None:
         raise UserError(f"shard=True spreads one model; the {regime.name} regime runs on copies: leave shard out")
     for name in ("features", "token_weights"):
-        if getattr(config, name) not in ("", "auto") and regime is not None and brought:
+        if getattr(config, name) not in ("", "auto") and regime is not None and brings_targets:
             raise UserError(f"{name} belong to fixed text; the {regime.name} regime brings its own: leave {name} out")
     if config.shard and (config.lora or out is None):
         raise UserError(
@@ -114,10 +132,24 @@ def _check_arguments(config: TrainConfig, teacher: Any, targets: Any, out: Any, 
         )
 
 
-def _token_weights(name: str, targets: Any, blocks: Blocks) -> Tensor | None:
-    """[N, S] with mean 1 over the tokens that count; None when every token weighs the same."""
+def _held_out_batches(
+    valid: Blocks | None,
+    targets: Targets | HiddenStates | None,
+    teacher: AnyTeacher | None,
+    training: Blocks,
+) -> Batches | None:
+    """Return the held-out text with the teacher's answers; None where either is missing."""
+    if valid is None or (targets is None and teacher is None):
+        return None
+    answers = hidden_targets(teacher, valid) if targets is None and teacher is not None else targets
+    assert answers is not None
+    return Batches(valid, as_targets(answers, valid, "valid_targets"), rare_positions(valid, training))
+
+
+def _token_weights(name: str, targets: Targets | None, blocks: Blocks) -> Tensor | None:
+    """Return [N, S] with mean 1 over the tokens that count; None when every token weighs the same."""
     if not name:
         return None
-    if not hasattr(targets, "token_weights"):
+    if not isinstance(targets, RoutedTargets):
         raise UserError(f"token_weights={name!r} needs a streamed teacher, or targets stored with it")
-    return weighed(targets.token_weights(name)[: len(blocks)], blocks.loss_mask())
+    return normalized(targets.token_weights(name)[: len(blocks)], blocks.loss_mask())

@@ -1,4 +1,4 @@
-"""Blocks with what the teacher says about them, and the part of them that one forward pass sees."""
+"""Blocks with the teacher's answers on them, and the part of them that one forward pass sees."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,18 +9,22 @@ import torch
 from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
-from moe2dense.distillation.targets.memory import Targets
+from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.losses.teacher_rows import TeacherRows
 from moe2dense.modeling.forward import model_inputs
 
 
 @dataclass
 class Batches:
-    """Blocks with what the teacher says about them."""
+    """Blocks with the teacher's answers on them.
+
+    watch [N, S] bool: tokens whose KL is reported apart; weights [N, S]: of each token's distillation loss.
+    """
 
     blocks: Blocks
     targets: Targets | None
-    watch: Tensor | None = None  # [N, S] bool: tokens whose KL is reported apart
-    weights: Tensor | None = None  # [N, S]: of each token's distillation loss
+    watch: Tensor | None = None
+    weights: Tensor | None = None
 
     @cached_property
     def mask(self) -> Tensor:
@@ -33,16 +37,18 @@ class Batches:
         return self.blocks.labels()
 
     def denominators(self, indices: Sequence[int]) -> dict[str, float]:
-        """How many positions and labels some blocks have."""
+        """Return how many positions and labels of some blocks count."""
         rows = list(indices)
-        kept = self.mask[rows]
+        counted = self.mask[rows]
         return {
-            "denominator": float(kept.sum()),
-            "label_denominator": float((self.labels[rows][kept] >= 0).sum()),
+            "denominator": float(counted.sum()),
+            "label_denominator": float((self.labels[rows][counted] >= 0).sum()),
         }
 
-    def part(self, indices: list[int], device: torch.device, labels: bool, spare: int = 0) -> tuple[Any, Any, dict]:
-        """Model inputs, teacher rows and per-token options of one forward pass.
+    def part(
+        self, indices: list[int], device: torch.device, labels: bool, spare: int = 0
+    ) -> tuple[dict[str, Tensor], TeacherRows | None, dict[str, Any]]:
+        """Return model inputs, teacher rows and per-token options of one forward pass.
 
         Without blocks it is a wholly masked copy of block `spare`, so that every process runs the same number of passes.
         """
@@ -56,20 +62,20 @@ class Batches:
         if self.weights is not None:
             options["weights"] = self.weights[rows].flatten().to(device)
         teacher = None if self.targets is None else self.targets.batch(rows)
-        return model_inputs(self.blocks[rows], device), _to(teacher, device), options
+        return model_inputs(self.blocks[rows], device), _moved(teacher, device), options
 
 
-def _to(rows: Any, device: torch.device) -> Any:
+def _moved(rows: TeacherRows | None, device: torch.device) -> TeacherRows | None:
     return rows if rows is None or device.type == "cpu" else rows.to(device)
 
 
-def rare_positions(held: Blocks, training: Blocks, share: float = 0.1) -> Tensor:
-    """[N, S] bool: the held-out positions whose next token is among the rarest `share` by its count in the training text."""
-    labels = held.labels()
-    size = int(max(held.input_ids.max(), training.input_ids.max())) + 1
+def rare_positions(held_out: Blocks, training: Blocks, share: float = 0.1) -> Tensor:
+    """Return [N, S] bool: held-out positions whose next token is among the rarest `share` by its count in the training text."""
+    labels = held_out.labels()
+    size = int(max(held_out.input_ids.max(), training.input_ids.max())) + 1
     counts = torch.bincount(training.input_ids.flatten(), minlength=size)[labels.clamp(min=0)]
-    known = labels >= 0
-    if not bool(known.any()):
-        return known
-    bound = counts[known].sort().values[int(share * (int(known.sum()) - 1))]
-    return known & (counts <= bound)
+    labelled = labels >= 0
+    if not bool(labelled.any()):
+        return labelled
+    bound = counts[labelled].sort().values[int(share * (int(labelled.sum()) - 1))]
+    return labelled & (counts <= bound)

@@ -13,18 +13,18 @@ def _epoch(blocks: int, epoch: int, seed: int) -> list[int]:
 
 
 def total_steps(blocks: int, per_step: int, epochs: float) -> int:
-    """Whole steps in `epochs` passes over the blocks; at least one."""
+    """Return the whole steps in `epochs` passes over the blocks; at least one."""
     return max(1, math.floor(blocks * epochs / per_step + 1e-9))
 
 
 def step_blocks(blocks: int, per_step: int, step: int, seed: int) -> list[int]:
-    """The blocks of one optimiser step: the next ones of an endless row of shuffled passes. Every pass sees each block once."""
+    """Return the blocks of one optimiser step: the next ones of an endless row of shuffled passes, each of which has every block once."""
     places = range(step * per_step, (step + 1) * per_step)
     return [_epoch(blocks, p // blocks, seed)[p % blocks] for p in places]
 
 
 def micro_batches(indices: list[int], rank: int, world: int, size: int) -> list[list[int]]:
-    """One process's share of a step in forward passes of at most `size` blocks, as many on every process.
+    """Return one process's share of a step in forward passes of at most `size` blocks, as many on every process.
 
     Some may be empty where the blocks do not divide.
     """

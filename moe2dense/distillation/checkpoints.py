@@ -22,12 +22,12 @@ _NAME = re.compile(r"^step-(\d+)$")
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """The optimiser's state as `parameter/field` tensors."""
-    found = {}
+    """Return the optimiser's state as `parameter/field` tensors."""
+    tensors = {}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            found[f"{names[parameter]}/{key}"] = full_tensor(torch.as_tensor(value)).cpu()
-    return found
+            tensors[f"{names[parameter]}/{key}"] = full_tensor(torch.as_tensor(value)).cpu()
+    return tensors
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]) -> None:
@@ -55,12 +55,13 @@ class Checkpoints:
         self.folder = Path(folder)
 
     def steps(self) -> list[int]:
-        """The steps of the whole checkpoints, ascending."""
+        """Return the steps of the checkpoints, ascending."""
         if not self.folder.is_dir():
             return []
         return sorted(int(m[1]) for p in self.folder.iterdir() if (m := _NAME.match(p.name)))
 
     def path(self, step: int) -> Path:
+        """Return the folder of a checkpoint."""
         return self.folder / f"step-{step:06d}"
 
     def save(self, step: int, weights: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any]) -> None:
@@ -83,10 +84,11 @@ class Checkpoints:
                 parameter.copy_(weights[name])
 
     def state(self, step: int) -> dict[str, Any]:
+        """Read the plain values of a checkpoint."""
         return json.loads((self.path(step) / "state.json").read_text())
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """weights, optimizer, state. Raises UserError naming the file that cannot be read."""
+        """Read weights, optimizer and state. Raises UserError naming the file that cannot be read."""
         try:
             weights = load_file(self.path(step) / "weights.safetensors")
             optimizer = load_file(self.path(step) / "optimizer.safetensors")

@@ -1,9 +1,9 @@
-"""Refuse training settings that contradict each other or what is at hand."""
+"""Refuse training settings that contradict each other, before anything is read."""
 
 from moe2dense.config.schedules import scheduled
 from moe2dense.config.training import TrainConfig
-from moe2dense.distillation.targets.formats import FORMATS
-from moe2dense.distillation.targets.record import check_token_weights
+from moe2dense.distillation.targets.registry import TARGET_FORMATS
+from moe2dense.distillation.targets.token_weights import check_token_weights
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_spec import parse_features
 from moe2dense.losses.registry import parse_divergence
@@ -11,9 +11,11 @@ from moe2dense.losses.registry import parse_divergence
 
 def check_training(config: TrainConfig) -> None:
     """Refuse settings that no run could follow, before anything is read. Raises UserError naming the setting."""
-    parse_divergence(config.loss)
-    if config.target_format not in FORMATS:
-        raise UserError(f"train.target_format must be one of {', '.join(FORMATS)}; found {config.target_format!r}")
+    divergence, _ = parse_divergence(config.loss)
+    if config.target_format not in TARGET_FORMATS:
+        raise UserError(
+            f"train.target_format must be one of {', '.join(TARGET_FORMATS)}; found {config.target_format!r}"
+        )
     if config.wanted_features:
         parse_features(config.features)
         scheduled(config.feature_weight, 0, 1)
@@ -23,17 +25,17 @@ def check_training(config: TrainConfig) -> None:
         scheduled(config.temperature_schedule, 0, 1)
     if config.alpha_schedule:
         scheduled(config.alpha_schedule, 0, 1)
-    if config.targets or config.target_format in ("hidden", "full"):
+    if config.targets or TARGET_FORMATS[config.target_format].whole:
         return
-    kept = f"train.target_format={config.target_format!r} keeps a part of the teacher's distribution"
-    if config.loss != "forward_kl":
-        raise UserError(f"{kept}, which serves forward_kl only, not loss {config.loss!r}; use hidden or full")
+    partial = f"train.target_format={config.target_format!r} keeps a part of the teacher's distribution"
+    if config.target_format not in divergence.target_formats:
+        raise UserError(f"{partial}, which serves forward_kl only, not loss {config.loss!r}; use hidden or full")
     if config.temperature_schedule:
-        raise UserError(f"{kept} at one temperature, not {config.temperature_schedule!r}; use hidden or full")
+        raise UserError(f"{partial} at one temperature, not {config.temperature_schedule!r}; use hidden or full")
     if config.wanted_features:
-        raise UserError(f"{kept} and no features; use hidden")
+        raise UserError(f"{partial} and no features; use hidden")
 
 
 def needs_teacher(config: TrainConfig) -> bool:
-    """Whether hard labels are not all that is learnt."""
+    """Return whether the student learns from more than hard labels."""
     return bool(config.alpha_schedule) or scheduled(config.alpha, 0, 1) < 1

@@ -1,4 +1,4 @@
-"""What a training run writes down while it goes: metrics.jsonl, memory, and the wish to stop."""
+"""What a training run records while it goes: metrics.jsonl, memory, and whether it was asked to stop."""
 
 import json
 import signal
@@ -7,20 +7,21 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from moe2dense.common.files import atomic_write
 
 
 class MetricsFile:
-    """One JSON record per line, flushed at once; also kept as `records`. path None keeps them in memory only."""
+    """One JSON record per line, written at once, and all of them as `records`. With path None they are in memory only."""
 
     def __init__(self, path: Path | None):
         self.path = path
         self.records: list[dict[str, Any]] = []
 
     def truncate(self, step: int) -> None:
-        """Keep the records up to `step`; a line cut short by a crash goes too."""
+        """Drop the records after `step`, and a line cut short by a crash."""
         if self.path is None:
             self.records = [r for r in self.records if r["step"] <= step]
             return
@@ -36,6 +37,7 @@ class MetricsFile:
         atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 
     def add(self, record: dict[str, Any]) -> None:
+        """Write one record."""
         self.records.append(record)
         if self.path is not None:
             with open(self.path, "a") as file:
@@ -43,7 +45,7 @@ class MetricsFile:
 
 
 class Interrupts:
-    """Ctrl-C asks for a stop after the step in hand; a second one stops at once."""
+    """Within the context Ctrl-C asks for a stop after the present step; a second one stops at once."""
 
     def __init__(self) -> None:
         self.asked = False
@@ -66,9 +68,7 @@ class Interrupts:
 
 
 def memory_bytes() -> int:
-    """Memory in use: of this process, or allocated at most on its GPU."""
+    """Return the memory in use: of this process, or allocated at most on its GPU."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
-    import psutil
-
     return psutil.Process().memory_info().rss

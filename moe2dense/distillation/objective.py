@@ -1,13 +1,16 @@
-"""The student and its objective as one module, so that wrappers for many processes see a single forward pass."""
+"""The student and its objective as one module, so that wrappers for many processes wrap a single forward pass."""
 
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
+from moe2dense.distillation.targets.protocols import row_features
 from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
+from moe2dense.losses.feature_match import FeatureMatch
 from moe2dense.losses.hidden_states import Tokens
 from moe2dense.losses.teacher_rows import TeacherRows
 from moe2dense.modeling.forward import document_numbers, evaluation_mode, final_hidden
@@ -24,7 +27,7 @@ class Objective(nn.Module):
     training regime, whose loss (hidden [n, H], head, inputs, teacher, options) joins the total while training.
     """
 
-    def __init__(self, model: nn.Module, match: Any = None, extra: nn.Module | None = None):
+    def __init__(self, model: PreTrainedModel, match: FeatureMatch | None = None, extra: nn.Module | None = None):
         super().__init__()
         self.model, self.match, self.extra = model, match, extra
 
@@ -35,7 +38,7 @@ class Objective(nn.Module):
         feature_weights: Sequence[float] = (),
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """inputs [N, S]; teacher: N S rows; options: labels, mask [n] and the rest of `distillation_loss`."""
+        """Return the loss on inputs [N, S]; teacher: N S rows; options: labels, mask [n] and the rest of `distillation_loss`."""
         with captured(self.model, self.match.student_features if self.match and feature_weights else ()) as states:
             hidden = final_hidden(self.model, inputs).flatten(0, 1)
         loss = distillation_loss(hidden, model_head(self.model), teacher, **options)
@@ -46,21 +49,21 @@ class Objective(nn.Module):
             # wrappers for many processes expect every parameter in every pass
             loss.total = loss.total + sum(p.sum() * 0.0 for p in self.match.parameters())
         if feature_weights and self.match is not None:
-            goals = _features(teacher, self.match.teacher_features, hidden.dtype)
+            goals = _teacher_features(teacher, self.match.teacher_features, hidden.dtype)
             weighted, features = self.match(states, goals, _tokens(inputs, options, hidden), feature_weights)
             loss.total = loss.total + weighted
         return loss.total, loss.kd, loss.ce, loss.watched, features
 
 
-def _features(teacher: Any, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
-    found = getattr(teacher, "features", None) or {}
-    if missing := [n for n in names if n not in found]:
+def _teacher_features(teacher: TeacherRows | None, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:
+    features = row_features(teacher)
+    if missing := [n for n in names if n not in features]:
         raise UserError(f"features need the teacher's {missing[0]}, which these targets do not hold")
-    return {n: found[n].to(dtype) for n in names}
+    return {n: features[n].to(dtype) for n in names}
 
 
 def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) -> Tokens:
-    """Which tokens count for features, and what each sees: its own document up to itself, without padding."""
+    """Return which tokens count for features, and which tokens each sees: its own document up to itself, without padding."""
     shape = inputs["input_ids"].shape
     mask = options.get("mask")
     counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask
@@ -76,10 +79,10 @@ def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) 
 
 
 @torch.no_grad()
-def head_error(model: Any, inputs: dict[str, Tensor]) -> float:
-    """How far final hidden states times head are from the model's own logits, relative to their spread.
+def head_error(model: PreTrainedModel, inputs: dict[str, Tensor]) -> float:
+    """Return how far final hidden states times head are from the model's own logits, relative to their spread.
 
-    Not small when an architecture changes its logits in a way that `modeling/head.py` does not know.
+    It is not small when an architecture changes its logits in a way that `modeling/head.py` does not know.
     """
     with evaluation_mode(model):
         own = model(**inputs, use_cache=False).logits.float()

@@ -1,5 +1,6 @@
 """What a training regime may change of a run of `distill`: the text and targets of a step, what happens after it, and its state."""
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,23 +9,29 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import RegimeConfig, TrainConfig
 from moe2dense.distillation.batches import Batches
-from moe2dense.distillation.step import Plan
+from moe2dense.distillation.step import StepPlan
+from moe2dense.modeling.kinds import BuiltStudent
+from moe2dense.teacher.kinds import AnyTeacher
 
 
 @dataclass(frozen=True)
 class RunView:
-    """What a regime may know of the training run it changes."""
+    """What a regime may know of the training run it changes.
 
-    model: PreTrainedModel  # the student, adapters included
-    batches: Batches  # of the fixed text
-    steps: int  # optimiser steps of the whole run
-    per_step: int  # blocks per step
+    model: the student, adapters included; batches: of the fixed text; steps: of the whole run; per_step: blocks of a step;
+    folder: of the training run, None where nothing is written.
+    """
+
+    model: PreTrainedModel
+    batches: Batches
+    steps: int
+    per_step: int
     seed: int
     accelerator: Accelerator
     config: TrainConfig
-    folder: Path | None  # of the training run; None = nothing is written
+    folder: Path | None
 
 
 class Regime:
@@ -35,37 +42,50 @@ class Regime:
     """
 
     name = ""
-    brings_targets = False  # the regime's own batches have targets: `distill` computes none for the fixed text
-    always_new = False  # every step asks the teacher anew, also of text that was seen before
+    # the regime's own batches have targets: `distill` computes none for the fixed text
+    brings_targets = False
+    # every step asks the teacher anew, also about text that was seen before
+    always_new = False
 
-    def about(self) -> dict[str, Any]:
-        """The settings that must not change between a run and its continuation, as plain values."""
+    @classmethod
+    def create(
+        cls, options: RegimeConfig, teacher: AnyTeacher | None, peer: BuiltStudent | PreTrainedModel | None
+    ) -> "Regime":
+        """Make the regime for one run of the models at hand. Raises UserError for a model that it needs and does not get."""
+        return cls()
+
+    def settings(self) -> dict[str, Any]:
+        """Return the settings that must not change between a run and its continuation, as plain values."""
         return {}
 
-    def extra(self, model: Any) -> nn.Module | None:
-        """A module that trains beside the student, see `Objective`. Called before the optimiser is made."""
+    def extra_loss(self, model: PreTrainedModel) -> nn.Module | None:
+        """Return a module that trains with the student, see `Objective`. Called before the optimiser is made."""
         return None
 
     def begin(self, run: RunView) -> None:
-        """The run is ready: its objective, optimiser and folder exist, no step was made and no checkpoint read."""
+        """Prepare for the run: its objective, optimiser and folder exist, no step was made and no checkpoint read."""
 
-    def batches_for(self, step: int, batches: Batches, plan: Plan) -> tuple[Batches, Plan]:
-        """Text and targets of step `step` (from 0), given those of fixed text; plan.indices count in the batches that is returned."""
+    def batches_for(self, step: int, batches: Batches, plan: StepPlan) -> tuple[Batches, StepPlan]:
+        """Return text and targets of step `step` (from 0), given those of fixed text, and a plan whose indices count in them."""
         return batches, plan
 
-    def after_step(self, step: int, batches: Batches, plan: Plan) -> dict[str, float]:
-        """The student has made step `step` on what `batches` returned. Returns numbers for the log."""
+    def pass_context(self, rows: list[int]) -> AbstractContextManager[None]:
+        """Return the context in which the student reads the blocks `rows` of the step that runs."""
+        return nullcontext()
+
+    def after_step(self, step: int, batches: Batches, plan: StepPlan) -> dict[str, float]:
+        """Act on a step that the student has made on what `batches_for` returned. Returns numbers for the log."""
         return {}
 
     def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold, on the CPU."""
+        """Return what a checkpoint must hold, on the CPU."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` returned."""
 
     def saved(self, step: int) -> None:
-        """A checkpoint after `step` steps is whole: what only earlier steps need may go."""
+        """Drop what only steps before `step` need: a checkpoint after `step` steps is whole."""
 
     def finish(self, out: Path | None) -> None:
-        """The last step is made; out is the folder of the training run."""
+        """Act after the last step; out is the folder of the training run."""

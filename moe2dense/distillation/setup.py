@@ -1,12 +1,15 @@
-"""What a training run is made of: accelerator, optimiser groups, adapters, and a check of the student's head."""
+"""Make the parts of a training run: accelerator, optimiser and adapters; check the student's head."""
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
+from accelerate import Accelerator
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
 
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.objective import head_error
 from moe2dense.errors import UserError
@@ -16,25 +19,25 @@ BETAS = (0.9, 0.95)
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
 
 
-def make_accelerator(config: TrainConfig, out: str | Path | None) -> Any:
-    """accelerate's view of the machine: bf16 on a GPU, float32 on a CPU. Raises UserError for a tracker that is missing."""
-    from accelerate import Accelerator
-
+def make_accelerator(config: TrainConfig, out: str | Path | None) -> Accelerator:
+    """Set up accelerate: bf16 on a GPU, float32 on a CPU. Raises UserError for a tracker that is missing."""
     tracker = None if config.report_to in ("", "none") else config.report_to
     precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     try:
-        found = Accelerator(mixed_precision=precision, log_with=tracker, project_dir=None if out is None else str(out))
-        if tracker and not found.log_with:
+        accelerator = Accelerator(
+            mixed_precision=precision, log_with=tracker, project_dir=None if out is None else str(out)
+        )
+        if tracker and not accelerator.log_with:
             raise ValueError(f"{tracker} is not installed")
         if tracker:
-            found.init_trackers("moe2dense", config=asdict(config))
+            accelerator.init_trackers("moe2dense", config=asdict(config))
     except (ValueError, ImportError) as error:
         raise UserError(f"--report-to {config.report_to} cannot be used ({error}); install it, or use none") from error
-    return found
+    return accelerator
 
 
 def default_learning_rate(hidden_size: int, lora: bool = False) -> float:
-    """A peak rate for AdamW that falls with the width: 1e-3 at 192 (measured there) to about 1e-4 at 4096.
+    """Return a peak rate for AdamW that falls with the width: 1e-3 at 192 (measured there) to about 1e-4 at 4096.
 
     The larger end follows what pruned models are distilled with (Minitron, 2407.14679: 1e-4 at 3072 and 4096); adapters take
     three times as much.
@@ -42,34 +45,32 @@ def default_learning_rate(hidden_size: int, lora: bool = False) -> float:
     return 1e-3 * (192 / hidden_size) ** 0.75 * (3 if lora else 1)
 
 
-def make_optimizer(model: Any, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW over what trains; norms and biases are not decayed."""
-    split: dict[float, list[Any]] = {}
-    for p in model.parameters():
-        if p.requires_grad:
-            split.setdefault(config.weight_decay if p.dim() > 1 else 0.0, []).append(p)
-    groups = [{"params": found, "weight_decay": value} for value, found in split.items()]
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """Make AdamW over the parameters that train; norms and biases are not decayed."""
+    by_decay: dict[float, list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            by_decay.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
+    groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
 
 
-def add_adapters(model: Any, config: TrainConfig) -> Any:
-    """The model with low-rank adapters (LoRA, 2106.09685; DoRA, 2402.09353) on its linear layers, all else frozen."""
-    from peft import LoraConfig, get_peft_model
-
-    return get_peft_model(
-        model,
-        LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", use_dora=config.dora),
-    )
+def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """Return the model with low-rank adapters (LoRA, 2106.09685; DoRA, 2402.09353) on its linear layers, all else frozen."""
+    adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", use_dora=config.dora)
+    # a wrapper that passes everything else on to the model, with the model's attributes and methods
+    return get_peft_model(model, adapters)  # type: ignore[return-value]
 
 
-def merge_adapters(adapted: Any) -> Any:
-    """The plain model with its adapters merged into the weights: the object that `add_adapters` was given."""
+def merge_adapters(adapted: PreTrainedModel) -> PreTrainedModel:
+    """Merge adapters into the weights; return the object that `add_adapters` was given."""
+    assert isinstance(adapted, PeftModel)
     model = adapted.merge_and_unload()
     return model.requires_grad_(True)
 
 
-def check_head(model: Any, data: Blocks) -> None:
-    """Raises UserError where the model's logits are not what its head and final hidden states give."""
+def check_head(model: PreTrainedModel, data: Blocks) -> None:
+    """Raise UserError where the model's logits are not what its head and final hidden states give."""
     device = next(model.parameters()).device
     error = head_error(model, model_inputs(Blocks(data.input_ids[:1, :8].clone()), device))
     if error > _HEAD_TOLERANCE:

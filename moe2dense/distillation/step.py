@@ -2,35 +2,44 @@
 
 import contextlib
 import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import nn
 
 from moe2dense.config.schedules import learning_rate, scheduled
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import micro_batches, step_blocks
 from moe2dense.distillation.fsdp import full_tensor
-from moe2dense.losses.feature_match import feature_weights
+from moe2dense.distillation.targets.formats import written_temperature
+from moe2dense.losses.feature_spec import feature_weights
 
 # N blocks, S block length, n = N S tokens
 
+# blocks of a forward pass -> the context in which the student makes it
+PassContext = Callable[[list[int]], AbstractContextManager[None]]
+
 
 @dataclass
-class Plan:
+class StepPlan:
     """The numbers of one step: a pure function of the settings and the step."""
 
     indices: list[int]
     lr: float
     alpha: float
     temperature: float
-    feature_weights: tuple[float, ...] = ()  # of each term of the features
+    # of each term of the features
+    feature_weights: tuple[float, ...] = ()
 
 
-def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps: int, seed: int) -> Plan:
-    """Which blocks step `step` (from 0) sees, and with what settings."""
-    return Plan(
+def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps: int, seed: int) -> StepPlan:
+    """Return which blocks step `step` (from 0) sees, and with what settings."""
+    return StepPlan(
         indices=step_blocks(blocks, per_step, step, seed),
         lr=learning_rate(step, steps, config.lr, config.warmup),
         alpha=scheduled(config.alpha_schedule or config.alpha, step, steps),
@@ -39,12 +48,24 @@ def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps:
     )
 
 
-def train_step(
-    accelerator: Any, objective: Any, optimizer: Any, batches: Batches, plan: Plan, config: TrainConfig
-) -> dict[str, Any]:
-    """One optimiser step over the global batch; returns loss, parts, lr, grad_norm.
+def plain_pass(rows: list[int]) -> AbstractContextManager[None]:
+    """Return a context that changes nothing."""
+    return contextlib.nullcontext()
 
-    Raises FloatingPointError, with the weights untouched, when loss or gradient is not finite.
+
+def train_step(
+    accelerator: Accelerator,
+    objective: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    batches: Batches,
+    plan: StepPlan,
+    config: TrainConfig,
+    pass_context: PassContext = plain_pass,
+) -> dict[str, Any]:
+    """Make one optimiser step over the global batch; return loss, parts, lr, grad_norm.
+
+    pass_context: of the student's forward pass on some blocks. Raises FloatingPointError, with the weights untouched, when
+    loss or gradient is not finite.
     """
     world, device = accelerator.num_processes, accelerator.device
     for group in optimizer.param_groups:
@@ -57,18 +78,19 @@ def train_step(
         inputs, teacher, options = batches.part(part, device, plan.alpha > 0, plan.indices[0])
         last = i == len(parts) - 1
         with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-            found = objective(
-                inputs, teacher if plan.alpha < 1 else None,
-                loss=config.loss, temperature=plan.temperature, alpha=plan.alpha,
-                feature_weights=plan.feature_weights, **counts, **options,
-            )  # fmt: skip
+            with pass_context(part or plan.indices[:1]):
+                total, kd, ce, _, features = objective(
+                    inputs, teacher if plan.alpha < 1 else None,
+                    loss=config.loss, temperature=plan.temperature, alpha=plan.alpha,
+                    feature_weights=plan.feature_weights, **counts, **options,
+                )  # fmt: skip
             # processes average their gradients, and each holds its share of one mean
-            accelerator.backward(found[0] * world if world > 1 else found[0])
-        total, kd, ce, _, features = found
+            accelerator.backward(total * world if world > 1 else total)
         sums += torch.stack([x.detach() for x in (total, kd, ce, features)])
-    norm = float(full_tensor(accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)))
+    clipped: Any = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
+    norm = float(full_tensor(clipped))
     if world > 1:
-        sums = accelerator.reduce(sums, "sum")
+        sums = torch.as_tensor(accelerator.reduce(sums, "sum"))
     loss, kd, ce, features = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
@@ -81,21 +103,21 @@ def train_step(
 
 
 @torch.no_grad()
-def validate(accelerator: Any, objective: Any, batches: Batches, micro: int) -> dict[str, float]:
-    """KL(teacher || student), at the targets' own temperature, and the student's NLL, over all positions that count."""
+def validate(accelerator: Accelerator, objective: nn.Module, batches: Batches, micro: int) -> dict[str, float]:
+    """Return KL(teacher || student), at the targets' own temperature, and the student's NLL, over all positions that count."""
     everything = list(range(len(batches.blocks)))
     counts, device = batches.denominators(everything), accelerator.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     objective.eval()
     for part in micro_batches(everything, accelerator.process_index, accelerator.num_processes, micro):
         inputs, teacher, options = batches.part(part, device, True)
-        temperature = getattr(teacher, "temperature", 1.0)
+        temperature = written_temperature(teacher) or 1.0
         _, kl, nll, watched, _ = objective(inputs, teacher, temperature=temperature, **counts, **options)
         sums += torch.stack([kl / temperature**2, nll, watched / temperature**2])
     if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums, "sum")
-    found = {"valid_kl": float(sums[0]), "valid_nll": float(sums[1])}
+        sums = torch.as_tensor(accelerator.reduce(sums, "sum"))
+    scores = {"valid_kl": float(sums[0]), "valid_nll": float(sums[1])}
     if batches.watch is not None:
         share = float((batches.watch & batches.mask).sum()) / counts["denominator"]
-        found["valid_rare_kl"] = float(sums[2]) / max(share, 1e-12)
-    return found
+        scores["valid_rare_kl"] = float(sums[2]) / max(share, 1e-12)
+    return scores

@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import total_steps
 from moe2dense.distillation.checkpoints import Checkpoints, optimizer_tensors, restore_optimizer
@@ -18,11 +21,13 @@ from moe2dense.distillation.log import Interrupts, MetricsFile, memory_bytes
 from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.regime import Regime, RunView
 from moe2dense.distillation.setup import add_adapters, check_head, make_accelerator, make_optimizer, merge_adapters
-from moe2dense.distillation.step import Plan, plan_step, train_step, validate
+from moe2dense.distillation.step import StepPlan, plan_step, train_step, validate
 from moe2dense.errors import UserError
+from moe2dense.losses.feature_match import FeatureMatch
 
-_FREE = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
-_REGIME = "regime/"  # of a regime's tensors in a checkpoint
+# settings that may change between a run and its continuation
+_FREE_SETTINGS = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
+_REGIME = "regime/"  # prefix of a regime's tensors in a checkpoint
 
 
 @dataclass
@@ -46,25 +51,25 @@ class Trainer:
 
     def __init__(
         self,
-        model: Any,
+        model: PreTrainedModel,
         batches: Batches,
-        held: Batches | None,
+        held_out: Batches | None,
         config: TrainConfig,
         seed: int,
         out: str | Path | None,
-        accelerator: Any = None,
-        match: Any = None,
+        accelerator: Accelerator | None = None,
+        match: FeatureMatch | None = None,
         regime: Regime | None = None,
     ):
         self.regime = Regime() if regime is None else regime
-        self.batches, self.held, self.config, self.seed = batches, held, config, seed
+        self.batches, self.held_out, self.config, self.seed = batches, held_out, config, seed
         self.block = batches.blocks.input_ids.shape[1]
         self.per_step = max(1, config.batch // self.block)
         self.steps = total_steps(len(batches.blocks), self.per_step, config.epochs)
         if next(model.parameters()).dtype != torch.float64:
             model.float()
         check_head(model, batches.blocks)
-        self.was_training, self.home = model.training, next(model.parameters()).device
+        self.was_training, self.start_device = model.training, next(model.parameters()).device
         self.accelerator = accelerator or make_accelerator(config, out)
         torch.manual_seed(seed)  # of new adapters and dropout
         if config.gradient_checkpointing:
@@ -72,14 +77,16 @@ class Trainer:
             if config.lora:
                 model.enable_input_require_grads()
         self.model = add_adapters(model, config) if config.lora else model
-        objective: Any = Objective(self.model, match, self.regime.extra(self.model))
+        objective = Objective(self.model, match, self.regime.extra_loss(self.model))
         if config.shard and self.accelerator.num_processes > 1:
             self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
             self.optimizer = self.accelerator.prepare(make_optimizer(objective, config))
         else:
             self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(objective, config))
         # the student's parameters under their own names; projectors of features are kept for resuming, never exported
-        self.names = {p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad}
+        self.names: dict[Tensor, str] = {
+            p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad
+        }
         main = out is not None and self.accelerator.is_main_process
         self.checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoints")
         self.metrics = MetricsFile(Path(out) / "metrics.jsonl" if out is not None and main else None)
@@ -107,7 +114,10 @@ class Trainer:
                 plan = plan_step(self.config, len(self.batches.blocks), self.per_step, self.step, self.steps, self.seed)
                 batches, plan = self.regime.batches_for(self.step, self.batches, plan)
                 try:
-                    record = train_step(self.accelerator, self.objective, self.optimizer, batches, plan, self.config)
+                    record = train_step(
+                        self.accelerator, self.objective, self.optimizer, batches, plan, self.config,
+                        self.regime.pass_context,
+                    )  # fmt: skip
                 except FloatingPointError as error:
                     if retried or self.checkpoints is None:
                         raise UserError(self._blame(str(error), batches, plan, retried)) from None
@@ -125,31 +135,31 @@ class Trainer:
         return self._finish(time.perf_counter() - begin, quiet)
 
     def _start(self, resume: bool) -> None:
-        found = self.checkpoints.steps() if self.checkpoints is not None else []
-        if found and not resume:
-            assert self.checkpoints is not None
-            raise UserError(
-                f"{self.checkpoints.folder} holds a training run; continue it with resume, or use another out"
-            )
-        if found:
-            self._load(found[-1])
+        """Continue at the last checkpoint, where there is one. Raises UserError where that was not asked for."""
+        if self.checkpoints is not None and (steps := self.checkpoints.steps()):
+            if not resume:
+                raise UserError(
+                    f"{self.checkpoints.folder} holds a training run; continue it with resume, or use another out"
+                )
+            self._load(steps[-1])
         self.metrics.truncate(self.step or -1)  # step 0 is measured anew
 
     def _before_training(self) -> None:
-        """How far the student is now, and a state to come back to."""
-        if self.held is not None:
+        """Measure the student as it is, and save a state to come back to."""
+        if self.held_out is not None:
             self.metrics.add({"step": 0, "tokens": 0, "loss": None, "parts": {"kd": None}} | self._measure())
         self._save()
 
     def _after_step(
         self, record: dict[str, Any], seconds: float, total: float, progress: Callable[..., None] | None
     ) -> None:
+        """Measure, log and save, as this step's turn is."""
         last = self.step == self.steps
         tokens = self.step * self.per_step * self.block
         record = {"step": self.step, "tokens": tokens} | record
         record |= {"tokens_per_second": self.per_step * self.block / seconds, "seconds": total}
         record["memory"] = memory_bytes()
-        if self.held is not None and (last or self.step % self.config.eval_every == 0):
+        if self.held_out is not None and (last or self.step % self.config.eval_every == 0):
             record |= self._measure()
         self.metrics.add(record)
         self.accelerator.log({k: v for k, v in record.items() if isinstance(v, float)}, step=self.step)
@@ -160,23 +170,24 @@ class Trainer:
             progress("distill", self.step, self.steps, tokens=tokens, **numbers)
 
     def _measure(self) -> dict[str, float]:
-        assert self.held is not None
-        found = validate(self.accelerator, self.objective, self.held, self.config.micro_batch)
-        kl = found["valid_kl"]
+        """Return the held-out scores, and note the best KL so far."""
+        assert self.held_out is not None
+        scores = validate(self.accelerator, self.objective, self.held_out, self.config.micro_batch)
+        kl = scores["valid_kl"]
         self.first_kl = kl if self.first_kl is None else self.first_kl
         if self.best is None or kl < self.best[0]:
             self.best = (kl, self.step)
-        return found
+        return scores
 
     # ---- checkpoints
 
     def _identity(self) -> dict[str, Any]:
-        """What must not change between a run and its continuation."""
+        """Return what must not change between a run and its continuation."""
         blocks = self.batches.blocks
         first, last = blocks[:1].keys()[0], blocks[[len(blocks) - 1]].keys()[0]
-        config = {k: v for k, v in asdict(self.config).items() if k not in _FREE}
-        found = config | {"seed": self.seed, "blocks": len(blocks), "first block": first, "last block": last}
-        return found | {f"regime {k}": v for k, v in self.regime.about().items()}
+        config = {k: v for k, v in asdict(self.config).items() if k not in _FREE_SETTINGS}
+        text = {"blocks": len(blocks), "first block": first, "last block": last}
+        return config | {"seed": self.seed} | text | {f"regime {k}": v for k, v in self.regime.settings().items()}
 
     def _save(self) -> None:
         """Write a checkpoint of this step and drop all but it and the best."""
@@ -184,60 +195,65 @@ class Trainer:
             weights = {n: full_tensor(p.detach()).cpu() for p, n in self.names.items()}
             state = optimizer_tensors(self.optimizer.optimizer, self.names) | {"rng/state": torch.get_rng_state()}
             state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
-            about = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
+            metadata = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
             if self.accelerator.is_main_process:
-                self.checkpoints.save(self.step, weights, state, about)
+                self.checkpoints.save(self.step, weights, state, metadata)
                 self.checkpoints.keep(self.step, self.best[1] if self.best else None)
         self.accelerator.wait_for_everyone()
         if self.checkpoints is not None:
             self.regime.saved(self.step)
 
     def _load(self, step: int) -> None:
+        """Go to the state of a checkpoint. Raises UserError for one of other settings or text."""
         assert self.checkpoints is not None
-        weights, state, about = self.checkpoints.load(step)
-        now = self._identity()
-        changed = next((k for k, v in about["run"].items() if now.get(k) != v), None)
+        weights, state, metadata = self.checkpoints.load(step)
+        saved, now = metadata["run"], self._identity()
+        changed = next((k for k, v in saved.items() if now.get(k) != v), None)
         if changed is not None:
             raise UserError(
-                f"checkpoint {self.checkpoints.path(step)} was made with {changed}={about['run'][changed]} (now "
+                f"checkpoint {self.checkpoints.path(step)} was made with {changed}={saved[changed]} (now "
                 f"{now.get(changed)}); use the same settings, or another --out"
             )
         with torch.no_grad():
             for parameter, name in self.names.items():
                 parameter.copy_(shard_like(weights[name], parameter))
         torch.set_rng_state(state.pop("rng/state"))
-        own = [k for k in state if k.startswith(_REGIME)]
-        self.regime.load_state({k.removeprefix(_REGIME): state.pop(k) for k in own})
+        regime_keys = [k for k in state if k.startswith(_REGIME)]
+        self.regime.load_state({k.removeprefix(_REGIME): state.pop(k) for k in regime_keys})
         restore_optimizer(self.optimizer.optimizer, self.names, state)
-        self.step, self.first_kl = about["step"], about["first_kl"]
-        self.best = (about["best"][0], about["best"][1]) if about["best"] else None
+        self.step, self.first_kl = metadata["step"], metadata["first_kl"]
+        self.best = (metadata["best"][0], metadata["best"][1]) if metadata["best"] else None
 
     # ---- ends
 
-    def _blame(self, found: str, batches: Batches, plan: Plan, retried: bool) -> str:
-        """The sentence that stops a run whose numbers are not finite, naming the block where one can be named."""
+    def _blame(self, error: str, batches: Batches, plan: StepPlan, retried: bool) -> str:
+        """Return the sentence that stops a run whose numbers are not finite, naming the block where one can be named."""
         where = next(
             (_named(batches, i) for i in plan.indices if not self._finite(batches, i, plan)), f"blocks {plan.indices}"
         )
         again = ", also after going back to the last checkpoint" if retried else ""
         return (
-            f"training stopped at step {self.step + 1} of {self.steps}: {found} at {where}{again}; lower --lr (now "
+            f"training stopped at step {self.step + 1} of {self.steps}: {error} at {where}{again}; lower --lr (now "
             f"{self.config.lr:g}), or look at that text and its targets"
         )
 
     @torch.no_grad()
-    def _finite(self, batches: Batches, index: int, plan: Plan) -> bool:
+    def _finite(self, batches: Batches, index: int, plan: StepPlan) -> bool:
+        """Return whether the loss on one block is finite."""
         inputs, teacher, options = batches.part([index], self.accelerator.device, plan.alpha > 0)
         options |= {"loss": self.config.loss, "temperature": plan.temperature, "alpha": plan.alpha}
-        return bool(self.objective(inputs, teacher if plan.alpha < 1 else None, **options)[0].isfinite())
+        with self.regime.pass_context([index]):
+            total, *_ = self.objective(inputs, teacher if plan.alpha < 1 else None, **options)
+        return bool(total.isfinite())
 
     def _finish(self, seconds: float, quiet: bool) -> TrainResult:
+        """Leave the student whole, warn where it got worse, and return the result."""
         self.regime.finish(self.checkpoints.folder.parent if self.checkpoints is not None else None)
         self.accelerator.end_training()
         model = merge_adapters(self.model) if self.config.lora else self.model
         model.train(self.was_training)
         if not self.config.shard:
-            model.to(self.home)
+            nn.Module.to(model, self.start_device)
         history = self.metrics.records
         final = next((r["valid_kl"] for r in reversed(history) if "valid_kl" in r), None)
         if not quiet and final is not None and self.first_kl is not None and not final <= self.first_kl:
@@ -258,5 +274,6 @@ class Trainer:
 
 
 def _named(batches: Batches, index: int) -> str:
+    """Return how a message names a block."""
     block = batches.blocks[[index]]
     return f"block {index} (domain {block.domains[0]!r}, key {block.keys()[0]})"

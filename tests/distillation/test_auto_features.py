@@ -5,12 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.api import distill
-from moe2dense.distillation.auto_features import AUTO_FEATURES, features_to_store, settle_features
+from moe2dense.distillation.auto_features import settle_features
+from moe2dense.distillation.cost import AUTO_FEATURES, features_to_store
 from moe2dense.distillation.targets.memory import hidden_targets
-from moe2dense.distillation.targets.store import open_targets, write_targets
+from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.write import write_targets
 from moe2dense.student.build.api import build_student
 from moe2dense.teacher.load import load_teacher
 

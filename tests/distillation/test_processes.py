@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from moe2dense.distillation.checkpoints import Checkpoints
-from moe2dense.distillation.targets.formats import FORMATS
 from moe2dense.distillation.targets.memory import hidden_targets
-from moe2dense.distillation.targets.store import open_targets, write_targets
+from moe2dense.distillation.targets.registry import TARGET_FORMATS
+from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.write import write_targets
 from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
 
 
@@ -130,7 +131,7 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(tmp_path):
 def write_share(rank, world, port, folder):
     as_rank(rank, world, port)
     torch.distributed.init_process_group("gloo")
-    for name in FORMATS:
+    for name in TARGET_FORMATS:
         write_targets(make_teacher(), make_blocks(19), folder / name, name, seed=4)
         assert len(open_targets(folder / name, make_blocks(19))) == 19  # whole on every process
     torch.distributed.destroy_process_group()
@@ -145,11 +146,11 @@ def test_several_processes_write_the_store_of_one_and_read_it(tmp_path):
     for p in processes:
         p.join(100)
     assert all(p.exitcode == 0 for p in processes)
-    for name in FORMATS:
+    for name in TARGET_FORMATS:
         both = open_targets(tmp_path / name, blocks)
-        assert [s["from"] for s in both.about["shards"]] == [0, 10]
+        assert [s["from"] for s in both.manifest["shards"]] == [0, 10]
         one = open_targets(write_targets(make_teacher(), blocks, tmp_path / f"one {name}", name, seed=4), blocks)
-        assert len(one.about["shards"]) == 1
+        assert len(one.manifest["shards"]) == 1
         rows = [vars(s.batch(range(19))) for s in (both, one)]
         for key, value in rows[0].items():
             if isinstance(value, torch.Tensor):

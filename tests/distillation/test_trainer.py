@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moe2dense.config.schedules import learning_rate
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
@@ -262,7 +262,7 @@ def test_full_disk_is_one_sentence(teacher, tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("moe2dense.distillation.checkpoints.save_file", full)
-    with pytest.raises(UserError, match="No space left on device; free the disk"):
+    with pytest.raises(UserError, match="the disk is full; free some space"):
         distill(make_student(), teacher, make_blocks(), config=settings(), out=tmp_path)
     assert not list((tmp_path / "checkpoints").iterdir())
 
@@ -492,7 +492,8 @@ class TestFeatures:
         assert same(weights(whole), weights(resumed)) and not any("match" in k for k in whole.state_dict())
 
     def test_features_come_from_memory_a_resident_model_or_a_store(self, teacher, tmp_path):
-        from moe2dense.distillation.targets.store import open_targets, write_targets
+        from moe2dense.distillation.targets.store import open_targets
+        from moe2dense.distillation.targets.write import write_targets
 
         blocks, found = make_blocks(), []
         write_targets(teacher, blocks, tmp_path, features=[0, 1])

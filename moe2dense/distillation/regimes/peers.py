@@ -1,4 +1,4 @@
-"""Regimes with a second model in memory: a teacher that learns too, a peer (DML), or an average of the student's own weights.
+"""Regimes with a second model: a peer that learns too (DML), or an average of the student's own weights.
 
 The targets of a step are a mixture: regime.share of the peer's distribution, the rest the given teacher's.
 """
@@ -10,188 +10,157 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moe2dense.config.schedules import scheduled
-from moe2dense.config.schema import RegimeConfig
+from moe2dense.config.training import RegimeConfig
 from moe2dense.distillation.batches import Batches
-from moe2dense.distillation.checkpoints import optimizer_tensors, restore_optimizer
-from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.regime import Regime, RunView
-from moe2dense.distillation.setup import make_optimizer
-from moe2dense.distillation.step import Plan, train_step
-from moe2dense.distillation.targets.memory import ResidentTargets, Targets
+from moe2dense.distillation.regimes.checks import brings_targets
+from moe2dense.distillation.regimes.peer_trainer import PeerTrainer
+from moe2dense.distillation.step import StepPlan
+from moe2dense.distillation.targets.memory import ResidentTargets
 from moe2dense.distillation.targets.mixture import MixedTargets
+from moe2dense.distillation.targets.protocols import Targets
 from moe2dense.errors import UserError
+from moe2dense.modeling.kinds import BuiltStudent, language_model
+from moe2dense.teacher.kinds import AnyTeacher
 
 
-def always(share: str) -> float | None:
-    """The value of a schedule that never changes, else None."""
-    first, last = (scheduled(share, s, 2) for s in (0, 1))
-    return first if first == last and not share.startswith("step") else None
-
-
-class Trained:
-    """A second model that trains along, with an optimiser of its own, by the same steps as the student."""
-
-    def __init__(self, model: Any, run: RunView, lr: float):
-        self.accelerator, self.config = run.accelerator, run.config
-        self.rate = lr / run.config.lr if lr > 0 else 1.0
-        if next(model.parameters()).dtype != torch.float64:
-            model.float()
-        model.requires_grad_(True)
-        objective: Any = Objective(model)
-        self.model = model
-        self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(objective, run.config))
-        self.names = {p: n.removeprefix("model.") for n, p in objective.named_parameters()}
-
-    def step(self, batches: Batches, plan: Plan) -> dict[str, Any]:
-        """One step on `batches`, at the student's rate times a constant; features stay the student's."""
-        plan = replace(plan, lr=plan.lr * self.rate, feature_weights=())
-        return train_step(self.accelerator, self.objective, self.optimizer, batches, plan, self.config)
-
-    def state(self) -> dict[str, Tensor]:
-        weights = {f"weights/{n}": p.detach().cpu() for p, n in self.names.items()}
-        return weights | {
-            f"optimizer/{k}": v for k, v in optimizer_tensors(self.optimizer.optimizer, self.names).items()
-        }
-
-    def load_state(self, state: dict[str, Tensor]) -> None:
-        with torch.no_grad():
-            for parameter, name in self.names.items():
-                parameter.copy_(state[f"weights/{name}"])
-        own = {k.removeprefix("optimizer/"): v for k, v in state.items() if k.startswith("optimizer/")}
-        restore_optimizer(self.optimizer.optimizer, self.names, own)
-
-
-class Peer(Regime, ABC):
-    """Targets that are partly a second model's. Subclasses say which."""
+class PeerRegime(Regime, ABC):
+    """Targets that are partly a second model's, the peer's. Subclasses say which model that is."""
 
     def __init__(self, options: RegimeConfig):
         self.options = options
-        self.brings_targets = always(options.share) == 1.0
-        self._batches: Batches | None = None
+        self.brings_targets = brings_targets(self.name, options)
         self.steps = 1
+        self._batches: Batches | None = None
 
-    def about(self) -> dict[str, Any]:
+    @classmethod
+    def create(
+        cls, options: RegimeConfig, teacher: AnyTeacher | None, peer: BuiltStudent | PreTrainedModel | None
+    ) -> Regime:
+        """Make the regime for one run."""
+        return cls(options)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the regime's options."""
         return asdict(self.options)
 
     def begin(self, run: RunView) -> None:
+        """Note the run."""
         self.steps, self.run = run.steps, run
 
     @abstractmethod
-    def peer(self) -> Targets:
-        """The second model's answers on the training text."""
+    def peer_targets(self) -> Targets:
+        """Return the peer's answers on the training text."""
 
-    def batches_for(self, step: int, batches: Batches, plan: Plan) -> tuple[Batches, Plan]:
+    def batches_for(self, step: int, batches: Batches, plan: StepPlan) -> tuple[Batches, StepPlan]:
+        """Return the fixed text with mixed targets."""
         if self._batches is None:
             self._batches = replace(batches)
-        self._batches.targets = self.mixed(step, batches, self.peer())
+        self._batches.targets = self.mixed(step, batches, self.peer_targets())
         return self._batches, plan
 
-    def mixed(self, step: int, batches: Batches, own: Targets) -> Targets:
-        """The teacher's targets with regime.share of `own`."""
+    def mixed(self, step: int, batches: Batches, peer: Targets) -> Targets:
+        """Return the teacher's targets with regime.share of `peer`. Raises UserError where a share is left and no teacher."""
         share = scheduled(self.options.share, step, self.steps)
         if batches.targets is None:
             if share < 1:
                 raise UserError(f"regime.share is {share:g}, and the rest is the teacher's: give a teacher, or share 1")
-            return own
-        return MixedTargets([(1 - share, batches.targets), (share, own)])
+            return peer
+        return MixedTargets([(1 - share, batches.targets), (share, peer)])
 
 
-class Ema(Peer):
+class Ema(PeerRegime):
     """The peer is the average of the student's weights over its steps (mean teacher, 1703.01780)."""
 
     name = "ema"
 
     def begin(self, run: RunView) -> None:
+        """Start the average at the student's weights."""
         super().begin(run)
-        self.model = copy.deepcopy(run.model).requires_grad_(False).to(run.accelerator.device)
-        mine = dict(self.model.named_parameters())
-        self.pairs = {n: (mine[n], p) for n, p in run.model.named_parameters() if p.requires_grad}
-        self.targets = ResidentTargets(self.model, run.batches.blocks)
+        model = copy.deepcopy(run.model).requires_grad_(False).to(run.accelerator.device)
+        averages = dict(model.named_parameters())
+        self.pairs = {n: (averages[n], p) for n, p in run.model.named_parameters() if p.requires_grad}
+        self.targets = ResidentTargets(model, run.batches.blocks)
 
-    def peer(self) -> Targets:
+    def peer_targets(self) -> Targets:
+        """Return the averaged model's answers."""
         return self.targets
 
     @torch.no_grad()
-    def after_step(self, step: int, batches: Batches, plan: Plan) -> dict[str, float]:
-        for average, now in self.pairs.values():
-            average.lerp_(now.detach(), 1 - self.options.decay)
+    def after_step(self, step: int, batches: Batches, plan: StepPlan) -> dict[str, float]:
+        """Move the average towards the student."""
+        for average, weight in self.pairs.values():
+            average.lerp_(weight.detach(), 1 - self.options.decay)
         return {}
 
     def state(self) -> dict[str, Tensor]:
+        """Return the averaged weights."""
         return {n: average.cpu() for n, (average, _) in self.pairs.items()}
 
     @torch.no_grad()
     def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back the averaged weights."""
         for name, (average, _) in self.pairs.items():
             average.copy_(state[name])
 
 
-class _Beside(Peer):
-    """The peer trains too."""
+class TrainedPeerRegime(PeerRegime):
+    """The peer is another model, which trains too."""
 
-    def __init__(self, model: Any, options: RegimeConfig):
+    def __init__(self, peer: PreTrainedModel, options: RegimeConfig):
         super().__init__(options)
-        self.second = model
+        self.peer_model = peer
 
     def begin(self, run: RunView) -> None:
+        """Give the peer an optimiser and targets of its own."""
         super().begin(run)
-        self.along = Trained(self.second, run, self.options.peer_lr)
-        self.targets = ResidentTargets(self.second, run.batches.blocks)
-        self._own: Batches | None = None
+        self.peer_trainer = PeerTrainer(self.peer_model, run, self.options.peer_lr)
+        self.targets = ResidentTargets(self.peer_model, run.batches.blocks)
+        self._peer_batches: Batches | None = None
 
-    def peer(self) -> Targets:
+    def peer_targets(self) -> Targets:
+        """Return the peer's present answers."""
         return self.targets
 
-    def own_batches(self, batches: Batches) -> Batches:
-        """What the peer learns from: the same text."""
-        if self._own is None:
-            self._own = replace(batches, targets=None)
-        return self._own
+    def peer_batches(self, batches: Batches) -> Batches:
+        """Return what the peer learns from: the same text, without targets."""
+        if self._peer_batches is None:
+            self._peer_batches = replace(batches, targets=None)
+        return self._peer_batches
 
     def state(self) -> dict[str, Tensor]:
-        return self.along.state()
+        """Return the peer's weights and optimiser state."""
+        return self.peer_trainer.state()
 
     def load_state(self, state: dict[str, Tensor]) -> None:
-        self.along.load_state(state)
+        """Take back the peer's weights and optimiser state."""
+        self.peer_trainer.load_state(state)
 
 
-class Online(_Beside):
-    """The peer is the teacher itself, which learns the text's next tokens while the student follows it.
-
-    Joint training of a large and a small network (rocket launching, 1708.04106), without sharing of layers. The router's
-    load-balancing loss is not part of it.
-    """
-
-    name = "online"
-
-    def __init__(self, teacher: Any, options: RegimeConfig):
-        super().__init__(teacher, options)
-        self.brings_targets = True
-
-    def mixed(self, step: int, batches: Batches, own: Targets) -> Targets:
-        return own
-
-    def after_step(self, step: int, batches: Batches, plan: Plan) -> dict[str, float]:
-        record = self.along.step(self.own_batches(batches), replace(plan, alpha=1.0))
-        return {"teacher_ce": record["loss"]}
-
-
-class Mutual(_Beside):
+class Mutual(TrainedPeerRegime):
     """Deep mutual learning (1706.00384): two students, each learns from the other's present predictions, in turn."""
 
     name = "mutual"
 
-    def batches_for(self, step: int, batches: Batches, plan: Plan) -> tuple[Batches, Plan]:
-        self.given = batches
-        return super().batches_for(step, batches, plan)
+    @classmethod
+    def create(
+        cls, options: RegimeConfig, teacher: AnyTeacher | None, peer: BuiltStudent | PreTrainedModel | None
+    ) -> Regime:
+        """Make the regime for one run. Raises UserError without a second student."""
+        if peer is None:
+            raise UserError("the mutual regime needs a second student (peer)")
+        return cls(language_model(peer), options)
 
     def begin(self, run: RunView) -> None:
+        """Make the student a teacher of the peer."""
         super().begin(run)
-        self.student = ResidentTargets(run.model, run.batches.blocks)
+        self.student_targets = ResidentTargets(run.model, run.batches.blocks)
 
-    def after_step(self, step: int, batches: Batches, plan: Plan) -> dict[str, float]:
-        own = self.own_batches(batches)
-        own.targets = self.mixed(step, self.given, self.student)
-        return {"peer_loss": self.along.step(own, plan)["loss"]}
+    def after_step(self, step: int, batches: Batches, plan: StepPlan) -> dict[str, float]:
+        """Let the peer make the same step, with the student in the peer's place."""
+        peer_batches = self.peer_batches(batches)
+        peer_batches.targets = self.mixed(step, self.run.batches, self.student_targets)
+        return {"peer_loss": self.peer_trainer.step(peer_batches, plan)["loss"]}

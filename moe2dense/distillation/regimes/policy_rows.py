@@ -1,14 +1,13 @@
-"""The two terms of MiniLLM's policy gradient (2306.08543) at each word that a student wrote, as rows that a loss can read."""
+"""MiniLLM's policy gradient (2306.08543) at each word that a student wrote, as rows that a loss can read."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe2dense.distillation.targets.memory import HiddenTargets
-from moe2dense.losses.teacher_rows import RowLoss
+from moe2dense.losses.teacher_rows import RowLoss, TeacherRows
 
 # n tokens, N texts, S text length, V vocabulary
 
@@ -22,7 +21,7 @@ class PolicyRows:
     that of -gain * log q(word).
     """
 
-    rows: Any
+    rows: TeacherRows
     ids: Tensor
     log_q: Tensor
     weight: Tensor
@@ -31,34 +30,38 @@ class PolicyRows:
 
     @property
     def vocabulary(self) -> int | None:
+        """How many ids the teacher gives a probability."""
         return self.rows.vocabulary
 
     def __len__(self) -> int:
         return len(self.ids)
 
-    def _map(self, rows: Any, change: Any) -> "PolicyRows":
+    def _map(self, rows: TeacherRows, change: Callable[[Tensor], Tensor]) -> "PolicyRows":
         return PolicyRows(rows, *map(change, (self.ids, self.log_q, self.weight, self.gain)), clip=self.clip)
 
     def select(self, index: Tensor) -> "PolicyRows":
+        """Return the rows of some tokens, index [m]."""
         return self._map(self.rows.select(index), lambda x: x[index])
 
     def to(self, device: torch.device) -> "PolicyRows":
+        """Return the rows on another device."""
         return self._map(self.rows.to(device), lambda x: x.to(device))
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
-        single = self.rows.tile(rows, loss, temperature, dtype)
+        """Return the two terms of one tile, given the student's log-probabilities."""
+        divergence = self.rows.tile(rows, loss, temperature, dtype)
         ids = self.ids[rows]
         old, weight, gain = (x[rows].to(dtype) for x in (self.log_q, self.weight, self.gain))
 
         def value_and_gradient(log_q: Tensor, part: slice) -> tuple[Tensor, Tensor]:
             q, index = log_q.exp(), ids[part][:, None]
             ratio = (log_q.gather(1, index)[:, 0] - old[part]).exp()
-            value, grad = single(log_q, part)
-            long = held = ratio * gain[part]
+            value, grad = divergence(log_q, part)
+            gained = clipped = ratio * gain[part]
             if self.clip:
-                held = ratio.clamp(1 - self.clip, 1 + self.clip) * gain[part]
-            slope = torch.where(long <= held, long, 0.0)[:, None]
-            value = weight[part] * value - torch.minimum(long, held)
+                clipped = ratio.clamp(1 - self.clip, 1 + self.clip) * gain[part]
+            slope = torch.where(gained <= clipped, gained, 0.0)[:, None]
+            value = weight[part] * value - torch.minimum(gained, clipped)
             grad = grad.mul_(weight[part][:, None]).addcmul_(q, slope)
             return value, grad.scatter_add_(1, index, -slope)
 
@@ -66,11 +69,11 @@ class PolicyRows:
 
 
 def gains(reward: Tensor, written: Tensor, weight: Tensor, normalize: bool, baseline: bool) -> Tensor:
-    """[N, S]: of each written word, its importance weight times the reward of the words after it; 0 for the last.
+    """Return [N, S]: each written word's importance weight times the reward of the words after it; 0 for the last.
 
-    reward [N, S]: log p(word) - log q(word); written [N, S] bool. normalize: their mean, not their sum, so that early words of long
-    texts do not outweigh the rest. baseline: less what the other texts earn from the same place on, on average: other draws know
-    nothing of this word, so the expectation stays and the variance falls.
+    reward [N, S]: log p(word) - log q(word); written [N, S] bool. normalize: the mean of those rewards, not their sum, so that
+    early words of long texts do not outweigh the rest. baseline: subtract what the other texts earn from the same position on, on
+    average. It does not depend on this word, so the expectation stays and the variance falls.
     """
     reward = reward * written
     later, count = (x.flip(1).cumsum(1).flip(1) - x for x in (reward, written.to(reward.dtype)))
@@ -83,7 +86,7 @@ def gains(reward: Tensor, written: Tensor, weight: Tensor, normalize: bool, base
 
 @dataclass
 class PolicyTargets:
-    """The teacher's hidden states on N texts and, [N, S], what is known of the word that follows each token."""
+    """The teacher's hidden states on N texts and, [N, S], id, log q, weight and gain of the word that follows each token."""
 
     targets: HiddenTargets
     ids: Tensor
@@ -96,23 +99,24 @@ class PolicyTargets:
         return len(self.ids)
 
     def __getitem__(self, rows: slice) -> "PolicyTargets":
-        known = (x[rows] for x in (self.ids, self.log_q, self.weight, self.gain))
-        return PolicyTargets(self.targets[rows], *known, clip=self.clip)
+        words = (x[rows] for x in (self.ids, self.log_q, self.weight, self.gain))
+        return PolicyTargets(self.targets[rows], *words, clip=self.clip)
 
     def batch(self, indices: Sequence[int]) -> PolicyRows:
+        """Return teacher and words at every position of some texts."""
         rows = list(indices)
-        known = (x[rows].flatten() for x in (self.ids, self.log_q, self.weight, self.gain))
-        return PolicyRows(self.targets.batch(rows), *known, clip=self.clip)
+        words = (x[rows].flatten() for x in (self.ids, self.log_q, self.weight, self.gain))
+        return PolicyRows(self.targets.batch(rows), *words, clip=self.clip)
 
 
 @torch.no_grad()
 def teacher_log_p(targets: HiddenTargets, ids: Tensor, vocabulary: int) -> Tensor:
-    """[N, S] float64: how likely the teacher found each token of ids [N, S] given those before it; 0 for the first."""
-    found = torch.zeros(ids.shape, dtype=torch.float64)
+    """Return [N, S] float64: the teacher's log-probability of each token of ids [N, S] given those before it; 0 for the first."""
+    values = torch.zeros(ids.shape, dtype=torch.float64)
     for i in range(len(ids)):
         rows = targets.batch([i])
         dtype = torch.float64 if rows.hidden.dtype == torch.float64 else torch.float32
         log_p = rows.logits_of(slice(0, ids.shape[1] - 1), dtype)[:, :vocabulary].log_softmax(-1)
         index = ids[i, 1:].to(log_p.device).clamp(max=vocabulary - 1)  # ids beyond are in no word that was drawn
-        found[i, 1:] = log_p.gather(1, index[:, None])[:, 0].double().cpu()
-    return found
+        values[i, 1:] = log_p.gather(1, index[:, None])[:, 0].double().cpu()
+    return values

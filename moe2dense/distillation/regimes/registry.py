@@ -1,132 +1,95 @@
-"""From the name in train.regime to the regime, with the models it needs."""
+"""The training regimes, one row each. Loads no torch, so that the command line can name and check regimes at once."""
 
-from typing import TYPE_CHECKING, Any
-
-from moe2dense.config.schedules import scheduled
-from moe2dense.config.schema import RegimeConfig
-from moe2dense.errors import UserError, nearest
-
-if TYPE_CHECKING:
-    from moe2dense.config.schema import RunConfig
-    from moe2dense.distillation.regime import Regime
-
-OWN_TEXT = ("on-policy", "policy-gradient")  # the student writes
-TRAINED = (*OWN_TEXT, "online", "mutual", "ema", "multiview", "mtp")
+from dataclasses import dataclass
+from typing import Literal
 
 
-def check_regime(name: str, options: RegimeConfig) -> None:
-    """Raises UserError for a name that is no regime and for options outside their range."""
-    if name and name not in TRAINED:
-        raise UserError(
-            f"train.regime {name!r} is unknown{nearest(name, list(TRAINED))}; use one of {', '.join(TRAINED)}"
-        )
-    for key, bounded in (("share", True), ("head_weight", False), ("trunk", True)):
-        ends = [scheduled(getattr(options, key), step, 2) for step in (0, 1)]
-        if min(ends) < 0 or (bounded and max(ends) > 1):
-            found = getattr(options, key)
-            raise UserError(
-                f"regime.{key} must {'lie between 0 and 1' if bounded else 'not be negative'}; found {found!r}"
-            )
-    for key, low, high in (("prompt", 0, 1), ("top_p", 0, None), ("dropout", None, 1), ("decay", None, 1)):
-        value = getattr(options, key)
-        if not (value > 0 if low is not None else value >= 0) or not (value < 1 if high is not None else value <= 1):
-            raise UserError(f"regime.{key} must lie between 0 and 1; found {value:g}")
-    for key in ("rollout_steps", "views", "heads"):
-        if getattr(options, key) < 1:
-            raise UserError(f"regime.{key} must be at least 1; found {getattr(options, key)}")
-    if not 0 <= options.teacher_mix < 1:
-        raise UserError(f"regime.teacher_mix must be at least 0 and below 1; found {options.teacher_mix:g}")
-    if name == "policy-gradient" and options.sample_temperature == 0:
-        raise UserError("regime.sample_temperature 0 draws nothing; the policy-gradient regime needs it above 0")
-    for key in ("sample_temperature", "peer_lr", "ratio_clip"):
-        if getattr(options, key) < 0:
-            raise UserError(f"regime.{key} must not be negative; found {getattr(options, key):g}")
+@dataclass(frozen=True)
+class RegimeRow:
+    """What is known of a regime without loading it. implementation: `module:Class`, a subclass of `Regime` of the same name.
 
-
-def check_regime_settings(settings: "RunConfig") -> None:
-    """As `check_regime`, and that the rest of a run's settings fits its regime. Raises UserError."""
-    train, name = settings.train, settings.train.regime
-    check_regime(name, settings.regime)
-    if name == "policy-gradient":
-        from moe2dense.distillation.regimes.policy_gradient import check_policy
-
-        check_policy(train)
-    if name and train.shard:
-        raise UserError(f"train.shard spreads one model; the {name} regime runs on copies: leave one of them out")
-    if not name or not brings_targets(name, settings.regime):
-        return
-    for key in ("select", "targets", "features", "token_weights"):
-        if getattr(train, key) not in ("", "auto"):
-            raise UserError(
-                f"train.{key} belongs to the teacher's answers on fixed text, which the {name} regime does not use"
-            )
-    if train.temperature_schedule == "auto":
-        raise UserError(f"--temperature auto is chosen on fixed text; give the {name} regime a number")
-
-
-def make_regime(
-    name: str, options: RegimeConfig | None = None, teacher: Any = None, peer: Any = None
-) -> "Regime | None":
-    """The regime called `name` for one run of `distill`; None for "".
-
-    teacher: a Teacher or a transformers model (on-policy, policy-gradient, online); peer: the second student (mutual). Raises UserError for an
-    unknown name, options outside their range, and a model that is missing.
+    targets: whose answers the student learns from. "teacher": the given teacher's on the given text; "mixed": that with
+    regime.share of a second model's; "own": the regime computes them itself. writes_text: the student writes what it learns from.
+    needs_peer: a second student trains along.
     """
-    options = options or RegimeConfig()
-    check_regime(name, options)
-    if name == "on-policy":
-        from moe2dense.distillation.regimes.on_policy import OnPolicy
 
-        return OnPolicy(teacher, options)
-    if name == "policy-gradient":
-        from moe2dense.distillation.regimes.policy_gradient import PolicyGradient
-
-        return PolicyGradient(teacher, options)
-    if name == "mtp":
-        from moe2dense.distillation.regimes.mtp import MultiToken
-
-        return MultiToken(options)
-    if name == "multiview":
-        from moe2dense.distillation.regimes.multiview import MultiView
-
-        return MultiView(options)
-    from moe2dense.distillation.regimes import peers
-
-    if name == "ema":
-        return peers.Ema(options)
-    if name == "online":
-        return peers.Online(trainable(teacher), options)
-    if name == "mutual":
-        if peer is None:
-            raise UserError("the mutual regime needs a second student (peer)")
-        return peers.Mutual(peer.model if hasattr(peer, "provenance") else peer, options)
-    return None
+    name: str
+    title: str
+    paper: str
+    help: str
+    implementation: str
+    targets: Literal["teacher", "mixed", "own"] = "teacher"
+    writes_text: bool = False
+    needs_peer: bool = False
 
 
-def trainable(teacher: Any) -> Any:
-    """The teacher as a transformers model in memory, which can learn. Raises UserError without one."""
-    if teacher is None:
-        raise UserError("the online regime trains the teacher too and needs it in memory: pass teacher=")
-    if not hasattr(teacher, "run"):
-        return teacher
-    import torch
-    from transformers import AutoModelForCausalLM
+_HERE = "moe2dense.distillation.regimes"
 
-    from moe2dense.modeling.load import quiet
+REGIMES: dict[str, RegimeRow] = {
+    row.name: row
+    for row in (
+        RegimeRow(
+            name="on-policy",
+            title="On-policy distillation (GKD)",
+            paper="arXiv 2306.13649",
+            help="the student continues the text itself and the teacher answers at each of its words, for regime.share of the steps",
+            implementation=f"{_HERE}.on_policy:OnPolicy",
+            targets="own",
+            writes_text=True,
+        ),
+        RegimeRow(
+            name="policy-gradient",
+            title="Reverse KL of whole texts by policy gradient (MiniLLM)",
+            paper="arXiv 2306.08543",
+            help="as on-policy, and each word also earns what the words after it are worth; needs train.loss reverse_kl",
+            implementation=f"{_HERE}.policy_gradient:PolicyGradient",
+            targets="own",
+            writes_text=True,
+        ),
+        RegimeRow(
+            name="online",
+            title="Teacher and student train together (rocket launching)",
+            paper="arXiv 1708.04106",
+            help="the teacher, whole in memory, learns the text while the student follows it",
+            implementation=f"{_HERE}.online:Online",
+            targets="own",
+        ),
+        RegimeRow(
+            name="mutual",
+            title="Deep mutual learning (DML)",
+            paper="arXiv 1706.00384",
+            help="two students learn from each other, with regime.share of the target; regime.peer is the second one",
+            implementation=f"{_HERE}.peers:Mutual",
+            targets="mixed",
+            needs_peer=True,
+        ),
+        RegimeRow(
+            name="ema",
+            title="Mean teacher: the average of the student's own weights",
+            paper="arXiv 1703.01780",
+            help="regime.share of the target comes from a moving average of the student's weights",
+            implementation=f"{_HERE}.peers:Ema",
+            targets="mixed",
+        ),
+        RegimeRow(
+            name="multiview",
+            title="Multi-view self-distillation (temporal ensembling, R-Drop)",
+            paper="arXiv 1610.02242, 2106.14448",
+            help="regime.share of the target is the student's mean prediction over regime.views noisy views of the text",
+            implementation=f"{_HERE}.multiview:MultiView",
+            targets="mixed",
+        ),
+        RegimeRow(
+            name="mtp",
+            title="Multi-token prediction heads (Medusa)",
+            paper="arXiv 2401.10774",
+            help="regime.heads small heads beside the student learn the teacher's predictions of the tokens after the next one",
+            implementation=f"{_HERE}.mtp:MultiToken",
+        ),
+    )
+}
 
-    try:
-        with quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                teacher.path, dtype=torch.float32, experts_implementation="eager" if teacher.card else None
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(
-            f"the online regime cannot load {teacher.path} for training: {str(error).splitlines()[0]}"
-        ) from error
 
-
-def brings_targets(name: str, options: RegimeConfig) -> bool:
-    """Whether a regime needs no targets of the fixed text."""
-    from moe2dense.distillation.regimes.peers import always
-
-    return name in (*OWN_TEXT, "online") or (name in ("mutual", "ema", "multiview") and always(options.share) == 1.0)
+def writes_text(name: str) -> bool:
+    """Return whether the regime called `name` trains on text that the student writes; False for ""."""
+    return name in REGIMES and REGIMES[name].writes_text

@@ -1,50 +1,55 @@
 """Distributions of a teacher with another tokenizer, compared where both tokenizers have read the same characters.
 
-uld      sorted probabilities against sorted probabilities: the Wasserstein distance when every token is equally far from every other
+uld      sorted probabilities against sorted probabilities: the Wasserstein distance where all tokens are equally far apart
          (Universal Logit Distillation, 2402.12030, which pairs positions by their number; here they are paired by characters)
 aligned  KL over the tokens that both vocabularies spell alike, everything else being one bucket
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.data.blocks import Blocks, right_padded
 from moe2dense.data.records import passages
 from moe2dense.errors import UserError
 from moe2dense.losses.teacher_rows import RowLoss, TopKRows
+from moe2dense.modeling.head import OutputHead
+from moe2dense.teacher.model import Teacher
 
 # n student positions, r rows of a tile, V student vocabulary, W teacher vocabulary, K shared tokens, H teacher hidden
 
-FORMS = ("uld", "aligned")
+CROSS_TOKENIZER_LOSSES = ("uld", "aligned")
 
 
 def common_boundaries(student: Sequence[int], teacher: Sequence[int]) -> list[tuple[int, int]]:
-    """(i, j) for every character that ends token i of one and token j of the other; both ascending. Empty tokens do not count."""
+    """Return (i, j) for every character that ends token i of one and token j of the other, both ascending.
+
+    student, teacher: where each token ends. Empty tokens do not count.
+    """
     place = {end: j for j, end in enumerate(teacher) if end > (teacher[j - 1] if j else 0)}
     return [(i, place[end]) for i, end in enumerate(student) if end > (student[i - 1] if i else 0) and end in place]
 
 
-def shared_tokens(student: Any, teacher: Any) -> tuple[Tensor, Tensor]:
-    """(student ids [K], teacher ids [K]) of tokens spelt alike, whatever sign stands for a space; the end-of-text tokens among them."""
+def shared_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Return (student ids [K], teacher ids [K]) of tokens spelt alike, whatever sign stands for a space, and of end of text."""
 
-    def spelt(tokenizer: Any) -> dict[str, int]:
+    def spelt(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         special = set(tokenizer.all_special_ids)
         return {t.replace("Ġ", " ").replace("▁", " "): i for t, i in tokenizer.get_vocab().items() if i not in special}
 
     own, other = spelt(student), spelt(teacher)
-    pairs = [(own[t], other[t]) for t in sorted(own.keys() & other.keys())]
-    pairs.append((student.eos_token_id, teacher.eos_token_id))
-    ids = torch.tensor(pairs)
-    return ids[:, 0], ids[:, 1]
+    words = sorted(own.keys() & other.keys())
+    ends = student.eos_token_id, teacher.eos_token_id
+    return torch.tensor([own[w] for w in words] + [ends[0]]), torch.tensor([other[w] for w in words] + [ends[1]])
 
 
 def uld(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum_i |p_(i) - q_(i)| [r], its gradient with respect to q's logits [r, V]); p [r, W] and log_q [r, V], sorted inside."""
+    """Return (sum_i |p_(i) - q_(i)| [r], its gradient with respect to q's logits [r, V]); p [r, W] and log_q [r, V], sorted inside."""
     q = log_q.exp()
     a = p.sort(-1, descending=True).values
     b, order = q.sort(-1, descending=True)
@@ -56,43 +61,50 @@ def uld(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class CrossRows:
-    """The teacher at n student positions: hidden [n, H], `known` [n] where it has read the same characters; weight: of those."""
+    """The teacher at n student positions: hidden [n, H], and `known` [n]: whether it has read the same characters there.
+
+    loss: one of CROSS_TOKENIZER_LOSSES; shared: ids of tokens spelt alike; weight: of the known positions.
+    """
 
     hidden: Tensor
     known: Tensor
-    head: Any
-    form: str
+    head: OutputHead
+    loss: str
     shared: tuple[Tensor, Tensor]
     weight: float
 
     @property
     def vocabulary(self) -> int | None:
+        """Unknown: the teacher's ids are not the student's."""
         return None
 
     def __len__(self) -> int:
         return len(self.hidden)
 
     def select(self, index: Tensor) -> "CrossRows":
+        """Return the rows of some positions, index [m]."""
         return replace(self, hidden=self.hidden[index], known=self.known[index])
 
     def to(self, device: torch.device) -> "CrossRows":
+        """Return the rows on another device; the head stays on its own."""
         shared = (self.shared[0].to(device), self.shared[1].to(device))
         return replace(self, hidden=self.hidden.to(device), known=self.known.to(device), shared=shared)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
+        """Return the loss of one tile, given the student's log-probabilities at `temperature`."""
         if loss != "forward_kl":
-            raise UserError(f"--cross-tokenizer {self.form} brings its own loss; leave --loss out, found {loss!r}")
+            raise UserError(f"--cross-tokenizer {self.loss} brings its own loss; leave --loss out, found {loss!r}")
         logits = self.head.logits(self.hidden[rows]).to(self.hidden.device, dtype) / temperature
         known = self.known[rows].to(dtype) * self.weight
         log_p = logits.log_softmax(-1)
 
         def value_and_gradient(log_q: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-            if self.form == "uld":
+            if self.loss == "uld":
                 value, grad = uld(log_p[part].exp(), log_q)
             else:
                 ids = self.shared[0].expand(len(log_q), -1)
-                kept = TopKRows(ids, log_p[part][:, self.shared[1]].clamp(min=-1e4), temperature=temperature)
-                value, grad = kept.tile(slice(None), loss, temperature, dtype)(log_q, slice(None))
+                aligned = TopKRows(ids, log_p[part][:, self.shared[1]].clamp(min=-1e4), temperature=temperature)
+                value, grad = aligned.tile(slice(None), loss, temperature, dtype)(log_q, slice(None))
             return value * known[part], grad * known[part][:, None]
 
         return value_and_gradient
@@ -100,80 +112,108 @@ class CrossRows:
 
 @dataclass
 class CrossTargets:
-    """A teacher's final hidden states [N, T, H] on its own tokens of N texts, and for each student position its place there (-1: none)."""
+    """A teacher's final hidden states [N, T, H] on its own tokens of N texts.
+
+    place [N, S]: for each student position its place in them, -1 where there is none; share: of the real student positions that
+    have one; loss and shared: see `CrossRows`.
+    """
 
     hidden: Tensor
-    place: Tensor  # [N, S]
-    head: Any
-    form: str
+    place: Tensor
+    head: OutputHead
+    loss: str
     shared: tuple[Tensor, Tensor]
-    share: float  # of the real student positions that have a place
+    share: float
 
     def __len__(self) -> int:
         return len(self.place)
 
     def batch(self, indices: Sequence[int]) -> CrossRows:
+        """Return the teacher at every student position of some texts."""
         rows = list(indices)
         place = self.place[rows]
         width = self.hidden.shape[-1]
-        found = self.hidden[rows].gather(1, place.clamp(min=0)[..., None].expand(-1, -1, width))
-        return CrossRows(
-            found.flatten(0, 1), (place >= 0).flatten(), self.head, self.form, self.shared, 1 / max(self.share, 1e-12)
-        )
+        hidden = self.hidden[rows].gather(1, place.clamp(min=0)[..., None].expand(-1, -1, width))
+        weight = 1 / max(self.share, 1e-12)
+        return CrossRows(hidden.flatten(0, 1), (place >= 0).flatten(), self.head, self.loss, self.shared, weight)
 
 
 @dataclass
-class _Pair:
-    """One stretch of text in both tokenizers."""
+class _Stretch:
+    """One stretch of text in both tokenizers: ids, and the pairs of positions that end at the same character."""
 
     student: list[int]
     teacher: list[int]
     places: list[tuple[int, int]]
 
 
-def _pairs(text: str, student: Any, teacher: Any, block: int, most: int) -> list[_Pair]:
-    """Stretches of at most `block` student tokens and `most` teacher tokens."""
+def _stretches(
+    text: str, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, block: int, longest: int
+) -> list[_Stretch]:
+    """Cut a text into stretches of at most `block` student tokens and `longest` teacher tokens."""
     offsets = student(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    found = []
+    stretches = []
     for start in range(0, len(offsets), block):
         part = text[offsets[start][0] : offsets[min(start + block, len(offsets)) - 1][1]]
         own = student(part, add_special_tokens=False, return_offsets_mapping=True)
         other = teacher(part, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [e for _, e in own["offset_mapping"]][:block], [e for _, e in other["offset_mapping"]][:most]
+        ends = [e for _, e in own["offset_mapping"]][:block], [e for _, e in other["offset_mapping"]][:longest]
         if len(ends[0]) > 1 and ends[1]:
-            found.append(_Pair(own["input_ids"][:block], other["input_ids"][:most], common_boundaries(*ends)))
-    return found
+            places = common_boundaries(*ends)
+            stretches.append(_Stretch(own["input_ids"][:block], other["input_ids"][:longest], places))
+    return stretches
+
+
+def _read_stretches(
+    data: str | Path,
+    student: PreTrainedTokenizerBase,
+    teacher: PreTrainedTokenizerBase,
+    block: int,
+    longest: int,
+    tokens: int,
+    seed: int,
+) -> list[_Stretch]:
+    """Read about `tokens` student tokens of the training text."""
+    stretches, count = [], 0
+    for row in passages(data, "train", seed):
+        for stretch in _stretches(str(row.get("text") or ""), student, teacher, block, longest):
+            stretches.append(stretch)
+            count += len(stretch.student)
+        if count >= tokens:
+            break
+    return stretches
 
 
 def cross_targets(
-    teacher: Any, tokenizer: Any, data: Any, block: int, tokens: int, form: str, seed: int, other: Any = None
+    teacher: Teacher,
+    tokenizer: PreTrainedTokenizerBase,
+    data: str | Path,
+    block: int,
+    tokens: int,
+    loss: str,
+    seed: int,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Blocks, CrossTargets]:
-    """(student blocks, padded on the right; the teacher's answers at them) on about `tokens` student tokens of the training text.
+    """Return (student blocks, padded on the right; the teacher's answers at them) on about `tokens` tokens of the training text.
 
-    tokenizer: the student's; other: the teacher's, by default its own. Raises UserError for an unknown form, and where the two
-    tokenizers share no boundary or no token.
+    tokenizer: the student's; teacher_tokenizer: by default the teacher's own. Raises UserError for an unknown loss, and where
+    the two tokenizers share no boundary or no token.
     """
-    if form not in FORMS:
-        raise UserError(f"--cross-tokenizer must be text, {' or '.join(FORMS)}; found {form!r}")
-    other = other or teacher.tokenizer()
-    most = getattr(teacher.config.get_text_config(), "max_position_embeddings", 4 * block)
-    pairs: list[_Pair] = []
-    count = 0
-    for row in passages(data, "train", seed):
-        for pair in _pairs(str(row.get("text") or ""), tokenizer, other, block, min(most, 4 * block)):
-            pairs.append(pair)
-            count += len(pair.student)
-        if count >= tokens:
-            break
-    if not any(p.places for p in pairs):
+    if loss not in CROSS_TOKENIZER_LOSSES:
+        raise UserError(f"--cross-tokenizer must be text, {' or '.join(CROSS_TOKENIZER_LOSSES)}; found {loss!r}")
+    other = teacher_tokenizer or teacher.tokenizer()
+    positions = getattr(teacher.config.get_text_config(), "max_position_embeddings", 4 * block)
+    longest = min(positions, 4 * block)
+    stretches = _read_stretches(data, tokenizer, other, block, longest, tokens, seed)
+    if not any(s.places for s in stretches):
         raise UserError(f"data {str(data)!r} has no text at which the two tokenizers meet; use --cross-tokenizer text")
-    ids, mask = right_padded([p.student for p in pairs], block)
-    theirs, their_mask = right_padded([p.teacher for p in pairs])
+    ids, mask = right_padded([s.student for s in stretches], block)
+    teacher_ids, teacher_mask = right_padded([s.teacher for s in stretches])
     place = torch.full(ids.shape, -1)
-    for i, pair in enumerate(pairs):
-        for own, at in pair.places:
-            place[i, own] = at
-    hidden = teacher.run(theirs, their_mask.long(), logits=False).hidden_states
+    for i, stretch in enumerate(stretches):
+        for student_position, teacher_position in stretch.places:
+            place[i, student_position] = teacher_position
+    hidden = teacher.run(teacher_ids, teacher_mask.long(), logits=False).hidden_states
     share = float((place >= 0).sum() / mask.sum())
-    answers = CrossTargets(hidden, place, teacher.head, form, shared_tokens(tokenizer, other), share)
-    return Blocks(ids, attention_mask=mask), answers
+    shared = shared_tokens(tokenizer, other)
+    return Blocks(ids, attention_mask=mask), CrossTargets(hidden, place, teacher.head, loss, shared, share)

@@ -1,25 +1,25 @@
-"""Reading ahead: while a step computes, a thread reads what the next forward passes will ask for."""
+"""Read ahead: while a step computes, a thread reads the targets of the next forward passes."""
 
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 from moe2dense.distillation.batching import micro_batches, step_blocks, total_steps
+from moe2dense.distillation.targets.protocols import Targets
 from moe2dense.losses.teacher_rows import TeacherRows
 
 Passes = Iterator[tuple[int, ...]]
 
 
 class ReadAhead:
-    """Targets read in the order of training, `depth` forward passes ahead, so at most that many are held.
+    """Targets that are read in the order of training, `depth` forward passes ahead; at most that many are in memory.
 
-    targets: stored ones. blocks, per_step, epochs, seed, micro, rank, world: what the order follows from (order.py). It finds
-    its place in the order by the first blocks asked for, so a run may resume or go back; anything else is read at once.
+    blocks, per_step, epochs, seed, micro, rank, world: what the order follows from (batching.py). The blocks asked for tell the
+    place in the order, so a run may resume or go back; blocks that are in no such place are read when asked for.
     """
 
     def __init__(
-        self, targets: Any, blocks: int, per_step: int, epochs: float, seed: int, micro: int,
+        self, targets: Targets, blocks: int, per_step: int, epochs: float, seed: int, micro: int,
         rank: int = 0, world: int = 1, depth: int = 2,
     ):  # fmt: skip
         self.targets, self.depth = targets, depth
@@ -31,23 +31,20 @@ class ReadAhead:
     def __len__(self) -> int:
         return len(self.targets)
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.targets, name)
-
     def _following(self, wanted: tuple[int, ...]) -> Passes:
-        """The forward passes after the first one that asks for `wanted`; none when there is no such pass."""
+        """Yield the forward passes after the first one that asks for `wanted`; none when there is no such pass."""
         blocks, per_step, steps, seed, micro, rank, world = self._order
-        found = False
+        passed = False
         for step in range(steps):
             chosen = step_blocks(blocks, per_step, step, seed)
             # a pass without blocks reads the step's first, see Batches.part
             for part in (tuple(p) or (chosen[0],) for p in micro_batches(chosen, rank, world, micro)):
-                if found:
+                if passed:
                     yield part
-                found = found or part == wanted
+                passed = passed or part == wanted
 
     def batch(self, indices: Sequence[int]) -> TeacherRows:
-        """What the loss reads, at every position of some blocks."""
+        """Return what the loss reads, at every position of some blocks."""
         wanted = tuple(indices)
         if self._waiting and self._waiting[0][0] == wanted:
             rows = self._waiting.popleft()[1].result()

@@ -1,35 +1,23 @@
-"""What else is kept of a streamed teacher beside its distributions: features of chosen layers, and how it routed each token."""
+"""Record more of a streamed teacher than its distributions: features of chosen layers, and how it routed each token."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from moe2dense.errors import UserError, nearest
+from moe2dense.distillation.targets.token_weights import check_token_weights
+from moe2dense.errors import UserError
 from moe2dense.modeling.hooks import eager_attention, hook_attention, split_name
+from moe2dense.teacher.layer_pass import LayerPass
+from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.observer import Observer
-
-if TYPE_CHECKING:
-    from moe2dense.teacher.layer_pass import LayerPass
-    from moe2dense.teacher.model import Teacher
 
 # N blocks, S block length, T = N S tokens of a macro-batch, E experts, K top_k, H hidden
 
-TOKEN_WEIGHTS = ("router-entropy", "expert-saliency")
-
-
-def check_token_weights(name: str) -> None:
-    """Raises UserError for a name that is not known."""
-    if name not in TOKEN_WEIGHTS:
-        raise UserError(
-            f"token weights must be one of {', '.join(TOKEN_WEIGHTS)}; found {name!r}{nearest(name, list(TOKEN_WEIGHTS))}"
-        )
-
 
 class FeatureRecorder(Observer):
-    """Keeps features of some layers over all macro-batches of a streamed pass: names as in modeling/hooks.py."""
+    """Keep features of some layers over all macro-batches of a streamed pass: names as in modeling/hooks.py."""
 
     def __init__(self, names: Sequence[str], dtype: torch.dtype):
         self.dtype = dtype
@@ -39,8 +27,8 @@ class FeatureRecorder(Observer):
         self.parts[name].append(value.detach().to("cpu", self.dtype, copy=True))
 
     @contextlib.contextmanager
-    def attached(self, teacher: Any) -> Iterator[None]:
-        """Within the context the teacher's attention is watched where it must be. Raises UserError where it has no such part."""
+    def attached(self, teacher: Teacher) -> Iterator[None]:
+        """Hook the teacher's attention within the context where a feature needs it. Raises UserError where it has no such part."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(eager_attention(teacher.model.config, self.parts))
             for name in self.parts:
@@ -50,14 +38,14 @@ class FeatureRecorder(Observer):
                     stack.callback(handle.remove)
             yield
 
-    def layer(self, layer: "LayerPass") -> None:
+    def layer(self, layer: LayerPass) -> None:
         """Keep the residual stream after this layer, where asked for."""
         name = f"hidden-{layer.index}"
         if name in self.parts:
             self._keep(name, layer.hidden_out.flatten(0, 1))
 
-    def found(self, blocks: int) -> dict[str, Tensor]:
-        """Features [N, S, ...] by name. Raises UserError for one that the teacher did not give."""
+    def features(self, blocks: int) -> dict[str, Tensor]:
+        """Return the features [N, S, ...] by name. Raises UserError for one that the teacher did not give."""
         if missing := [n for n, parts in self.parts.items() if not parts]:
             raise UserError(f"features: the teacher gives no {missing[0]}")
         joined = {n: torch.cat(parts) for n, parts in self.parts.items()}
@@ -65,7 +53,7 @@ class FeatureRecorder(Observer):
 
 
 class RoutingRecorder(Observer):
-    """How the router and the experts treated each token, averaged over the sparse layers.
+    """Measure how the router and the experts treat each token, averaged over the sparse layers.
 
     router-entropy: entropy of the router's softmax over all experts, in units of log E: 1 where it cannot decide.
     expert-saliency: sum over the chosen experts of weight * ||output||, relative to the residual stream (REAP's saliency,
@@ -77,7 +65,7 @@ class RoutingRecorder(Observer):
             check_token_weights(name)
         self.names = tuple(names)
 
-    def begin(self, teacher: "Teacher", tokens: int) -> None:
+    def begin(self, teacher: Teacher, tokens: int) -> None:
         """Start over. Raises UserError for a teacher without experts."""
         if teacher.card is None:
             raise UserError("token weights need a teacher with experts; this one is dense")
@@ -85,18 +73,20 @@ class RoutingRecorder(Observer):
         self.parts: dict[str, list[Tensor]] = {n: [] for n in self.names}
         self._sums: dict[str, Tensor] = {}
         self._layers = 0
-        self._energy: Tensor | None = None  # of the layer that is running
+        # [T]: what the experts of the layer that is running add to each token
+        self._energy: Tensor | None = None
 
     def wants_experts(self) -> bool:
+        """Return whether single experts' outputs are needed."""
         return "expert-saliency" in self.names
 
-    def expert(self, layer: "LayerPass", e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
+    def expert(self, layer: LayerPass, e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
         """Add what one expert contributes to its tokens."""
         if self._energy is None:
             self._energy = torch.zeros(len(layer.x), dtype=torch.float32)
         self._energy.index_add_(0, rows.cpu(), (weights.float().abs() * output.float().norm(dim=1)).cpu())
 
-    def layer(self, layer: "LayerPass") -> None:
+    def layer(self, layer: LayerPass) -> None:
         """Add this layer, and close the macro-batch after the last."""
         if layer.sparse:
             self._layers += 1
@@ -116,18 +106,6 @@ class RoutingRecorder(Observer):
     def _add(self, name: str, values: Tensor) -> None:
         self._sums[name] = self._sums[name] + values if name in self._sums else values
 
-    def found(self, blocks: int) -> dict[str, Tensor]:
-        """[N, S] by name."""
+    def token_weights(self, blocks: int) -> dict[str, Tensor]:
+        """Return the weights [N, S] by name."""
         return {n: torch.cat(parts).view(blocks, -1) for n, parts in self.parts.items()}
-
-
-def weighed(values: Tensor, mask: Tensor) -> Tensor:
-    """Token weights [N, S] with mean 1 over the tokens that count, mask [N, S]; 0 elsewhere.
-
-    Raises UserError where all of them are 0.
-    """
-    kept = values.float().clamp(min=0) * mask
-    mean = float(kept.double().sum() / mask.sum().clamp(min=1))
-    if not mean > 0:
-        raise UserError("token weights are 0 on every token; leave token_weights out")
-    return kept / mean

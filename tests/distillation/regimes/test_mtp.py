@@ -6,11 +6,11 @@ from safetensors.torch import load_file
 from torch.nn import functional as F
 
 from moe2dense.config.schedules import learning_rate
-from moe2dense.config.schema import RegimeConfig
+from moe2dense.config.training import RegimeConfig
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
-from moe2dense.distillation.regimes.mtp import FILE, Heads, load_heads, pairs
-from moe2dense.distillation.regimes.registry import make_regime
+from moe2dense.distillation.regimes.make import make_regime
+from moe2dense.distillation.regimes.mtp import HEADS_FILE, Heads, load_heads, pairs
 from moe2dense.errors import UserError
 from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
 
@@ -96,7 +96,7 @@ def test_heads_resume_and_are_kept_apart_from_the_student(tmp_path):
         run(tmp_path / "part", make_student(), progress=stop)
     run(tmp_path / "part", resumed, resume=True)
     assert same(weights(whole), weights(resumed)) and weights(whole).keys() == weights(make_student()).keys()
-    first, second = (load_file(tmp_path / k / FILE) for k in ("whole", "part"))
+    first, second = (load_file(tmp_path / k / HEADS_FILE) for k in ("whole", "part"))
     assert same(first, second) and all(v.abs().sum() > 0 for v in first.values())
     heads = load_heads(tmp_path / "whole")
     assert same(heads.state_dict(), first) and len(heads.maps) == 2

@@ -6,12 +6,14 @@ import pytest
 import torch
 
 from moe2dense.common.seeds import uniforms
-from moe2dense.config.schema import RegimeConfig, RunConfig, TrainConfig
+from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import RegimeConfig, TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
+from moe2dense.distillation.regimes.checks import check_regime_settings
+from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.regimes.on_policy import own_steps
-from moe2dense.distillation.regimes.registry import check_regime_settings, make_regime
 from moe2dense.errors import UserError
 from moe2dense.generation.in_memory import continued
 from moe2dense.generation.sampling import Sampling, nucleus
@@ -131,7 +133,7 @@ def test_chats_end_where_the_student_closes_its_turn():
     found = regime(teacher, share="1", prompt=0.25)
     distill(student, data=blocks, config=settings(batch=96), regime=found)
     text = torch.tensor([[0, 0, 0, 9, 3, 5, 3, 1, 1, 1, 1, 1], [3, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
-    mask = found._as_learnt(Blocks(text, labels_mask=learnt[:2])).labels_mask
+    mask = found._with_learnt_words(Blocks(text, labels_mask=learnt[:2])).labels_mask
     assert mask[0].tolist() == [False] * 3 + [True] * 2 + [False] * 7
     assert mask[1].tolist() == [False] * 3 + [True] * 9
 

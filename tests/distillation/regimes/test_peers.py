@@ -9,10 +9,10 @@ from torch.nn import functional as F
 from transformers import MistralConfig, MistralForCausalLM
 
 from moe2dense.config.schedules import learning_rate
-from moe2dense.config.schema import RegimeConfig
+from moe2dense.config.training import RegimeConfig
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
-from moe2dense.distillation.regimes.registry import make_regime
+from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.targets.memory import HiddenTargets, hidden_targets
 from moe2dense.distillation.targets.mixture import MixedRows
 from moe2dense.errors import UserError
@@ -93,7 +93,8 @@ class TestMixture:
         assert torch.autograd.grad(found.total, found.total)[0] == 1 and found.total.isfinite()
 
     def test_compressed_targets_are_refused(self, tmp_path):
-        from moe2dense.distillation.targets.store import open_targets, write_targets
+        from moe2dense.distillation.targets.store import open_targets
+        from moe2dense.distillation.targets.write import write_targets
 
         blocks = make_blocks()
         write_targets(make_teacher(), blocks, tmp_path, format="sampled")
@@ -208,8 +209,8 @@ class TestViews:
             regime.step = step
             embedded = other.model.embed_tokens(blocks.input_ids[rows])
             with torch.no_grad():
-                views = [other(inputs_embeds=embedded * regime.kept(rows, v)).logits.softmax(-1) for v in (1, 2, 3)]
-            loss = kl(sum(views) / 3, other(inputs_embeds=embedded * regime.kept(rows, 0)).logits)
+                views = [other(inputs_embeds=embedded * regime.mask(rows, v)).logits.softmax(-1) for v in (1, 2, 3)]
+            loss = kl(sum(views) / 3, other(inputs_embeds=embedded * regime.mask(rows, 0)).logits)
             assert result.history[step]["loss"] == pytest.approx(loss.item(), rel=1e-8)
             update(other, optimizer, loss, step)
         close(student, other)
@@ -219,11 +220,11 @@ class TestViews:
         student = make_student()
         regime = make_regime("multiview", RegimeConfig(dropout=0.25, share="1"))
         distill(student, data=make_blocks(), config=settings(), regime=regime)
-        masks = torch.stack([regime.kept(list(range(24)), v) for v in (0, 1, 2)])
+        masks = torch.stack([regime.mask(list(range(24)), v) for v in (0, 1, 2)])
         assert masks.unique().tolist() == pytest.approx([0, 4 / 3])
         assert (masks == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
         flat = masks.flatten(0, 1).flatten(1)
-        assert len(flat.unique(dim=0)) == 72 and torch.equal(regime.kept([7], 1)[0], masks[1, 7])
+        assert len(flat.unique(dim=0)) == 72 and torch.equal(regime.mask([7], 1)[0], masks[1, 7])
 
     def test_without_dropout_there_is_nothing_to_learn(self):
         regime = make_regime("multiview", RegimeConfig(dropout=0.0, share="1"))

@@ -6,14 +6,17 @@ import pytest
 import torch
 
 from moe2dense.common.seeds import uniforms
-from moe2dense.config.schema import RegimeConfig, RunConfig, TrainConfig
+from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import RegimeConfig, TrainConfig
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
+from moe2dense.distillation.regimes.checks import check_regime_settings
+from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.regimes.policy_rows import PolicyRows, gains
-from moe2dense.distillation.regimes.registry import check_regime_settings, make_regime
 from moe2dense.errors import UserError
-from moe2dense.generation.in_memory import ResidentDecoder, continued
-from moe2dense.generation.mixed_sampling import Draws
+from moe2dense.generation.decoders import ResidentDecoder
+from moe2dense.generation.in_memory import continued
+from moe2dense.generation.mixed_sampling import MixedSampler
 from moe2dense.generation.sampling import Sampling
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.teacher_rows import LogitRows
@@ -126,12 +129,12 @@ def test_words_are_drawn_from_the_mixture_and_their_odds_kept(tmp_path, streamed
         return Decoder(teacher, text.tolist()) if streamed else ResidentDecoder(taught, text)
 
     def fresh(texts):
-        return Draws(texts, 11, Sampling(0.8, 0.9), 50, beside, 0.4)
+        return MixedSampler(texts, 11, Sampling(0.8, 0.9), 50, beside, 0.4)
 
     draws = fresh(5)
     numbers = [4, 0, 17, 1, 2]
-    text = continued(student, ids, 4, Sampling(seed=6), numbers, draws=draws, at_once=3)
-    again = continued(student, ids[3:4], 4, Sampling(seed=6), numbers[3:4], draws=fresh(1))
+    text = continued(student, ids, 4, Sampling(seed=6), numbers, sampler=draws, at_once=3)
+    again = continued(student, ids[3:4], 4, Sampling(seed=6), numbers[3:4], sampler=fresh(1))
     assert torch.equal(again[0], text[3]) and int(text[:, 4:].max()) < 50
     with torch.no_grad():
         p, q = (m(text).logits[:, 3:-1, :50].double() for m in (taught.eval(), student.eval()))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from moe2dense.config.schema import RegimeConfig
+from moe2dense.config.training import RegimeConfig
 from tests.distillation.regimes.test_peers import make_peer
 from tests.distillation.test_processes import as_rank, close, launch
 from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
@@ -15,7 +15,7 @@ NAMES = ["on-policy", "policy-gradient", "online", "mutual", "ema", "multiview",
 def worker(rank, world, port, out, name, stop_at, resume, queue):
     as_rank(rank, world, port)
     from moe2dense.distillation.api import distill
-    from moe2dense.distillation.regimes.registry import make_regime
+    from moe2dense.distillation.regimes.make import make_regime
 
     def stop(stage, done, total, **numbers):
         if stage == "distill" and done == stop_at:

@@ -10,8 +10,6 @@ from moe2dense.distillation.targets.read_ahead import ReadAhead
 class Slow:
     """Targets whose reading takes a while and is written down."""
 
-    temperature = 3.0
-
     def __init__(self, seconds=0.0):
         self.seconds, self.read, self.threads = seconds, [], set()
 
@@ -38,7 +36,7 @@ def test_every_pass_gets_its_own_blocks_and_few_are_held():
         assert len(ahead._waiting) <= 2 and len(targets.read) <= i + 3
     ahead.close()
     assert sorted(targets.read) == sorted(map(tuple, order)) and len(targets.threads) == 2
-    assert len(ahead) == 10 and ahead.temperature == 3.0
+    assert len(ahead) == 10
 
 
 def test_a_run_may_start_in_the_middle_go_back_and_ask_for_something_else():

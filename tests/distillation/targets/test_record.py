@@ -6,8 +6,9 @@ from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.targets.memory import hidden_targets
-from moe2dense.distillation.targets.record import TOKEN_WEIGHTS, weighed
-from moe2dense.distillation.targets.store import open_targets, write_targets
+from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.token_weights import TOKEN_WEIGHTS, normalized
+from moe2dense.distillation.targets.write import write_targets
 from moe2dense.errors import UserError
 from moe2dense.teacher.load import load_teacher
 
@@ -109,11 +110,11 @@ def test_routing_against_brute_force(pair, text, tmp_path):
 
 def test_token_weights_have_mean_one_where_they_count():
     values, mask = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    found = weighed(values, mask)
+    found = normalized(values, mask)
     assert found[mask].mean().item() == pytest.approx(1) and found[0, 2] == 0
     assert (found[1, 1] / found[0, 0]).item() == pytest.approx(4)
     with pytest.raises(UserError, match="0 on every token"):
-        weighed(torch.zeros(2, 3), mask)
+        normalized(torch.zeros(2, 3), mask)
 
 
 def test_what_the_teacher_cannot_give_is_refused(pair, text):
@@ -125,7 +126,7 @@ def test_what_the_teacher_cannot_give_is_refused(pair, text):
 
 @pytest.mark.parametrize("name", TOKEN_WEIGHTS)
 def test_training_weighs_tokens_alike_from_memory_and_store(pair, text, tmp_path, name):
-    from moe2dense.config.schema import TrainConfig
+    from moe2dense.config.training import TrainConfig
     from moe2dense.distillation.api import distill
 
     model, teacher = pair

@@ -5,9 +5,10 @@ import torch
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe2dense.data.blocks import Blocks
-from moe2dense.distillation.targets.formats import FORMATS
 from moe2dense.distillation.targets.memory import hidden_targets
-from moe2dense.distillation.targets.store import open_targets, write_targets
+from moe2dense.distillation.targets.registry import TARGET_FORMATS
+from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.write import write_targets
 from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.modeling.head import model_head
@@ -97,12 +98,12 @@ def test_store_is_found_by_content(teacher, tmp_path):
     assert len(open_targets(tmp_path, blocks, teacher=make_teacher())) == 7
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TARGET_FORMATS)
 def test_writing_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, format):
     blocks = make_blocks(11)
-    monkeypatch.setattr("moe2dense.distillation.targets.store._RESIDENT_BLOCKS", 4)
+    monkeypatch.setattr("moe2dense.distillation.targets.write._RESIDENT_BLOCKS", 4)
     whole = open_targets(write_targets(teacher, blocks, tmp_path / "whole", format), blocks)
-    assert [s["to"] for s in whole.about["shards"]] == [4, 8, 11]
+    assert [s["to"] for s in whole.manifest["shards"]] == [4, 8, 11]
 
     def stop(stage, done, total, **numbers):
         if done == 8:
@@ -115,7 +116,7 @@ def test_writing_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, forma
     before = (tmp_path / "part/shard-0000004.safetensors").stat().st_mtime_ns
     calls = []
     monkeypatch.setattr(
-        "moe2dense.distillation.targets.store.hidden_targets",
+        "moe2dense.distillation.targets.write.hidden_targets",
         lambda t, b, **k: calls.append(len(b)) or hidden_targets(t, b),
     )
     part = open_targets(write_targets(teacher, blocks, tmp_path / "part", format), blocks)
@@ -127,9 +128,9 @@ def test_writing_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, forma
 
 
 def test_shards_are_small(teacher, tmp_path, monkeypatch):
-    monkeypatch.setattr("moe2dense.distillation.targets.store.SHARD_BYTES", 2 * 24 * 9 * 3)
+    monkeypatch.setattr("moe2dense.distillation.targets.write.SHARD_BYTES", 2 * 24 * 9 * 3)
     stored = open_targets(write_targets(teacher, make_blocks(), tmp_path), make_blocks())
-    assert [s["to"] for s in stored.about["shards"]] == [3, 6, 7]
+    assert [s["to"] for s in stored.manifest["shards"]] == [3, 6, 7]
     torch.testing.assert_close(
         stored.hidden.float(), hidden_targets(teacher, make_blocks()).hidden, rtol=1e-2, atol=1e-2
     )
@@ -171,11 +172,11 @@ def test_a_store_of_something_else_is_not_overwritten(teacher, tmp_path):
         write_targets(teacher, make_blocks(), tmp_path, "sampled", draws=300)
 
 
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("format", TARGET_FORMATS)
 def test_a_store_trains_without_the_teacher(teacher, tmp_path, format):
     from transformers import MistralConfig, MistralForCausalLM
 
-    from moe2dense.config.schema import TrainConfig
+    from moe2dense.config.training import TrainConfig
     from moe2dense.distillation.api import distill
 
     torch.manual_seed(3)
