@@ -31,6 +31,19 @@ def parse_bytes(text: str | int | float, what: str = "the size") -> int:
     return _parse(text, _BYTES, what, "300MB or 2GB")
 
 
+LEAST_MEMORY = 16_000_000  # bytes; less holds no layer of anything
+
+
+def parse_memory(text: str | int | float, what: str = "memory") -> int:
+    """Read a memory budget in bytes. Raises UserError for one that holds nothing, such as `2` where 2GB was meant."""
+    budget = parse_bytes(text, what)
+    if budget < LEAST_MEMORY:
+        bare = str(text).strip()
+        hint = f" (did you mean {bare}GB?)" if bare.replace(".", "", 1).isdigit() else ""
+        raise UserError(f"{what} must be at least {show_bytes(LEAST_MEMORY)}; found {bare!r}{hint}")
+    return budget
+
+
 def show_count(n: int | float) -> str:
     """7241732096 -> '7.24B'."""
     for scale, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):

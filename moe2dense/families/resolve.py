@@ -1,17 +1,20 @@
-"""What TEACHER means: an existing path, else a hub id, else the name of a card or an alias."""
+"""Resolve TEACHER: an existing path, else a hub id, else the name of a card or an alias."""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub import try_to_load_from_cache
+
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.families.cards import Checkpoint, TeacherCard, find_checkpoint, read_teacher_card, teacher_cards
+from moe2dense.families.download import download_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
+# config fields that only models with experts set
 _EXPERT_FIELDS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
-WEIGHT_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,7 @@ class ResolvedTeacher:
 
 
 def family_card(config: "PreTrainedConfig", card_path: str = "") -> TeacherCard:
-    """The card of this config's family, or the user's own. Raises UserError when it is no MoE or no card knows it."""
+    """Return the card of this config's family, or the user's own. Raises UserError when it is no MoE or no card knows it."""
     config = config.get_text_config()
     if card_path:
         card = read_teacher_card(card_path)
@@ -40,7 +43,7 @@ def family_card(config: "PreTrainedConfig", card_path: str = "") -> TeacherCard:
     card = teacher_cards().get(config.model_type)
     if card is not None:
         return card
-    if not any(getattr(config, f, None) for f in _EXPERT_FIELDS):
+    if not has_experts(config):
         raise UserError(
             f"the teacher is a {config.model_type!r} model, which has no experts: moe2dense turns MoE models into dense ones; "
             f"to make a dense model smaller, distil it with `moe2dense distill`"
@@ -52,7 +55,13 @@ def family_card(config: "PreTrainedConfig", card_path: str = "") -> TeacherCard:
     )
 
 
+def has_experts(config: "PreTrainedConfig") -> bool:
+    """Return whether a config sets a field that only models with experts have."""
+    return any(getattr(config, f, None) for f in _EXPERT_FIELDS)
+
+
 def _read_config(source: str | Path, given: str) -> "PreTrainedConfig":
+    """Return the config of a folder or hub id. Raises UserError about TEACHER `given`."""
     from transformers import AutoConfig
 
     try:
@@ -62,6 +71,7 @@ def _read_config(source: str | Path, given: str) -> "PreTrainedConfig":
 
 
 def _offline_config(card: TeacherCard, row: Checkpoint) -> "PreTrainedConfig":
+    """Return the config that a card holds for a public checkpoint."""
     from transformers import AutoConfig
 
     return AutoConfig.for_model(card.model_type, **row.config)
@@ -102,24 +112,20 @@ def resolve_teacher(given: str, card_path: str = "") -> ResolvedTeacher:
 
 
 def _cached(hub_id: str) -> Path | None:
-    """The folder of the hub cache that holds this model's config, or None."""
-    from huggingface_hub import try_to_load_from_cache
-
-    found = try_to_load_from_cache(hub_id, "config.json")
-    return Path(found).parent if isinstance(found, str) else None
+    """Return the folder of the hub cache that holds this model's config, or None."""
+    path = try_to_load_from_cache(hub_id, "config.json")
+    return Path(path).parent if isinstance(path, str) else None
 
 
 def fetch(teacher: ResolvedTeacher) -> Path:
-    """The folder with the teacher's files, downloaded into the hub cache when it is a hub checkpoint.
+    """Return the folder with the teacher's files, downloaded into the hub cache when it is a hub checkpoint.
 
     Raises UserError when the hub cannot be reached and the files are not in the cache.
     """
     if teacher.path is not None:
         return teacher.path
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(teacher.hub_id, allow_patterns=list(WEIGHT_FILES)))
+        return download_model(teacher.hub_id)
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
         raise UserError(
             f"TEACHER {teacher.given!r} means {teacher.hub_id} on the hub, which cannot be downloaded ({first_line(error)}); "

@@ -25,6 +25,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
 from moe2dense.errors import UserError, first_line
@@ -104,6 +105,12 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
         if isinstance(module, nn.Embedding):
             module.padding_idx = None  # only matters to gradients; rows are looked up in a table of the rows in use
     return model
+
+
+def causal_model_class(model_type: str) -> str:
+    """Return the name of transformers' causal language model of an architecture, as its configs name it."""
+    names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]
+    return names if isinstance(names, str) else names[0]
 
 
 def saved_tensors(model: nn.Module) -> dict[str, Tensor]:

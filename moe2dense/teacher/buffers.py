@@ -5,6 +5,7 @@ import mmap
 import os
 import shutil
 import tempfile
+import weakref
 from pathlib import Path
 
 import torch
@@ -27,6 +28,7 @@ class SpillFolder:
         try:
             if self._folder is None:
                 self._folder = Path(tempfile.mkdtemp(prefix="moe2dense-", dir=self.base))
+                weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
             fd, name = tempfile.mkstemp(dir=self._folder)
         except OSError as error:
             raise UserError(f"no file can be made in {self.base} to spill {what}: {error.strerror}") from error
@@ -47,10 +49,6 @@ class SpillFolder:
             os.close(fd)
             os.unlink(name)  # the mapping keeps the file alive, and nothing is left behind whatever happens
         return SpilledTensor(mapped, shape, dtype)
-
-    def __del__(self):
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
 
 
 class SpilledTensor:

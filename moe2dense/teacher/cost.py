@@ -7,15 +7,13 @@ from dataclasses import dataclass
 
 import psutil
 
-from moe2dense.common.units import parse_bytes, show_bytes
-from moe2dense.errors import UserError
+from moe2dense.common.units import parse_memory
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.shape import Geometry
 
 HIDDEN_COPIES = 5  # residual stream in and out, attention output, block input and output, while a layer runs
 WORK_BYTES = 96_000_000  # slices of converted weights, activations of a chunk
 LEAST_MACRO_BATCH = 4096  # below this, hidden states spill rather than the weights being read more often
-_LEAST_BUDGET = 16_000_000  # a budget below this holds no layer of anything
 _COMPUTE_BYTES = 4  # of a number in float32, in which a CPU computes
 
 
@@ -26,10 +24,7 @@ def memory_budget(memory: str | int | float, what: str = "memory", free: int | N
     """
     if memory == "auto":
         return (psutil.virtual_memory().available if free is None else free) // 2
-    budget = parse_bytes(memory, what)
-    if budget < _LEAST_BUDGET:
-        raise UserError(f"{what} must be at least {show_bytes(_LEAST_BUDGET)}; found {memory!r}")
-    return budget
+    return parse_memory(memory, what)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import torch
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard, read_teacher_card, teacher_cards
-from moe2dense.families.resolve import family_card, fetch, resolve_teacher
+from moe2dense.families.resolve import family_card, fetch, has_experts, resolve_teacher
 from moe2dense.modeling import internals
 from moe2dense.teacher.fake_quant import BITS
 from moe2dense.teacher.model import Teacher
@@ -23,8 +23,7 @@ def find_card(config: Any, card: TeacherCard | str | Path | None) -> TeacherCard
     text = config.get_text_config()
     if text.model_type in teacher_cards():
         return teacher_cards()[text.model_type]
-    fields = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts", "moe_intermediate_size")
-    return family_card(config) if any(getattr(text, f, None) for f in fields) else None
+    return family_card(config) if has_experts(text) else None
 
 
 def number_of_experts(config: Any, card: TeacherCard | None) -> int:

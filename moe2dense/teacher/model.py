@@ -15,9 +15,9 @@ from moe2dense.modeling.forward import document_positions
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.check import check_coverage, check_quantization
+from moe2dense.teacher.cost import memory_budget
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.lm_head import LMHead
-from moe2dense.teacher.cost import memory_budget
 from moe2dense.teacher.memory import MemoryPlan, free_memory, plan_memory
 from moe2dense.teacher.observer import Observer
 from moe2dense.teacher.sampled_routing import Resample

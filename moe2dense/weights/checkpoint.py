@@ -10,6 +10,7 @@ import json
 import math
 import os
 import threading
+import weakref
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,12 @@ def _index(folder: Path) -> dict[str, TensorInfo]:
     return {tensor: shards[name][tensor] for tensor, name in where.items()}
 
 
+def _close_all(files: dict[Path, int]) -> None:
+    """Close these file descriptors and forget them."""
+    while files:
+        os.close(files.popitem()[1])
+
+
 class Checkpoint:
     """The tensors of a safetensors folder by name, read on demand and from any thread.
 
@@ -142,6 +149,7 @@ class Checkpoint:
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
+        weakref.finalize(self, _close_all, self._files)  # at the latest before the interpreter takes its modules apart
         self.tensors = _index(self.folder)
 
     @property
@@ -152,12 +160,7 @@ class Checkpoint:
     def close(self) -> None:
         """Close the files; a later read opens them again."""
         with self._lock:
-            for fd in self._files.values():
-                os.close(fd)
-            self._files.clear()
-
-    def __del__(self):
-        self.close()
+            _close_all(self._files)
 
     def __getitem__(self, name: str) -> TensorInfo:
         if name not in self.tensors:

@@ -1,5 +1,7 @@
 """The trained example teacher: streamed == transformers' own forward, and the statistics against brute force."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -92,3 +94,15 @@ def test_nll_on_validation_text(reference, text, tokenizer):
 
     assert nll(logits) == pytest.approx(nll(want), abs=1e-4) and 2.5 < nll(logits) < 4.5
     assert teacher.tokenizer().vocab_size == tokenizer.vocab_size
+
+
+def test_a_script_that_keeps_a_teacher_ends_quietly():
+    """Without a traceback from what is cleaned up at exit, and without a deprecation warning of transformers."""
+    script = f"""
+import torch
+import moe2dense as m2d
+teacher = m2d.load_teacher({str(TINY)!r}, memory="30MB")
+teacher.run(torch.arange(8)[None])
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -1,8 +1,11 @@
 """Reading byte ranges, and every way a checkpoint can be damaged: one sentence naming file and tensor, before anything runs."""
 
+import gc
 import json
 import os
 import struct
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -247,3 +250,26 @@ def test_bad_inputs(folder):
         load_teacher(folder, experts="quickly")
     with pytest.raises(UserError, match="device must be"):
         load_teacher(folder, device="abacus")
+
+
+def test_a_checkpoint_that_outlives_the_modules_ends_quietly(folder):
+    """A script's global may be deleted after the module it comes from has been emptied, as a leaked reference brings about."""
+    script = f"""
+import builtins, ctypes
+from moe2dense.weights import checkpoint
+builtins.kept = checkpoint.Checkpoint({str(folder)!r})
+builtins.kept.read(next(iter(builtins.kept.tensors)))
+ctypes.pythonapi.Py_IncRef(ctypes.py_object(checkpoint))
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (ended.returncode, ended.stderr) == (0, "")
+
+
+def test_files_are_closed_with_the_object(folder):
+    checkpoint = Checkpoint(folder)
+    checkpoint.read(next(iter(checkpoint.tensors)))
+    files = checkpoint._files
+    assert files
+    del checkpoint
+    gc.collect()
+    assert not files
