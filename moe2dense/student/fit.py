@@ -1,4 +1,4 @@
-"""Fit parameters by gradient steps and keep the values that were best on held-out tokens."""
+"""Fit parameters by gradient steps and keep the values that are best on held-out tokens."""
 
 import math
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Fit:
-    """What a fit did: relative squared error on held-out tokens before and after, and the step that was kept."""
+    """What a fit did: the held-out loss before and after it, and the step whose values were kept."""
 
     before: float
     after: float
@@ -18,7 +18,7 @@ class Fit:
 
 
 def cosine(step: int, steps: int, warmup: float = 0.0) -> float:
-    """Learning-rate factor: linear to 1 over the `warmup` share of the steps, then half a cosine to 0."""
+    """Return a learning-rate factor: linear to 1 over the `warmup` share of the steps, then half a cosine to 0."""
     rise = warmup * steps
     if step < rise:
         return (step + 1) / rise
@@ -28,7 +28,7 @@ def cosine(step: int, steps: int, warmup: float = 0.0) -> float:
 def fit(
     parameters: list[Tensor],
     loss: Callable[[Tensor], Tensor],
-    held_out: Callable[[], float],
+    held_out_loss: Callable[[], float],
     rows: int,
     steps: int,
     lr: float,
@@ -39,17 +39,18 @@ def fit(
     clip: float = 0.0,
     warmup: float = 0.0,
 ) -> Fit:
-    """Adam on `parameters` (cosine to zero), keeping the values with the lowest held-out loss: never worse than the start.
+    """Run Adam on `parameters`, its rate a cosine to zero, and keep the values of lowest held-out loss.
 
-    `loss(index)` is the loss on training rows `index` (each of `rows` once per epoch, in seeded order); `held_out()` is measured at the start
-    and `checks` times. A step whose loss is not finite ends the fit at the best values so far.
+    The result is never worse than the start. `loss(index)` is the loss on training rows `index`, each of `rows` once per
+    epoch in seeded order. `held_out_loss()` is measured at the start and `checks` times. A step whose loss is not finite
+    ends the fit at the best values so far.
     """
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.requires_grad_(True)
     optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
-    first = best = held_out()
-    kept, best_step = [p.detach().clone() for p in parameters], 0
+    first = best = held_out_loss()
+    best_values, best_step = [p.detach().clone() for p in parameters], 0
     order = torch.randperm(rows, generator=generator)
     every = max(1, steps // checks)
     for step in range(steps):
@@ -67,13 +68,13 @@ def fit(
             nn.utils.clip_grad_norm_(parameters, clip)
         optimizer.step()
         if (step + 1) % every == 0 or step + 1 == steps:
-            now = held_out()
+            now = held_out_loss()
             if now < best:
                 best, best_step = now, step + 1
-                for best_value, p in zip(kept, parameters, strict=True):
+                for best_value, p in zip(best_values, parameters, strict=True):
                     best_value.copy_(p.detach())
     with torch.no_grad():
-        for p, value in zip(parameters, kept, strict=True):
+        for p, value in zip(parameters, best_values, strict=True):
             p.copy_(value)
             p.requires_grad_(False)
             p.grad = None

@@ -1,47 +1,47 @@
-"""Freed memory, handed back to the system.
+"""Give freed memory back to the system, and find a device with room.
 
-glibc serves blocks of up to 32 MB, the size of many weights and activations, from a heap that it shortens only from its end: layer after
-layer leaves holes there, and a process that holds one layer at a time grows by about one layer each (malloc(3), mallopt(3)).
+glibc serves blocks of up to 32 MB, the size of many weights and activations, from a heap that it shortens only from its end.
+Building layer after layer leaves holes there, so a process that holds one layer at a time grows by about one layer each time
+(malloc(3), mallopt(3)).
 """
 
 import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
-_USUAL, _CLOSE = (
-    32 << 20,
-    1 << 20,
-)  # bytes: where glibc's own, growing threshold ends, and the one of a build that is short of memory
+# bytes: where glibc's own growing threshold ends, and the threshold of a build that is short of memory
+_USUAL, _EAGER = 32 << 20, 1 << 20
 
 
 @functools.cache
-def _glibc() -> Any:
+def _glibc() -> ctypes.CDLL | None:
+    """Return the C library where it is glibc, else None: others need none of this, or offer no way."""
     try:
         library = ctypes.CDLL(None)
         return library if library.malloc_trim and library.mallopt else None
-    except (OSError, AttributeError, TypeError):  # another C library, which needs none of this or offers no way
+    except (OSError, AttributeError, TypeError):
         return None
 
 
 def release_freed_memory() -> None:
-    """Return what was freed to the system, where the C library does not do that by itself."""
-    if _glibc() is not None:
-        _glibc().malloc_trim(0)
+    """Return freed memory to the system, where the C library does not do that by itself."""
+    library = _glibc()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 @contextmanager
 def eager_release(wanted: bool = True) -> Iterator[None]:
-    """Within the context freed blocks of over 1 MB go back to the system at once, which costs their pages being made anew."""
+    """Return freed blocks of over 1 MB to the system at once within the context; their pages must then be made anew."""
     library = _glibc() if wanted else None
     if library is None:
         yield
         return
-    library.mallopt(_MMAP_THRESHOLD, _CLOSE)
+    library.mallopt(_MMAP_THRESHOLD, _EAGER)
     try:
         yield
     finally:
@@ -51,12 +51,12 @@ def eager_release(wanted: bool = True) -> Iterator[None]:
 
 
 def free_bytes(device: torch.device) -> int:
-    """What a CUDA device has left, and what torch holds of it without use."""
+    """Return the bytes that a CUDA device has left, and those that torch holds of it without use."""
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + unused
 
 
 def device_with_room(wanted: torch.device | str, need: int) -> torch.device:
-    """`wanted`, or the CPU where it is a CUDA device with less than `need` bytes left."""
+    """Return `wanted`, or the CPU where it is a CUDA device with less than `need` bytes left."""
     wanted = torch.device(wanted)
     return torch.device("cpu") if wanted.type == "cuda" and free_bytes(wanted) < need else wanted

@@ -1,4 +1,4 @@
-"""A built student on disk: an fp32 checkpoint that transformers loads, with the provenances of its neurons beside it."""
+"""Write a built student and read it again: an fp32 checkpoint that transformers loads, and where its neurons come from."""
 
 import dataclasses
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from moe2dense.common.files import whole_folder
 from moe2dense.errors import UserError
@@ -15,7 +16,7 @@ from moe2dense.families.cards import student_host
 from moe2dense.modeling.load import quiet
 from moe2dense.student.types import LayerProvenance, Student
 
-_FATE_FIELDS = [f.name for f in dataclasses.fields(LayerProvenance)]
+_PROVENANCE_FIELDS = [f.name for f in dataclasses.fields(LayerProvenance)]
 
 
 def _provenance_tensors(provenance: list[LayerProvenance | None]) -> dict[str, torch.Tensor]:
@@ -23,12 +24,12 @@ def _provenance_tensors(provenance: list[LayerProvenance | None]) -> dict[str, t
         f"{layer}.{name}": getattr(entry, name).contiguous()
         for layer, entry in enumerate(provenance)
         if entry is not None
-        for name in _FATE_FIELDS
+        for name in _PROVENANCE_FIELDS
     }
 
 
 def save_student(student: Student, folder: str | Path) -> Path:
-    """Write a student to `folder` (replaced whole, through a temporary name). Raises UserError when it cannot be written."""
+    """Write a student to `folder`, which is replaced as a whole. Raises UserError when it cannot be written."""
 
     def write(temporary: Path) -> None:
         with quiet():
@@ -38,7 +39,10 @@ def save_student(student: Student, folder: str | Path) -> Path:
 
 
 def save_parts(student: Student, folder: str | Path, parts: Iterable[dict[str, torch.Tensor]]) -> Path:
-    """As `save_student` for a model that is not in memory: its tensors come in `parts`, by name, each a file of the checkpoint."""
+    """Write a student that is not in memory: its tensors come in `parts`, by name, each a file of the checkpoint.
+
+    Raises UserError when the folder cannot be written.
+    """
 
     def write(temporary: Path) -> None:
         places: dict[str, str] = {}
@@ -59,7 +63,7 @@ def save_parts(student: Student, folder: str | Path, parts: Iterable[dict[str, t
 
 def _save(student: Student, folder: str | Path, write: Callable[[Path], None]) -> Path:
     folder = Path(folder)
-    about = {
+    metadata = {
         "host": student.card.name,
         "teacher": student.teacher_path,
         "method": student.method,
@@ -70,33 +74,31 @@ def _save(student: Student, folder: str | Path, write: Callable[[Path], None]) -
     with whole_folder(folder, overwrite=True) as temporary:
         write(temporary)
         save_file(_provenance_tensors(student.provenance), temporary / "provenance.safetensors")
-        (temporary / "student.json").write_text(json.dumps(about, indent=2) + "\n")
+        (temporary / "student.json").write_text(json.dumps(metadata, indent=2) + "\n")
     return folder
 
 
 def load_student(folder: str | Path) -> Student:
-    """The student that `save_student` wrote, in fp32. Raises UserError when the folder holds none."""
-    from transformers import AutoModelForCausalLM
-
+    """Return the student that `save_student` wrote, in fp32. Raises UserError when the folder holds none."""
     folder = Path(folder)
     if not (folder / "student.json").is_file():
         raise UserError(f"{folder} holds no built student (no student.json)")
-    about: dict[str, Any] = json.loads((folder / "student.json").read_text())
+    metadata: dict[str, Any] = json.loads((folder / "student.json").read_text())
     tensors = load_file(folder / "provenance.safetensors")
     provenance: list[LayerProvenance | None] = [
-        LayerProvenance(**{name: tensors[f"{layer}.{name}"] for name in _FATE_FIELDS})
+        LayerProvenance(**{name: tensors[f"{layer}.{name}"] for name in _PROVENANCE_FIELDS})
         if f"{layer}.source_expert" in tensors
         else None
-        for layer in range(about["layers"])
+        for layer in range(metadata["layers"])
     ]
     with quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return Student(
         model=model,
-        card=student_host(about["host"]),
+        card=student_host(metadata["host"]),
         provenance=provenance,
-        teacher_path=about["teacher"],
-        method=about["method"],
-        build_tokens=about["build_tokens"],
-        history=about["history"],
+        teacher_path=metadata["teacher"],
+        method=metadata["method"],
+        build_tokens=metadata["build_tokens"],
+        history=metadata["history"],
     )

@@ -1,7 +1,7 @@
-"""What the student is made of: dense FFNs, where their neurons come from, and the finished student."""
+"""Hold a finished student, and where the neurons of its layers come from."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -10,34 +10,40 @@ if TYPE_CHECKING:
 
     from moe2dense.families.cards import StudentCard
 
-# T tokens, E experts, K top_k, H hidden, F expert width, M student FFN width
+# T tokens, E experts, M student FFN width
 
-SHARED, NEW, MIXED = -1, -2, -3  # LayerProvenance.source_expert: shared expert, new neuron, mixture of several
+# LayerProvenance.source_expert of neurons of a shared expert, of new neurons, and of mixtures of several
+SHARED, NEW, MIXED = -1, -2, -3
 
 
 @dataclass
 class LayerProvenance:
-    """Where a student layer's neurons come from. Energy of neuron j of expert e: sum_t (w_te h_ej(x_t))^2 * |d_ej|^2.
+    """Where the neurons of a student's layer come from, and how much energy of each expert they keep.
 
-    `energy_kept` counts the neurons that were selected whole; a neuron averaged with others counts with its share of the average.
+    The energy of neuron j of expert e is sum_t (w_te h_ej(x_t))^2 * |d_ej|^2. A neuron that is averaged with others counts
+    with its share of the average.
     """
 
-    source_expert: Tensor  # [M] int: the routed expert, or SHARED, NEW, MIXED
-    source_neuron: Tensor  # [M] int: the neuron's index in it; -1 for NEW and MIXED
-    energy_total: Tensor  # [E]
-    energy_kept: Tensor  # [E]
+    # [M] int: the routed expert, or SHARED, NEW, MIXED
+    source_expert: Tensor
+    # [M] int: the neuron's index in its expert; -1 for NEW and MIXED
+    source_neuron: Tensor
+    # [E]
+    energy_total: Tensor
+    # [E] of the neurons that the student has
+    energy_kept: Tensor
 
 
 @dataclass
 class Student:
-    """A built student: an ordinary transformers model, where it came from and what it cost."""
+    """A built student: an ordinary transformers model, and a record of how it was built."""
 
     model: "PreTrainedModel"
     card: "StudentCard"
+    # None for layers that were not built from a layer with experts
     provenance: list[LayerProvenance | None]
     teacher_path: str
     method: str
     build_tokens: int
-    history: list[dict] = field(
-        default_factory=list
-    )  # one record per layer: errors before and after each step, seconds
+    # a record for each layer and for the heal: errors before and after each step, seconds
+    history: list[dict[str, Any]] = field(default_factory=list)

@@ -46,12 +46,12 @@ def test_objective_and_gradients_match_full_autograd(rules, temperature, alpha, 
     inputs = (hidden, head.weight, head.bias)
     expected = reference(hidden, head, rows, labels, mask, weights, temperature, alpha)
     expected_grads = torch.autograd.grad(3 * expected, inputs)
-    found = distillation_loss(
+    result = distillation_loss(
         hidden, head, rows, labels=labels, mask=mask, weights=weights,
         temperature=temperature, alpha=alpha, tile_bytes=tile_bytes,
     )  # fmt: skip
-    torch.testing.assert_close(found.total, expected, rtol=1e-10, atol=1e-12)
-    for a, b in zip(torch.autograd.grad(3 * found.total, inputs), expected_grads, strict=True):
+    torch.testing.assert_close(result.total, expected, rtol=1e-10, atol=1e-12)
+    for a, b in zip(torch.autograd.grad(3 * result.total, inputs), expected_grads, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
@@ -60,8 +60,8 @@ def test_tiles_in_float32_equal_one_piece(loss):
     results = []
     for tile_bytes in (1, 3 * 1009 * 4, 2**28):
         hidden, head, rows, _ = make(n=57, vocabulary=1009, dtype=torch.float32, seed=1)
-        found = distillation_loss(hidden, head, rows, loss=loss, tile_bytes=tile_bytes)
-        results.append((found.total.detach(), *torch.autograd.grad(found.total, (hidden, head.weight, head.bias))))
+        result = distillation_loss(hidden, head, rows, loss=loss, tile_bytes=tile_bytes)
+        results.append((result.total.detach(), *torch.autograd.grad(result.total, (hidden, head.weight, head.bias))))
     for other in results[:-1]:
         for a, b in zip(other, results[-1], strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
@@ -74,9 +74,9 @@ def test_padded_vocabularies_meet_on_the_ids_both_know(ours, theirs):
     teacher = HiddenRows(rows.hidden, Head(rows.head.weight[:theirs]))
     p = teacher.head.logits(rows.hidden)[:, :90].softmax(-1)
     expected = (p * (p.log() - student.logits(hidden)[:, :90].log_softmax(-1))).sum(-1).mean()
-    found = distillation_loss(hidden, student, teacher).total
-    torch.testing.assert_close(found, expected)
-    grads = [torch.autograd.grad(x, (hidden, student.weight)) for x in (found, expected)]
+    result = distillation_loss(hidden, student, teacher).total
+    torch.testing.assert_close(result, expected)
+    grads = [torch.autograd.grad(x, (hidden, student.weight)) for x in (result, expected)]
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
@@ -146,10 +146,10 @@ def test_top_k_with_tail_is_the_coarse_kl():
     hidden, head, rows, _ = make()
     p = rows.head.logits(rows.hidden).softmax(-1)
     top = p.topk(7)
-    found = distillation_loss(hidden, head, TopKRows(top.indices, top.values.log()))
+    result = distillation_loss(hidden, head, TopKRows(top.indices, top.values.log()))
     expected = coarse_kl(top.indices, p, head.logits(hidden).softmax(-1))
-    torch.testing.assert_close(found.total, expected, rtol=1e-9, atol=1e-12)
-    for a, b in zip(*(torch.autograd.grad(x, (hidden, head.weight)) for x in (found.total, expected)), strict=True):
+    torch.testing.assert_close(result.total, expected, rtol=1e-9, atol=1e-12)
+    for a, b in zip(*(torch.autograd.grad(x, (hidden, head.weight)) for x in (result.total, expected)), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-11)
 
 
@@ -157,10 +157,10 @@ def test_top_k_without_tail_is_renormalised():
     hidden, head, rows, _ = make()
     top = rows.head.logits(rows.hidden).softmax(-1).topk(7)
     p = top.values / top.values.sum(-1, keepdim=True)
-    found = distillation_loss(hidden, head, TopKRows(top.indices, top.values.log(), tail=False))
+    result = distillation_loss(hidden, head, TopKRows(top.indices, top.values.log(), tail=False))
     expected = (p * (p.log() - head.logits(hidden).log_softmax(-1).gather(1, top.indices))).sum(-1).mean()
-    torch.testing.assert_close(found.total, expected)
-    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (found.total, expected)))
+    torch.testing.assert_close(result.total, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(x, hidden)[0] for x in (result.total, expected)))
 
 
 def test_whole_vocabulary_as_top_k_is_the_full_kl():
@@ -233,8 +233,8 @@ def test_temperature_squared_keeps_the_gradient_scale():
     hidden, head, rows, _ = make()
     difference = (rows.head.logits(rows.hidden) - head.logits(hidden)).detach()
     limit = difference.var(-1, unbiased=False).mean() / 2
-    found = distillation_loss(hidden, head, rows, temperature=1e4).total
-    assert found.item() == pytest.approx(limit.item(), rel=1e-2)
+    result = distillation_loss(hidden, head, rows, temperature=1e4).total
+    assert result.item() == pytest.approx(limit.item(), rel=1e-2)
 
 
 def test_logit_rules_of_configs():

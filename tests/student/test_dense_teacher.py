@@ -23,15 +23,15 @@ def dense(kind, folder, live=None):
     """A dense model on disk; only the FFN neurons `live` write anything."""
     config, model = FAMILIES[kind]
     torch.manual_seed(3)
-    made = model(config(**SIZES)).eval()
+    dense_model = model(config(**SIZES)).eval()
     if live is not None:
         with torch.no_grad():
-            for layer in made.model.layers:
+            for layer in dense_model.model.layers:
                 dead = torch.ones(128, dtype=torch.bool)
                 dead[live] = False
                 layer.mlp.down_proj.weight[:, dead] = 0
-    made.save_pretrained(folder)
-    return made
+    dense_model.save_pretrained(folder)
+    return dense_model
 
 
 def blocks(n=6, s=17):
@@ -57,7 +57,7 @@ def test_the_neurons_that_write_are_kept(tmp_path, kind, init):
 
 
 def test_statistics_are_those_of_one_expert_that_takes_every_token(tmp_path):
-    model, found = dense("mistral", tmp_path), RoutingStats(neurons=True)
+    model, routing = dense("mistral", tmp_path), RoutingStats(neurons=True)
     text = blocks()
     mask = torch.ones_like(text.input_ids)
     mask[2, 9:] = 0
@@ -66,12 +66,12 @@ def test_statistics_are_those_of_one_expert_that_takes_every_token(tmp_path):
         layer.mlp.register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
     with torch.no_grad():
         model(text.input_ids, attention_mask=mask)
-    for made in load_teacher(tmp_path).stream(text.input_ids, mask):
-        view = single_expert(made, found)
-        assert view.sparse and len(view.experts) == 1 and single_expert(view, found) is view
-        x, mlp = inputs[made.index][mask.bool()], model.model.layers[made.index].mlp
+    for layer_pass in load_teacher(tmp_path).stream(text.input_ids, mask):
+        view = single_expert(layer_pass, routing)
+        assert view.sparse and len(view.experts) == 1 and single_expert(view, routing) is view
+        x, mlp = inputs[layer_pass.index][mask.bool()], model.model.layers[layer_pass.index].mlp
         hidden = torch.nn.functional.silu(mlp.gate_proj(x)) * mlp.up_proj(x)
-        stats = found[made.index]
+        stats = routing[layer_pass.index]
         torch.testing.assert_close(
             stats.neuron_energy[0], hidden.detach().double().square().sum(0), rtol=1e-4, atol=1e-8
         )

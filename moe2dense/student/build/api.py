@@ -1,27 +1,29 @@
-"""build_student: one build beside the teacher, in which the student's layers are made, fitted and run, one after the other.
+"""Build a student beside a teacher: its layers are made, fitted and run, one after the other.
 
-With a folder to keep them in, finished layers are written there and given back, so that memory holds one of the student's layers at a time.
+With a folder to keep them in, finished layers are written there and freed, so that memory holds one of the student's layers
+at a time.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from moe2dense.common.units import show_bytes
 from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError
 from moe2dense.modeling.hooks import feature_name
-from moe2dense.student.build.assemble import CarriedOver, empty_student, unload
+from moe2dense.student.build.assemble import CopiedTensors, empty_student, unload
 from moe2dense.student.build.heal import heal
-from moe2dense.student.build.layer import build_layer, held_out, on_cpu
+from moe2dense.student.build.layer import build_layer, choose_held_out, on_cpu
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.layer_store import LayerStore
 from moe2dense.student.build.sibling import pretrained_sibling
-from moe2dense.student.build.state import Building, Progress
+from moe2dense.student.build.state import Progress, StudentBuild
 from moe2dense.student.build.sweeps import sweep
 from moe2dense.student.dense_teacher import dense_target, single_expert
 from moe2dense.student.ffn.methods import parse_method
@@ -53,20 +55,21 @@ def build_student(
     observers: Sequence[Observer] = (),
     progress: Progress | None = None,
 ) -> Student:
-    """A dense student of the shape `to`, made from the teacher's weights and what it does on the blocks `data`.
+    """Build a dense student of the shape `to` from the teacher's weights and from what it computes on the blocks `data`.
 
-    init: `layerwise`, or a method with steps, such as `concat`, `obs+refit` or `obs+refit+local` (moe2dense.student.methods).
-    out: folder in which finished layers are kept, so that a build that was interrupted continues at the last one.
-    A target that is a pretrained dense checkpoint is returned as it is, without a build (with `graft`, see moe2dense.student.graft).
-    Every layer is fitted to what the teacher's layer returns, given the student's own hidden states so far (error-compensated targets).
+    init: `layerwise`, or a method with steps such as `concat`, `obs+refit` or `obs+refit+local` (student/ffn/methods.py).
+    out: folder of finished layers, so that an interrupted build continues at the last one.
+    observers see the layers of the teacher as they pass.
+    A target that is a pretrained dense checkpoint is returned as it is, without a build, unless `config.graft` is set.
+    Every layer is fitted to what the teacher's layer returns, given the student's own hidden states so far.
     Raises UserError for an unknown method, a student that the teacher's tensors cannot fill, or no data.
     """
     config = config or BuildConfig()
-    target = _target_of(teacher, to, data, init, config)
+    target = _resolve(teacher, to, data, init, config)
     if target.checkpoint:
         return pretrained_sibling(target, teacher, data, init, config, seed, progress)
     state = _build(teacher, target, data, init, out, config, seed, observers, progress)
-    return _whole(state, init, data, progress)
+    return _finish_in_memory(state, init, data, progress)
 
 
 def build_to_folder(
@@ -80,28 +83,32 @@ def build_to_folder(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Path:
-    """As `build_student`, written to `folder` (see `store.load_student`); the student is in memory as a whole only while it is healed."""
+    """Build a student as `build_student` does and write it to `folder` (see `store.load_student`).
+
+    The student is in memory as a whole only while it is healed.
+    """
     config = config or BuildConfig()
-    target = _target_of(teacher, to, data, init, config)
+    target = _resolve(teacher, to, data, init, config)
     if target.checkpoint:
         return save_student(pretrained_sibling(target, teacher, data, init, config, seed, progress), folder)
     state = _build(teacher, target, data, init, out, config, seed, (), progress)
-    if heals(state.steps, config) and _fits(state):
-        return save_student(_whole(state, init, data, progress), folder)
+    if heals(state.steps, config) and _heal_fits(state):
+        return save_student(_finish_in_memory(state, init, data, progress), folder)
     state.history += _unhealed(state)
-    about = Student(
+    student = Student(
         state.runner.model, target.card, state.provenance, str(teacher.path), init, data.tokens, state.history
     )
     assert state.store is not None
-    return save_parts(about, folder, _parts(state))
+    return save_parts(student, folder, _tensors_by_part(state, state.store))
 
 
 def heals(steps: Sequence[str], config: BuildConfig) -> bool:
-    """Whether the student is fitted end to end once its layers are built."""
+    """Return whether the student is fitted end to end once its layers are built."""
     return "heal" in steps and config.heal_epochs > 0
 
 
-def _target_of(teacher: Teacher, to: str | Target, data: "Blocks", init: str, config: BuildConfig) -> Target:
+def _resolve(teacher: Teacher, to: str | Target, data: "Blocks", init: str, config: BuildConfig) -> Target:
+    """Check the arguments of a build and return its target."""
     parse_method(init)
     if config.sweeps < 1:
         raise UserError(f"build.sweeps must be at least 1, the build itself; found {config.sweeps}")
@@ -114,20 +121,24 @@ def _target_of(teacher: Teacher, to: str | Target, data: "Blocks", init: str, co
     return resolve_target(to, teacher.config, teacher.card, config.prune, config.host)
 
 
-def _fits(state: Building) -> bool:
+def _heal_fits(state: StudentBuild) -> bool:
     return heal_bytes(state.target.parameters) <= state.teacher.budget
 
 
-def _hinted(state: Building) -> Sequence[int]:
-    """The student's layers whose states the heal follows."""
-    if not (heals(state.steps, state.config) and state.config.heal_hints and _fits(state)):
+def _will_heal(state: StudentBuild) -> bool:
+    return heals(state.steps, state.config) and _heal_fits(state)
+
+
+def _hinted_layers(state: StudentBuild) -> Sequence[int]:
+    """Return the student's layers whose teacher states the heal follows."""
+    if not (_will_heal(state) and state.config.heal_hints):
         return ()
     layers = len(state.runner.body.layers)
     return hint_layers(layers, 2 * state.hidden.numel(), state.teacher.budget // 4)
 
 
-def _unhealed(state: Building) -> list[dict[str, Any]]:
-    """A record that says why the end-to-end fit was left out; empty where it was not asked for."""
+def _unhealed(state: StudentBuild) -> list[dict[str, Any]]:
+    """Return a record of why the end-to-end fit was left out; empty where it was not asked for."""
     if not heals(state.steps, state.config):
         return []
     need, have = show_bytes(heal_bytes(state.target.parameters)), show_bytes(state.teacher.budget)
@@ -136,24 +147,25 @@ def _unhealed(state: Building) -> list[dict[str, Any]]:
 
 def _start(
     teacher: Teacher, target: Target, data: "Blocks", init: str, out: str | Path | None, config: BuildConfig, seed: int
-) -> Building:
-    """Everything before the first layer: the empty student, what it keeps of the teacher, and its embedded tokens."""
+) -> StudentBuild:
+    """Prepare everything before the first layer: the empty student, what it copies of the teacher, its embedded tokens."""
     cut = cut_for(target, teacher, data, config.depth)
     if cut and len(cut.layers) < len(teacher.body.layers):
         sizes = dense_config(teacher.config.get_text_config(), target.card, target.width, cut.layers, **target.geometry)
         target = replace(target, config=sizes)
     model = empty_student(target)
-    carried = CarriedOver(model, target, teacher, cut)
-    carried.fill(lambda name: not carried.in_layer(name) and not name.startswith("lm_head."))
+    copied = CopiedTensors(model, target, teacher, cut)
+    copied.fill(lambda name: not copied.in_layer(name) and not name.startswith("lm_head."))
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
     runner = LayerRunner(model, target.card, data.input_ids, mask, positions)
     base, steps = parse_method(init)
     real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
-    state = Building(
-        teacher, runner, target, base, steps, config, seed, held_out(len(data), config.hold_out, seed),
-        real.reshape(-1).bool(), RoutingStats(neurons=True), runner.embed(), carried=carried, cut=cut,
+    held_out = choose_held_out(len(data), config.hold_out, seed)
+    state = StudentBuild(
+        teacher, runner, target, base, steps, config, seed, held_out, real.reshape(-1).bool(),
+        RoutingStats(neurons=True), runner.embed(), copied=copied, cut=cut,
     )  # fmt: skip
-    healed = heals(steps, config) and _fits(state)
+    healed = _will_heal(state)
     state.steps = steps_of(init, healed, target.card.join)
     state.config = replace(config, local_steps=local_steps(config.local_steps, healed))
     if out:
@@ -172,51 +184,82 @@ def _build(
     seed: int,
     observers: Sequence[Observer],
     progress: Progress | None,
-) -> Building:
-    """Build every layer. Afterwards those of a build with a store are on disk and not in memory."""
+) -> StudentBuild:
+    """Build every layer. Afterwards the layers of a build with a store are on disk and not in memory."""
     state = _start(teacher, target, data, init, out, config, seed)
-    with eager_release(not _fits(state)):
-        _layers(state, data, observers, progress)
+    with eager_release(not _heal_fits(state)):
+        _build_layers(state, data, observers, progress)
         for number in range(2, config.sweeps + 1):
             sweep(state, data, number, progress)
     return state
 
 
-def _layers(state: Building, data: "Blocks", observers: Sequence[Observer], progress: Progress | None) -> None:
-    teacher, stats, cut, last = state.teacher, state.stats, state.cut, 1.0
+def _build_layers(
+    state: StudentBuild, data: "Blocks", observers: Sequence[Observer], progress: Progress | None
+) -> None:
+    """Build a student's layer for each layer of the teacher that stays, as the teacher's layers pass."""
+    teacher, stats, cut, final_factor = state.teacher, state.stats, state.cut, 1.0
     stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
     for observer in observers:
         observer.begin(teacher, data.tokens)
-    for made in map(on_cpu, stream):
+    for layer_pass in map(on_cpu, stream):
         if teacher.card is None:
-            made = single_expert(made, stats)
+            layer_pass = single_expert(layer_pass, stats)
         if cut:
-            last = norm_factor(made.hidden_out, cut.keep, made.token_mask)
-            if made.index not in cut.layers:
-                continue  # the next layer's target makes up for it
-        record = _layer(state, made)
+            final_factor = norm_factor(layer_pass.hidden_out, cut.keep, layer_pass.token_mask)
+            if layer_pass.index not in cut.layers:
+                continue  # the target of the next layer makes up for it
+        record = _next_layer(state, layer_pass)
         if progress:
             numbers = {k: v for k, v in record.items() if k != "layer"}
             progress("build", len(state.provenance), len(state.runner.body.layers), **numbers)
     for observer in observers:
         observer.end()
     if cut:
-        scale_norms(state.runner.final_norms(), len(cut.keep), last)
+        scale_norms(state.runner.final_norms(), len(cut.keep), final_factor)
     state.hidden = torch.empty(0)
-    if stream.hidden_states is not None and heals(state.steps, state.config) and _fits(state):
-        state.final = stream.hidden_states.to("cpu", torch.float32)
+    if stream.hidden_states is not None and _will_heal(state):
+        state.teacher_final = stream.hidden_states.to("cpu", torch.float32)
 
 
-def _whole(state: Building, init: str, data: "Blocks", progress: Progress | None) -> Student:
-    """The student with all its layers in memory, healed where that is asked for and fits."""
+def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
+    """Make the student's next layer, run its hidden states through it, and write it where there is a store."""
+    begun, index, runner, cut = time.monotonic(), len(state.provenance), state.runner, state.cut
+    layer = runner.body.layers[index]
+    release_freed_memory()
+    stored = state.store.read(index, layer) if state.store else None
+    seen = cut.layer(layer_pass) if cut else layer_pass
+    if stored is None:
+        state.copied.fill(lambda name: state.copied.in_layer(name, index))
+        if cut:
+            scale_norms(layer, len(cut.keep), cut.norm_factor(layer_pass))
+        provenance, record = build_layer(state, seen, index)
+        record["seconds"] = round(time.monotonic() - begun, 2)
+        if state.store:
+            state.store.write(index, layer, provenance, record)
+    else:
+        provenance, record = stored
+    if index in _hinted_layers(state):
+        state.hints[feature_name(index)] = seen.hidden_out.to(torch.bfloat16)
+    state.hidden = runner.run(index, state.hidden)
+    if state.store:
+        unload(layer)
+    release_freed_memory()
+    state.provenance.append(provenance)
+    state.history.append(record)
+    return record
+
+
+def _finish_in_memory(state: StudentBuild, init: str, data: "Blocks", progress: Progress | None) -> Student:
+    """Return the student with all its layers in memory, healed where that is asked for and fits."""
     model, layers = state.runner.model, state.runner.body.layers
     if state.store:
         for index, layer in enumerate(layers):
             state.store.read(index, layer)
-    state.carried.fill_missing()
+    state.copied.fill_missing()
     model.tie_weights()
-    if state.final is not None:
-        state.history.append(heal(model, state.teacher, state.runner, state.final, state, progress, state.hints))
+    if state.teacher_final is not None:
+        state.history.append(heal(model, state, state.teacher_final, state.hints, progress))
     else:
         state.history += _unhealed(state)
     missing = [name for name, p in model.named_parameters() if p.is_meta]
@@ -226,42 +269,13 @@ def _whole(state: Building, init: str, data: "Blocks", progress: Progress | None
     return Student(model, card, state.provenance, path, init, data.tokens, state.history)
 
 
-def _parts(state: Building) -> Any:
-    """The finished student's tensors by name: what lies outside the layers, then layer by layer, each given back afterwards."""
-    model, prefix = state.runner.model, state.carried.layers_prefix
-    assert state.store is not None
-    state.carried.fill_missing()
-    yield state.carried.outside()
+def _tensors_by_part(state: StudentBuild, store: LayerStore) -> Iterator[dict[str, Tensor]]:
+    """Yield the finished student's tensors by name: those outside the layers, then layer by layer, each freed afterwards."""
+    model, prefix = state.runner.model, state.copied.layers_prefix
+    state.copied.fill_missing()
+    yield state.copied.outside_layers()
     unload(model)
     for index, layer in enumerate(state.runner.body.layers):
-        state.store.read(index, layer)
+        store.read(index, layer)
         yield {f"{prefix}{index}.{name}": value for name, value in layer.state_dict().items()}
         unload(layer)
-
-
-def _layer(state: Building, made: LayerPass) -> dict[str, Any]:
-    """Make the student's layer, run the student's hidden states through it, keep it on disk where there is a store."""
-    begun, index, runner, cut = time.monotonic(), len(state.provenance), state.runner, state.cut
-    layer = runner.body.layers[index]
-    release_freed_memory()
-    kept = state.store.read(index, layer) if state.store else None
-    if kept is None:
-        state.carried.fill(lambda name: state.carried.in_layer(name, index))
-        if cut:
-            made = cut.layer(made)
-            scale_norms(layer, len(cut.keep), made.__dict__.get("norm_factor", 1.0))
-        provenance, record = build_layer(state, made, index)
-        record["seconds"] = round(time.monotonic() - begun, 2)
-        if state.store:
-            state.store.write(index, layer, provenance, record)
-    else:
-        provenance, record = kept
-    if index in _hinted(state):
-        state.hints[feature_name(index)] = (cut.layer(made) if cut else made).hidden_out.to(torch.bfloat16)
-    state.hidden = runner.run(index, state.hidden)
-    if state.store:
-        unload(layer)
-    release_freed_memory()
-    state.provenance.append(provenance)
-    state.history.append(record)
-    return record

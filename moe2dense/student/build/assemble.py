@@ -1,28 +1,28 @@
-"""The student's tensors: an empty host, what is copied from the teacher, and FFNs put in their place."""
+"""Assemble the student's tensors: an empty host, what is copied from the teacher, and FFNs put into their place."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
+from moe2dense.modeling.gated_ffn import expert_layout
 from moe2dense.student.ffn.dense import DenseFFN
+from moe2dense.student.prune.cut import Cut
 from moe2dense.student.target.dense_config import tensor_map
 from moe2dense.student.target.resolve import Target
-from moe2dense.teacher.layers import assign
+from moe2dense.teacher.parameters import assign
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from moe2dense.student.prune.cut import Cut
     from moe2dense.teacher.model import Teacher
 
 
-def empty_student(target: Target) -> "PreTrainedModel":
-    """The host without storage, its rotary tables real; an MoE wrapper's router is zero."""
+def empty_student(target: Target) -> PreTrainedModel:
+    """Return the host without storage, its rotary tables real; an MoE wrapper's router is zero."""
     model, card = internals.build_skeleton(target.config, torch.float32), target.card
     if card.experts:
         model.set_experts_implementation("eager")
@@ -34,22 +34,22 @@ def empty_student(target: Target) -> "PreTrainedModel":
     return model
 
 
-class CarriedOver:
-    """What the student takes from the teacher as it is: everything outside its FFNs, read when it is needed, in what `cut` keeps.
+class CopiedTensors:
+    """What the student copies from the teacher: everything outside its FFNs, read when it is needed, in what `cut` keeps.
 
     Raises UserError for a tensor of either side that has no counterpart.
     """
 
-    def __init__(self, model: "PreTrainedModel", target: Target, teacher: "Teacher", cut: "Cut | None" = None):
+    def __init__(self, model: PreTrainedModel, target: Target, teacher: "Teacher", cut: Cut | None = None):
         self.model, self.target, self.teacher, self.cut = model, target, teacher, cut
         sources = tensor_map(target.card, model, set(teacher.shapes))
         self.sources = {name: cut.source(source) if cut else source for name, source in sources.items()}
-        name = internals.decoder(model)[0]
-        self.layers_prefix = f"{name}.layers." if name else "layers."
+        decoder = internals.decoder(model)[0]
+        self.layers_prefix = f"{decoder}.layers." if decoder else "layers."
         check_teacher_used(set(self.sources.values()), target, teacher, cut)
 
     def in_layer(self, name: str, index: int | None = None) -> bool:
-        """Whether a student's tensor belongs to a layer, or to layer `index`."""
+        """Return whether a student's tensor belongs to a layer, or to layer `index`."""
         return name.startswith(self.layers_prefix if index is None else f"{self.layers_prefix}{index}.")
 
     def fill(self, wanted: Callable[[str], bool]) -> None:
@@ -59,57 +59,61 @@ class CarriedOver:
                 assign(self.model, name, self._read(name, source))
 
     def fill_missing(self, without: str = " ") -> None:
-        """Read what lies outside the layers and is not in memory, but for names that begin with `without`."""
+        """Read what lies outside the layers and is not in memory, except names that begin with `without`."""
 
         def wanted(name: str) -> bool:
             return not (self.in_layer(name) or name.startswith(without)) and self.model.get_parameter(name).is_meta
 
         self.fill(wanted)
 
-    def outside(self) -> dict[str, Tensor]:
-        """What lies outside the layers, by name; tied tensors once."""
+    def outside_layers(self) -> dict[str, Tensor]:
+        """Return what lies outside the layers, by name; tied tensors once."""
         return {name: self.model.get_parameter(name).data for name in self.sources if not self.in_layer(name)}
 
     def _read(self, name: str, source: str) -> Tensor:
         value = self.teacher.tensor(source).to("cpu", torch.float32)
-        want = self.model.get_parameter(name).shape
+        shape = self.model.get_parameter(name).shape
         if self.cut:
-            value = self.cut.tensor(source, value, want)
-        if value.shape != want:
+            value = self.cut.tensor(source, value, shape)
+        if value.shape != shape:
             raise UserError(
-                f"the student's tensor {name!r} has shape {list(want)} and its source {source!r} {list(value.shape)}; "
+                f"the student's tensor {name!r} has shape {list(shape)} and its source {source!r} {list(value.shape)}; "
                 f"correct the student card {self.target.card.name!r}"
             )
         return value.clone()
 
 
 def unload(module: nn.Module) -> None:
-    """Give a module's tensors back; their shapes stay."""
+    """Free a module's tensors; their shapes stay."""
     for name, value in internals.saved_tensors(module).items():
         assign(module, name, torch.empty_like(value, device="meta"))
 
 
-def check_teacher_used(used: set[str], target: Target, teacher: "Teacher", cut: "Cut | None") -> None:
-    """Raises UserError when the teacher has a tensor outside its FFNs (and dropped layers) that the host has no place for."""
+def check_teacher_used(used: set[str], target: Target, teacher: "Teacher", cut: Cut | None) -> None:
+    """Refuse a teacher with a tensor outside its FFNs and dropped layers that the host has no place for.
+
+    Raises UserError naming the tensor.
+    """
     card = teacher.card
     blocks = {target.card.ffn, *(x for x in (card.moe_block, card.shared) if x)} if card else {target.card.ffn}
     tied = set(internals.tied_names(teacher.model))
-    ffns = tuple(f"{teacher.layers_prefix}{i}.{path}." for i in range(len(teacher.body.layers)) for path in blocks)
-    dropped = set(range(len(teacher.body.layers))) - set(cut.layers) if cut else set()
-    ffns += tuple(f"{teacher.layers_prefix}{i}." for i in dropped)
+    layers = range(len(teacher.body.layers))
+    replaced = [f"{teacher.layers_prefix}{i}.{path}." for i in layers for path in blocks]
+    dropped = [f"{teacher.layers_prefix}{i}." for i in layers if cut and i not in cut.layers]
     for name in teacher.shapes:
-        if name not in used and name not in tied and not name.startswith(ffns):
+        if name not in used and name not in tied and not name.startswith((*replaced, *dropped)):
             raise UserError(
                 f"the teacher's tensor {name!r} has no place in the host {target.card.name!r}; choose another host for this family"
             )
 
 
-def _linear(ffn: nn.Module, path: str) -> Any:
-    return ffn.get_submodule(path)
+def linear_of(module: nn.Module, path: str) -> nn.Linear:
+    """Return the linear layer `path` of a host's FFN."""
+    return cast(nn.Linear, module.get_submodule(path))
 
 
 def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
-    """Make `ffn` the weights of a host's FFN module. Raises UserError when one has biases and the other none, or sizes differ."""
+    """Make `ffn` the weights of a host's FFN module. Raises UserError when sizes differ, or biases have no place."""
     if card.experts:
         _put_stacked(module, card, ffn)
         return
@@ -118,7 +122,7 @@ def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
         (card.up, ffn.up, ffn.up_bias),
         (card.down, ffn.down, ffn.down_bias),
     ):
-        linear = _linear(module, path)
+        linear = linear_of(module, path)
         if linear.weight.shape != weight.shape:
             raise UserError(
                 f"the host's {path} has shape {list(linear.weight.shape)}, the FFN that was built {list(weight.shape)}"
@@ -133,15 +137,15 @@ def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
 
 
 def _put_stacked(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
-    """Every expert of an MoE wrapper becomes `ffn`, in the wrapper's own layout; router and corrections become zero."""
+    """Make `ffn` every expert of an MoE wrapper, in the wrapper's own layout; router and corrections become zero."""
     experts = module.get_submodule(card.experts)
-    transposed, interleaved = internals.expert_layout(experts, False)
-    values = {"gate_up_proj": _joined(ffn.gate, ffn.up, interleaved), "down_proj": ffn.down}
+    transposed, interleaved = expert_layout(experts, False)
+    values = {"gate_up_proj": _gate_and_up(ffn.gate, ffn.up, interleaved), "down_proj": ffn.down}
     if transposed:
         values = {name: value.T for name, value in values.items()}
     if ffn.gate_bias is not None and ffn.up_bias is not None and ffn.down_bias is not None:
         values |= {
-            "gate_up_proj_bias": _joined(ffn.gate_bias, ffn.up_bias, interleaved),
+            "gate_up_proj_bias": _gate_and_up(ffn.gate_bias, ffn.up_bias, interleaved),
             "down_proj_bias": ffn.down_bias,
         }
     for name, tensor in internals.saved_tensors(module).items():
@@ -162,8 +166,8 @@ def _put_stacked(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
         )
 
 
-def _joined(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
-    """Gate and up rows as one: in turn, or one after the other."""
+def _gate_and_up(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
+    """Return gate and up rows as one tensor: in turn, or one after the other."""
     return torch.stack([gate, up], 1).flatten(0, 1) if interleaved else torch.cat([gate, up])
 
 

@@ -1,4 +1,4 @@
-"""What a build costs, from a config alone: text, memory, FLOPs."""
+"""Count what a build costs, from a config alone: text, memory, FLOPs."""
 
 from typing import TYPE_CHECKING
 
@@ -13,7 +13,10 @@ if TYPE_CHECKING:
 
 
 def build_tokens(config: RunConfig, block: int) -> int:
-    """Teacher positions the build uses: a fixed share of --tokens, whole blocks, at least one; all of a small budget."""
+    """Return the teacher positions that the build uses: a share of --tokens in whole blocks, at least one block.
+
+    A small budget is used whole.
+    """
     wanted = min(
         config.build.max_tokens, max(round(config.build.fraction * config.train.tokens), config.build.min_tokens)
     )
@@ -23,23 +26,27 @@ def build_tokens(config: RunConfig, block: int) -> int:
 
 
 def heal_asked(config: RunConfig, target: "Target") -> bool:
-    """Whether the build is to end with the end-to-end fit of the student."""
+    """Return whether the build is to end with the end-to-end fit of the student."""
     asked = "heal" in steps_of(config.build.init, healed=False)
     return asked and config.build.heal_epochs > 0 and not target.checkpoint
 
 
 def heal_runs(config: RunConfig, target: "Target", budget: int) -> bool:
-    """Whether it does: where the student with its optimiser takes no more than `budget` bytes."""
+    """Return whether the student is healed: where it fits in `budget` bytes with its optimiser."""
     return heal_asked(config, target) and heal_bytes(target.parameters) <= budget
 
 
 def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int, budget: int) -> int:
-    """Most memory of the build beside the program's own: the teacher's layer and buffers, then whichever is largest of its pass over a
-    layer, building the student's layer, and the heal. The pass counts with the most that its slices may take, so for models of a few
-    layers' megabytes the number is a bound and no estimate. A pretrained student is in memory as a whole, beside a build only where it is grafted on."""
-    whole, sizes = 4 * shape.parameters, target.config
+    """Return the most memory of the build, apart from the program's own.
+
+    These are the teacher's layer and buffers, and the largest of the teacher's pass over a layer, the building of the
+    student's layer and the heal. The pass counts with the most that its slices may take, so for models of a few megabytes a
+    layer the number is a bound and no estimate. A pretrained student is in memory as a whole; there is a build besides only
+    where it is grafted on.
+    """
+    teacher_bytes, sizes = 4 * shape.parameters, target.config
     hidden = sizes.hidden_size
-    weights = whole if whole <= budget // 2 else resident_layer_bytes(shape)
+    weights = teacher_bytes if teacher_bytes <= budget // 2 else resident_layer_bytes(shape)
     buffers = min(4 * HIDDEN_COPIES * shape.hidden_size * build, max(budget - weights, budget // 8))
     statistics = 8 * len(shape.moe_layers) * shape.num_experts * (shape.expert_width + shape.hidden_size)
     table, states = 4 * sizes.vocab_size * hidden, 4 * hidden * build
@@ -55,7 +62,7 @@ def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int
 
 
 def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int, budget: int) -> int:
-    """Most memory of building one of the student's layers, by the steps that --init has."""
+    """Return the most memory of building one of the student's layers, by the steps that --init has."""
     c, hidden, layers = config.build, target.config.hidden_size, target.config.num_hidden_layers
     steps = steps_of(c.init, heal_runs(config, target, budget), target.card.join)
     local, layer_fit = (n if s in steps else 0 for n, s in ((c.local_batch, "local"), (c.layer_batch, "layer")))
@@ -67,13 +74,13 @@ def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", build: in
 
 
 def fit_flops(config: RunConfig, target: "Target", build: int, heal: bool = True) -> float:
-    """FLOPs of the build's gradient fits: each layer's FFN, each whole layer, then the student end to end. 0 for other inits."""
+    """Return the FLOPs of the build's gradient fits: each layer's FFN, each layer, then the student; 0 for other inits."""
     if config.build.init != "layerwise":
         return 0.0
     c, sizes = config.build, target.config
     layers, hidden = sizes.num_hidden_layers, sizes.hidden_size
     ffn = 3 * hidden * target.width
     layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
-    whole = c.layer_steps * c.layer_batch if "layer" in steps_of(c.init, heal, target.card.join) else 0
-    fits = layers * (local_steps(c.local_steps, heal) * c.local_batch * ffn + whole * max(layer, ffn))
+    layer_tokens = c.layer_steps * c.layer_batch if "layer" in steps_of(c.init, heal, target.card.join) else 0
+    fits = layers * (local_steps(c.local_steps, heal) * c.local_batch * ffn + layer_tokens * max(layer, ffn))
     return 6.0 * (c.sweeps * fits + heal * c.heal_epochs * build * target.parameters)

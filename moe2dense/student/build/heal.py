@@ -1,8 +1,8 @@
-"""`heal`: a short end-to-end fit of the built student to the teacher's distributions and hidden states on the build's own tokens.
+"""Heal a built student: fit it end to end to the teacher's distributions and hidden states on the build's own tokens.
 
-The build passes the teacher's hidden states of these tokens on its way, so nothing new is read from the teacher. Every layer's states as
-hints (FitNets 1412.6550, TinyBERT 1909.10351) keep so few tokens from being learnt by heart: on the example teacher the held-out
-divergence falls from 0.162 to 0.148 nats where the one on the fitted tokens does not.
+The build computes the teacher's hidden states of these tokens anyway, so nothing more is read of the teacher. Following the
+states after every layer (hints: FitNets 1412.6550, TinyBERT 1909.10351) keeps the student from learning so few tokens by
+heart: on the example teacher the held-out divergence falls from 0.162 to 0.148 nats, that on the fitted tokens does not.
 """
 
 import time
@@ -10,39 +10,45 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.hidden_states import token_mse
 from moe2dense.losses.teacher_rows import HiddenRows
-from moe2dense.modeling.head import Head, model_head
+from moe2dense.modeling.head import Head, OutputHead, model_head
 from moe2dense.modeling.hooks import captured
 from moe2dense.student.build.layer_runner import LayerRunner
+from moe2dense.student.build.state import BuildState, Progress
 from moe2dense.student.fit import fit
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from moe2dense.student.build.state import BuildState, Progress
     from moe2dense.teacher.model import Teacher
+
+# N blocks, S block length, H hidden
+_CHECK_BLOCKS = 8  # held-out blocks that are run at once
+_REPORT_EVERY = 10  # steps
 
 
 def cpu_head(teacher: "Teacher") -> Head:
-    """The teacher's head in float32, where students are built."""
-    read = teacher.head
-    bias = None if read.bias is None else read.bias.cpu()
-    return Head(read.weight.to("cpu", torch.float32), bias, read.scale, read.softcap)
+    """Return the teacher's head in float32 on the CPU, where students are built."""
+    head = teacher.head
+    bias = None if head.bias is None else head.bias.cpu()
+    return Head(head.weight.to("cpu", torch.float32), bias, head.scale, head.softcap)
 
 
 def kl_of(
-    model: "PreTrainedModel",
+    model: PreTrainedModel,
     runner: LayerRunner,
-    head: Head,
-    teacher_head: Any,
+    head: OutputHead,
+    teacher_head: OutputHead,
     targets: Tensor,
     pick: Tensor,
     real: Tensor,
 ) -> Tensor:
-    """Mean KL(teacher || student) in nats per real token of the blocks `pick`; targets [N, S, H] are the teacher's final hidden states."""
+    """Return the mean KL(teacher || student) in nats per real token of the blocks `pick`.
+
+    targets [N, S, H]: the teacher's final hidden states; real [N, S] bool.
+    """
     mask, positions = (None if t is None else t[pick] for t in (runner.mask, runner.positions))
     hidden = runner.body(
         input_ids=runner.ids[pick], attention_mask=mask, position_ids=positions, use_cache=False
@@ -51,8 +57,25 @@ def kl_of(
     return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=real[pick].reshape(-1)).total
 
 
+def mean_kl(
+    model: PreTrainedModel,
+    runner: LayerRunner,
+    head: OutputHead,
+    teacher_head: OutputHead,
+    targets: Tensor,
+    blocks: Tensor,
+    real: Tensor,
+) -> float:
+    """Return the mean KL of `blocks`, computed for some of them at a time; arguments as of `kl_of`."""
+    total = 0.0
+    with torch.no_grad():
+        for part in blocks.split(_CHECK_BLOCKS):
+            total += float(kl_of(model, runner, head, teacher_head, targets, part, real)) * float(real[part].sum())
+    return total / float(real[blocks].sum().clamp_min(1))
+
+
 def hint_loss(states: dict[str, Tensor], hints: dict[str, Tensor], pick: Tensor, real: Tensor) -> Tensor:
-    """Mean over layers and real tokens of the squared error of states [n S, H] relative to hints [N, S, H], by name."""
+    """Return the mean over layers and real tokens of the squared error of states [n S, H] relative to hints [N, S, H]."""
     weight = real[pick].reshape(-1).float()
     missed = [
         (token_mse(states[name], goal[pick].flatten(0, 1).float()) * weight).sum() for name, goal in hints.items()
@@ -61,59 +84,43 @@ def hint_loss(states: dict[str, Tensor], hints: dict[str, Tensor], pick: Tensor,
 
 
 def heal(
-    model: "PreTrainedModel",
-    teacher: "Teacher",
-    runner: LayerRunner,
+    model: PreTrainedModel,
+    state: BuildState,
     targets: Tensor,
-    state: "BuildState",
-    progress: "Progress | None" = None,
-    hints: dict[str, Tensor] | None = None,
+    hints: dict[str, Tensor],
+    progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Train all weights with forward KL for `heal_epochs` over the build's blocks; the best values on held-out blocks are kept.
+    """Train all weights with forward KL for `heal_epochs` over the build's blocks; keep the values best on held-out ones.
 
-    hints: {"hidden-0": [N, S, H], ...} the teacher's states after layers of the student, which it follows with weight `heal_hints`.
-
-    Returns the record of what it did: held-out KL before and after, the step kept, seconds.
+    targets [N, S, H]: the teacher's final hidden states. hints: {"hidden-0": [N, S, H], ...} its states after layers of the
+    student, which count with weight `heal_hints`. Return a record: held-out KL before and after, the step kept, seconds.
     """
-    begun, config = time.monotonic(), state.config
-    rows = torch.nonzero(~state.held).flatten()
-    kept_back = torch.nonzero(state.held).flatten()
-    if len(kept_back) == 0 or len(rows) == 0:
+    begun, config, runner = time.monotonic(), state.config, state.runner
+    rows, held_out = torch.nonzero(~state.held_out).flatten(), torch.nonzero(state.held_out).flatten()
+    if len(held_out) == 0 or len(rows) == 0:
         return {"heal_best_step": 0}
-    real = state.real.view(runner.ids.shape)
+    real = state.real_tokens.view(runner.ids.shape)
     model.tie_weights()
     head, batch = model_head(model), max(1, config.heal_batch // runner.ids.shape[1])
     steps = max(1, round(config.heal_epochs * len(rows) / batch))
-    done, wanted = 0, cpu_head(teacher)
+    steps_taken, teacher_head = 0, cpu_head(state.teacher)
 
     def loss(pick: Tensor) -> Tensor:
-        nonlocal done
-        done += 1
-        if progress and (done % 10 == 0 or done == steps):
-            progress("heal", done, steps)
+        nonlocal steps_taken
+        steps_taken += 1
+        if progress and (steps_taken % _REPORT_EVERY == 0 or steps_taken == steps):
+            progress("heal", steps_taken, steps)
         blocks = rows[pick]
-        with captured(model, tuple(hints or ())) as states:
-            missed = kl_of(model, runner, head, wanted, targets, blocks, real)
-        return missed + config.heal_hints * hint_loss(states, hints, blocks, real) if hints else missed
+        with captured(model, tuple(hints)) as states:
+            kl = kl_of(model, runner, head, teacher_head, targets, blocks, real)
+        return kl + config.heal_hints * hint_loss(states, hints, blocks, real) if hints else kl
 
-    def check() -> float:
-        total = 0.0
-        with torch.no_grad():
-            for part in kept_back.split(8):
-                total += float(kl_of(model, runner, head, wanted, targets, part, real)) * float(real[part].sum())
-        return total / float(real[kept_back].sum().clamp_min(1))
+    def held_out_kl() -> float:
+        return mean_kl(model, runner, head, teacher_head, targets, held_out, real)
 
+    parameters: list[Tensor] = list(model.parameters())
     result = fit(
-        list(model.parameters()),
-        loss,
-        check,
-        len(rows),
-        steps,
-        config.heal_lr,
-        batch,
-        state.seed,
-        clip=1.0,
-        warmup=0.03,
+        parameters, loss, held_out_kl, len(rows), steps, config.heal_lr, batch, state.seed, clip=1.0, warmup=0.03
     )
     return {
         "heal_kl_before": round(result.before, 6),

@@ -1,30 +1,29 @@
-"""The student's own hidden states, carried through its layers while these are being built."""
+"""Carry the student's own hidden states through its layers while these are being built."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
 from moe2dense.student.footprint import rows_at_once
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
 # N blocks, S block length, T = N * S tokens, H hidden
+_CACHED_CHUNKS = 8
 
 
 class LayerRunner:
     """Runs a dense host layer by layer on blocks [N, S], its FFN replaced where that is asked for.
 
-    `attention_mask` and `position_ids` are what transformers is given (documents are told by positions that start again at 0).
+    `attention_mask` and `position_ids` are those for transformers; a document begins where positions start again at 0.
     """
 
     def __init__(
         self,
-        model: "PreTrainedModel",
+        model: PreTrainedModel,
         card: StudentCard,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
@@ -33,99 +32,104 @@ class LayerRunner:
         self.model, self.card, self.ids = model, card, input_ids
         self.mask, self.positions = attention_mask, position_ids
         _, self.body = internals.decoder(model)
-        self.device = next(self.body.embed_tokens.parameters()).device
-        self.dtype = next(self.body.embed_tokens.parameters()).dtype
+        embeddings = next(self.body.embed_tokens.parameters())
+        self.device, self.dtype = embeddings.device, embeddings.dtype
         config = model.config.get_text_config()
-        self.hidden_size, self.at_once = int(config.hidden_size), rows_at_once(int(getattr(config, card.width)))
+        self.hidden_size = int(config.hidden_size)
+        self.tokens_at_once = rows_at_once(int(getattr(config, card.width)))
         self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
 
     def chunks(self) -> list[slice]:
-        """Rows of blocks that go through a layer at once."""
-        n, step = len(self.ids), max(1, self.at_once // self.ids.shape[1])
+        """Return the rows of blocks that go through a layer at once."""
+        n, step = len(self.ids), max(1, self.tokens_at_once // self.ids.shape[1])
         return [slice(a, min(a + step, n)) for a in range(0, n, step)]
 
     @torch.no_grad()
     def embed(self) -> Tensor:
-        """[N, S, H]: what enters the first layer."""
+        """Return [N, S, H]: what enters the first layer."""
         parts: list[Tensor] = []
 
-        def note(index: int, hidden: Tensor, _: dict[str, Any]) -> Tensor:
+        def record(index: int, hidden: Tensor, _: dict[str, Any]) -> Tensor:
             if index == 0:
                 parts.append(hidden)
             return hidden
 
         for rows in self.chunks():
             vectors = self.body.embed_tokens(self.ids[rows].to(self.device))
-            internals.run_body(self.body, vectors, *self._masks(rows), note)
+            internals.run_body(self.body, vectors, *self._masks(rows), record)
         return torch.cat(parts)
 
     def _masks(self, rows: slice | Tensor) -> tuple[Tensor | None, Tensor | None]:
-        pick = [None if t is None else t[rows].to(self.device) for t in (self.mask, self.positions)]
-        return pick[0], pick[1]
+        mask, positions = (None if t is None else t[rows].to(self.device) for t in (self.mask, self.positions))
+        return mask, positions
 
     @torch.no_grad()
     def arguments(self, index: int, rows: slice | Tensor) -> dict[str, Any]:
-        """Keyword arguments of decoder layer `index` for these blocks, as the family's own forward makes them."""
-        count = len(self.ids[rows])
+        """Return the keyword arguments of decoder layer `index` for these blocks, as the family's own forward makes them."""
         plain = self.mask is None and self.positions is None
-        key = (0, count) if plain else (rows.start, rows.stop) if isinstance(rows, slice) else None
-        found = self._arguments.get(key) if key else None
-        if found is None:
-            found = []
-            blank = torch.zeros(count, self.ids.shape[1], self.hidden_size, dtype=self.dtype, device=self.device)
+        key = (0, len(self.ids[rows])) if plain else (rows.start, rows.stop) if isinstance(rows, slice) else None
+        if key is None:
+            return self._record_arguments(rows)[index]
+        if key not in self._arguments:
+            if len(self._arguments) > _CACHED_CHUNKS:
+                self._arguments.clear()
+            self._arguments[key] = self._record_arguments(rows)
+        return self._arguments[key][index]
 
-            def note(_: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
-                found.append(arguments)
-                return hidden
+    def _record_arguments(self, rows: slice | Tensor) -> list[dict[str, Any]]:
+        """Return the arguments of every layer for these blocks; they do not depend on the hidden states."""
+        by_layer: list[dict[str, Any]] = []
+        shape = (len(self.ids[rows]), self.ids.shape[1], self.hidden_size)
+        blank = torch.zeros(shape, dtype=self.dtype, device=self.device)
 
-            internals.run_body(self.body, blank, *self._masks(rows), note)
-            if key:
-                if len(self._arguments) > 8:
-                    self._arguments.clear()
-                self._arguments[key] = found
-        return found[index]
+        def record(_: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+            by_layer.append(arguments)
+            return hidden
+
+        internals.run_body(self.body, blank, *self._masks(rows), record)
+        return by_layer
 
     def call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
-        """Layer `index` on hidden [n, S, H] of the blocks `rows`."""
-        out = self.body.layers[index](hidden, **self.arguments(index, rows))
-        return out[0] if isinstance(out, tuple) else out
+        """Return the output of layer `index` on hidden [n, S, H] of the blocks `rows`."""
+        output = self.body.layers[index](hidden, **self.arguments(index, rows))
+        return output[0] if isinstance(output, tuple) else output
 
     @torch.no_grad()
     def run(self, index: int, hidden: Tensor, ffn: Callable[..., Tensor] | None = None) -> Tensor:
-        """Layer `index` on all blocks [N, S, H] -> [N, S, H]; `ffn` stands in for its FFN."""
-        out = torch.empty_like(hidden)
+        """Return the output of layer `index` on all blocks, [N, S, H] -> [N, S, H]; `ffn` stands in for its FFN."""
+        output = torch.empty_like(hidden)
         replaced = {self.neurons(index): ffn} if ffn else {}
         for rows in self.chunks():
             with internals.forwards(replaced):
-                out[rows] = self.call(index, hidden[rows], rows)
-        return out
+                output[rows] = self.call(index, hidden[rows], rows)
+        return output
 
-    def ffn(self, index: int) -> Any:
-        """The FFN module of a layer."""
+    def ffn(self, index: int) -> nn.Module:
+        """Return the FFN module of a layer."""
         return self.body.layers[index].get_submodule(self.card.ffn)
 
-    def neurons(self, index: int) -> Any:
-        """What computes the FFN: the module itself, or the experts inside an MoE wrapper."""
+    def neurons(self, index: int) -> nn.Module:
+        """Return the module that computes the FFN: itself, or the experts inside an MoE wrapper."""
         return self.ffn(index).get_submodule(self.card.experts) if self.card.experts else self.ffn(index)
 
     @torch.no_grad()
     def before_ffn(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """(x [N, S, H], r [N, S, H]): what enters the layer's FFN, and what the layer would return if its FFN wrote zeros."""
-        seen: list[Tensor] = []
+        """Return what enters a layer's FFN, and what the layer would return if its FFN wrote zeros, both [N, S, H]."""
+        inputs: list[Tensor] = []
 
         def zeros(x: Tensor, *_: Tensor) -> Tensor:
-            seen.append(x.reshape(-1, *hidden.shape[1:]))
+            inputs.append(x.reshape(-1, *hidden.shape[1:]))
             return torch.zeros_like(x)
 
         rest = self.run(index, hidden, zeros)
-        return torch.cat(seen), rest
+        return torch.cat(inputs), rest
 
     def final_norms(self) -> nn.ModuleDict:
-        """What stands between the last layer and the head."""
+        """Return the norms between the last layer and the head."""
         return nn.ModuleDict({name: m for name, m in self.body.named_children() if "norm" in name})
 
     def multiplier(self) -> float:
-        """What the FFN's output is multiplied with when it joins the residual."""
+        """Return what the FFN's output is multiplied with when it joins the residual stream."""
         if self.card.join != "scaled":
             return 1.0
         return float(getattr(self.model.config.get_text_config(), self.card.join_multiplier))

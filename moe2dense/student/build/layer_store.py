@@ -1,4 +1,4 @@
-"""Finished layers of a build on disk, so that an interrupted one continues where it stopped."""
+"""Keep the finished layers of a build on disk, so that an interrupted build continues where it stopped."""
 
 import copy
 import dataclasses
@@ -18,47 +18,46 @@ from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.student.target.resolve import Target
 from moe2dense.student.types import LayerProvenance
-from moe2dense.teacher.layers import assign
+from moe2dense.teacher.parameters import assign
 
 if TYPE_CHECKING:
     from moe2dense.data.blocks import Blocks
 
-_FATE = "provenance."
+_PROVENANCE = "provenance."  # names of these tensors in a layer's file begin with it
 
 
 class LayerStore:
-    """Folder of built layers, `layer-0003.safetensors` each, tied to what they were built from: another build's are refused."""
+    """A folder of built layers, `layer-0003.safetensors` each. Layers of another build are refused by their key."""
 
     def __init__(self, folder: str | Path, data: "Blocks", init: str, config: BuildConfig, seed: int, target: Target):
         self.folder = Path(folder)
         text = json.dumps([data.keys(), init, dataclasses.asdict(config), seed, target.config.to_dict()], default=str)
         self.key = xxhash.xxh3_128_hexdigest(text.encode())
-        self._make()
+        self._make_folder()
 
-    def _make(self) -> None:
+    def _make_folder(self) -> None:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be made: {error.strerror}; choose another --out") from error
 
     def sweep(self, number: int) -> "LayerStore":
-        """Where the layers of a further sweep are kept: a folder in this sweep's."""
-        other = copy.copy(self)
-        other.folder = self.folder / f"sweep-{number}"
-        other._make()
-        return other
+        """Return the store of a further sweep, a folder inside this one."""
+        store = copy.copy(self)
+        store.folder = self.folder / f"sweep-{number}"
+        store._make_folder()
+        return store
 
     def path(self, index: int) -> Path:
-        """The file of one layer."""
+        """Return the file of one layer."""
         return self.folder / f"layer-{index:04d}.safetensors"
 
     def write(self, index: int, layer: nn.Module, provenance: LayerProvenance | None, record: dict[str, Any]) -> None:
-        """Keep a finished layer; the file appears whole or not at all."""
-        tensors = {n: p.detach().contiguous() for n, p in internals.saved_tensors(layer).items()}
+        """Write a finished layer; the file appears whole or not at all. Raises UserError when it cannot be written."""
+        tensors = {name: p.detach().contiguous() for name, p in internals.saved_tensors(layer).items()}
         if provenance is not None:
-            tensors |= {
-                _FATE + f.name: getattr(provenance, f.name).contiguous() for f in dataclasses.fields(provenance)
-            }
+            names = [f.name for f in dataclasses.fields(provenance)]
+            tensors |= {_PROVENANCE + name: getattr(provenance, name).contiguous() for name in names}
         with whole_file(self.path(index)) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key, "record": json.dumps(record)})
 
@@ -70,14 +69,14 @@ class LayerStore:
         if not self.path(index).exists():
             return None
         with safe_open(str(self.path(index)), "pt") as file:
-            about = file.metadata() or {}
-            if about.get("key") != self.key:
+            metadata = file.metadata() or {}
+            if metadata.get("key") != self.key:
                 raise UserError(
                     f"{self.path(index)} was built from other data or settings; give the same ones or choose another --out"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        provenance = {n.removeprefix(_FATE): t for n, t in tensors.items() if n.startswith(_FATE)}
+        provenance = {n.removeprefix(_PROVENANCE): t for n, t in tensors.items() if n.startswith(_PROVENANCE)}
         for name, value in tensors.items():
-            if not name.startswith(_FATE):
+            if not name.startswith(_PROVENANCE):
                 assign(layer, name, value.to(torch.float32))
-        return (LayerProvenance(**provenance) if provenance else None), json.loads(about["record"])
+        return (LayerProvenance(**provenance) if provenance else None), json.loads(metadata["record"])

@@ -1,4 +1,4 @@
-"""The state of a build: the student so far, its hidden states, and what is asked of each layer."""
+"""Hold the state of a build: the student so far, its hidden states, and what is asked of each layer."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from moe2dense.config.schema import BuildConfig
-from moe2dense.student.build.assemble import CarriedOver
+from moe2dense.student.build.assemble import CopiedTensors
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.layer_store import LayerStore
 from moe2dense.student.prune.cut import Cut
@@ -16,35 +16,43 @@ from moe2dense.student.types import LayerProvenance
 from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.routing import RoutingStats
 
-# N blocks, S block length, T = N * S tokens, H hidden, E experts, M student FFN width
+# N blocks, S block length, T = N * S tokens, H hidden
 Progress = Callable[..., None]
 
 
 @dataclass
 class BuildState:
-    """The state of a build: the student so far, its hidden states, and what is asked of each layer."""
+    """What building a layer needs: the teacher, the student so far, its hidden states, the settings."""
 
     teacher: Teacher
     runner: LayerRunner
     target: Target
+    # base method and steps of `--init`
     base: str
     steps: list[str]
     config: BuildConfig
     seed: int
-    held: Tensor  # [N] bool: blocks kept back from every fit, to choose the step
-    real: Tensor  # [T] bool
+    # [N] bool: blocks that no fit sees, which choose its best step
+    held_out: Tensor
+    # [T] bool: tokens that are no padding
+    real_tokens: Tensor
     stats: RoutingStats
-    hidden: Tensor  # [N, S, H] the student's
+    # [N, S, H] the student's hidden states before the next layer
+    hidden: Tensor
     provenance: list[LayerProvenance | None] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass
-class Building(BuildState):
-    """A build that makes a whole student."""
+class StudentBuild(BuildState):
+    """The state of a build of a whole student, beyond its layers' FFNs."""
 
-    carried: CarriedOver = field(kw_only=True)
-    cut: Cut | None = None  # channels, layers and heads that a pruned student keeps
-    store: LayerStore | None = None  # where finished layers go
-    final: Tensor | None = None  # [N, S, H] the teacher's final hidden states
-    hints: dict[str, Tensor] = field(default_factory=dict)  # [N, S, H] bf16: the teacher's states by a student's layer
+    copied: CopiedTensors = field(kw_only=True)
+    # channels, layers and heads that a pruned student keeps
+    cut: Cut | None = None
+    # the folder of finished layers
+    store: LayerStore | None = None
+    # [N, S, H] the teacher's final hidden states, where the student is healed
+    teacher_final: Tensor | None = None
+    # [N, S, H] bf16: the teacher's hidden states by layer of the student, which the heal follows
+    hints: dict[str, Tensor] = field(default_factory=dict)

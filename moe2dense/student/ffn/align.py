@@ -5,19 +5,19 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from moe2dense.student.ffn.average import average
-from moe2dense.student.ffn.dense import DenseFFN, Experts, GatedFFN, dense
+from moe2dense.student.ffn.dense import DenseFFN, Experts, GatedWeights, dense
 from moe2dense.student.ffn.energy import trim_to_width
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
-def neuron_match(expert: GatedFFN, reference: GatedFFN) -> Tensor:
+def neuron_match(expert: GatedWeights, reference: GatedWeights) -> Tensor:
     """Return the permutation p [F] that best puts the expert's neuron p[j] in the place of the reference's neuron j.
 
     It maximises the sum of inner products of the neurons' gate, up and down weights (the weight matching of Git Re-Basin, Ainsworth et al.,
     arXiv 2209.04836, exact for one FFN), each kind scaled to unit mean square so that none dominates. Solved as an assignment by scipy.
     """
 
-    def features(ffn: GatedFFN) -> Tensor:
+    def features(ffn: GatedWeights) -> Tensor:
         kinds = [ffn.gate, ffn.up, ffn.down.T]
         return torch.cat(
             [k.cpu().double() / k.cpu().double().pow(2).mean().sqrt().clamp_min(1e-30) for k in kinds], dim=1

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.ffn.dense import DenseFFN, Experts, dense, gating_of
+from moe2dense.student.ffn.dense import DenseFFN, Experts, dense
 from moe2dense.student.ffn.energy import trim_to_width
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
@@ -36,7 +36,7 @@ def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN
         gate_bias,
         up_bias,
         None if down_bias is None else down_bias * scale,
-        gating_of(parts[0]),
+        parts[0].gating,
     )
 
 

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from moe2dense.errors import UserError
 from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate, dense
 from moe2dense.student.ffn.scores import best_experts
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN
@@ -14,8 +15,10 @@ def scales(alpha: Tensor, keep: Tensor, scale: str) -> Tensor:
     """Return factors [len(keep)] of the kept experts' outputs; both kinds add up to alpha's sum, all that a token's experts weigh.
 
     1/K: equal shares (Kim et al., arXiv 2605.28207; literally 1/K where routing weights are normalised). alpha: in proportion to the experts'
-    mean routing weights, so that keeping all of them gives the mean-routed block sum_e alpha_e f_e(x).
+    mean routing weights, so that keeping all of them gives the mean-routed block sum_e alpha_e f_e(x). Raises UserError for another scale.
     """
+    if scale not in SCALES:
+        raise UserError(f"build.scale is {scale!r}; choose one of {', '.join(SCALES)}")
     if scale == "1/K":
         return alpha.sum().expand(len(keep)) / len(keep)
     return alpha[keep] * (alpha.sum() / alpha[keep].sum().clamp_min(1e-30))

@@ -1,8 +1,8 @@
-"""Dense gated feed-forward networks as plain tensors: read from a model, evaluated, joined."""
+"""Hold dense gated feed-forward networks as plain tensors: copied from a model, evaluated, joined."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -12,45 +12,70 @@ Gating = Callable[[Tensor, Tensor], Tensor]
 
 
 def silu_glu(gate: Tensor, up: Tensor) -> Tensor:
-    """The usual gated activation: silu(gate) * up."""
+    """Return the usual gated activation, silu(gate) * up."""
     return F.silu(gate) * up
 
 
-class GatedFFN(Protocol):
-    """A gated FFN in plain orientation: an expert of a teacher or a dense FFN of a student."""
+class GatedWeights(Protocol):
+    """The weights of a gated FFN in plain orientation: an expert of a teacher, a dense FFN, or a part of one."""
+
+    # [F], [F] and [H]
+    gate_bias: Tensor | None
+    up_bias: Tensor | None
+    down_bias: Tensor | None
 
     @property
-    def gate(self) -> Tensor: ...  # [F, H]
-    @property
-    def up(self) -> Tensor: ...  # [F, H]
-    @property
-    def down(self) -> Tensor: ...  # [H, F]
+    def gating(self) -> Gating:
+        """The gated activation."""
+        ...
 
-    gate_bias: Tensor | None  # [F]
-    up_bias: Tensor | None  # [F]
-    down_bias: Tensor | None  # [H]
+    @property
+    def gate(self) -> Tensor:
+        """[F, H]"""
+        ...
 
-    def hidden(self, x: Tensor) -> Tensor: ...
-    def __call__(self, x: Tensor) -> Tensor: ...
+    @property
+    def up(self) -> Tensor:
+        """[F, H]"""
+        ...
+
+    @property
+    def down(self) -> Tensor:
+        """[H, F]"""
+        ...
+
+
+class GatedFFN(GatedWeights, Protocol):
+    """A gated FFN that can be evaluated."""
+
+    def hidden(self, x: Tensor) -> Tensor:
+        """Return neuron activations [n, F] of inputs [n, H]."""
+        ...
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return outputs [n, H] of inputs [n, H]."""
+        ...
 
 
 class Experts(Protocol):
     """The routed experts of a layer, read on demand: a list, or what a teacher streams."""
 
     def __len__(self) -> int: ...
-    def __getitem__(self, expert: int, /) -> Any: ...
+    def __getitem__(self, expert: int, /) -> GatedWeights: ...
 
 
 @dataclass
 class DenseFFN:
     """A dense gated FFN: y = down(gating(gate x, up x)); weights in torch's Linear orientation."""
 
-    gate: Tensor  # [M, H]
-    up: Tensor  # [M, H]
-    down: Tensor  # [H, M]
-    gate_bias: Tensor | None = None  # [M]
-    up_bias: Tensor | None = None  # [M]
-    down_bias: Tensor | None = None  # [H]
+    # [M, H], [M, H] and [H, M]
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+    # [M], [M] and [H]
+    gate_bias: Tensor | None = None
+    up_bias: Tensor | None = None
+    down_bias: Tensor | None = None
     gating: Gating = silu_glu
 
     @property
@@ -59,15 +84,15 @@ class DenseFFN:
         return self.gate.shape[0]
 
     def hidden(self, x: Tensor) -> Tensor:
-        """Neuron activations [n, M] of inputs [n, H]."""
+        """Return neuron activations [n, M] of inputs [n, H]."""
         return self.gating(F.linear(x, self.gate, self.gate_bias), F.linear(x, self.up, self.up_bias))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Outputs [n, H] of inputs [n, H]."""
+        """Return outputs [n, H] of inputs [n, H]."""
         return F.linear(self.hidden(x), self.down, self.down_bias)
 
     def to(self, device: torch.device | str) -> "DenseFFN":
-        """The same FFN on `device`; tensors that are there already are shared."""
+        """Return the same FFN on `device`; tensors that are there already are shared."""
         moved = [
             None if t is None else t.to(device)
             for t in (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
@@ -75,24 +100,19 @@ class DenseFFN:
         return DenseFFN(*moved, gating=self.gating)  # type: ignore[arg-type]  # the first three are never None
 
     def parameters(self) -> list[Tensor]:
-        """The tensors of the FFN, biases included where there are any."""
+        """Return the tensors of the FFN, biases included where there are any."""
         every = (self.gate, self.up, self.down, self.gate_bias, self.up_bias, self.down_bias)
         return [p for p in every if p is not None]
 
 
-def gating_of(ffn: GatedFFN) -> Gating:
-    """The gated activation of a teacher's expert or a dense FFN."""
-    return getattr(ffn, "gating", silu_glu)
-
-
 def _plain(value: Tensor) -> Tensor:
-    """A copy on the CPU, half precision as float32: students are built there."""
+    """Copy a tensor to the CPU, where students are built; half precision becomes float32."""
     half = value.dtype in (torch.bfloat16, torch.float16)
     return value.detach().to("cpu", torch.float32 if half else value.dtype, copy=True)
 
 
-def dense(ffn: GatedFFN, scale: float = 1.0, rows: Tensor | None = None) -> DenseFFN:
-    """A dense copy of a gated FFN (or of the neurons `rows`) on the CPU, its output multiplied by `scale`."""
+def dense(ffn: GatedWeights, scale: float = 1.0, rows: Tensor | None = None) -> DenseFFN:
+    """Copy a gated FFN, or its neurons `rows`, to the CPU, its output multiplied by `scale`."""
     pick = slice(None) if rows is None else rows
     return DenseFFN(
         gate=_plain(ffn.gate[pick]),
@@ -101,7 +121,7 @@ def dense(ffn: GatedFFN, scale: float = 1.0, rows: Tensor | None = None) -> Dens
         gate_bias=None if ffn.gate_bias is None else _plain(ffn.gate_bias[pick]),
         up_bias=None if ffn.up_bias is None else _plain(ffn.up_bias[pick]),
         down_bias=None if ffn.down_bias is None else _plain(ffn.down_bias) * scale,
-        gating=gating_of(ffn),
+        gating=ffn.gating,
     )
 
 
@@ -112,7 +132,7 @@ def _joined(parts: Sequence[Tensor | None], dim: int = 0) -> Tensor | None:
 
 
 def concatenate(ffns: Sequence[DenseFFN]) -> DenseFFN:
-    """The FFN whose output is the sum of the outputs of `ffns`: their neurons side by side, output biases added."""
+    """Return the FFN whose output is the sum of those of `ffns`: their neurons side by side, output biases added."""
     biases = [f.down_bias for f in ffns if f.down_bias is not None]
     return DenseFFN(
         gate=torch.cat([f.gate for f in ffns]),

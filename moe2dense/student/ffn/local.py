@@ -1,4 +1,4 @@
-"""`local`: a short gradient fit of one layer to what the teacher's layer does, with held-out early stopping."""
+"""Fit one layer's FFN by gradient steps to what the teacher's layer does, keeping the step that is best on held-out tokens."""
 
 import math
 
@@ -11,13 +11,13 @@ from moe2dense.student.footprint import rows_at_once
 
 
 def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor) -> float:
-    """Mean of |f(x) - t|^2 over tokens, relative to the mean of |t|^2; x [T, H], target [T, H]. Computed where the FFN is."""
+    """Return the mean of |f(x) - t|^2 over tokens relative to that of |t|^2; x and target [T, H]. Computed where the FFN is."""
     if len(x) == 0:
         return math.nan
     chunk, device, missed = rows_at_once(ffn.width), ffn.down.device, 0.0
     for i in range(0, len(x), chunk):
-        got = ffn(x[i : i + chunk].to(device))
-        missed += float((got - target[i : i + chunk].to(device)).pow(2).sum())
+        output = ffn(x[i : i + chunk].to(device))
+        missed += float((output - target[i : i + chunk].to(device)).pow(2).sum())
     return missed / max(float(target.pow(2).sum()), 1e-30)
 
 
@@ -32,15 +32,15 @@ def local(
     seed: int = 0,
     device: torch.device | str = "cpu",
 ) -> tuple[DenseFFN, Fit]:
-    """`ffn` trained for `steps` batches of tokens towards target [T, H] on inputs x [T, H]: local feature distillation.
+    """Train `ffn` for `steps` batches of tokens towards target [T, H] on inputs x [T, H]; return it and a record of the fit.
 
-    `held_out` [T] bool marks the tokens that are kept back to choose the step; the result's error on them is never above the start's.
+    `held_out` [T] bool marks the tokens that choose the step; the error on them is never above what it was at the start.
     Computed on `device`; the result is on the CPU.
     """
     copy = dense(ffn).to(device)
     x, target, held_out = (t.to(device) for t in (x, target, held_out))
     rows = torch.nonzero(~held_out).flatten()
-    x_held, t_held = x[held_out], target[held_out]
+    x_held_out, target_held_out = x[held_out], target[held_out]
     scale = target.pow(2).mean().clamp_min(1e-30)
 
     def loss(index: Tensor) -> Tensor:
@@ -49,9 +49,9 @@ def local(
 
     def check() -> float:
         with torch.no_grad():
-            return relative_error(copy, x_held, t_held)
+            return relative_error(copy, x_held_out, target_held_out)
 
     if len(rows) == 0 or not bool(held_out.any()):
         return copy.to("cpu"), Fit(math.nan, math.nan, 0)
-    done = fit(copy.parameters(), loss, check, len(rows), steps, lr, batch, seed)
-    return copy.to("cpu"), done
+    result = fit(copy.parameters(), loss, check, len(rows), steps, lr, batch, seed)
+    return copy.to("cpu"), result

@@ -1,4 +1,4 @@
-"""Scores of whole experts: which to keep when only some fit."""
+"""Score whole experts: which to keep where only some fit."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ SCORES = ("frequency", "cp", "acp", "do-acp", "reap")
 
 
 def diverse(quality: Tensor, features: Tensor, count: int) -> Tensor:
-    """Indices [count] chosen greedily to raise log det(I + sum of q_e v_e v_e') most (D-optimal design), v_e unit features [E, D]."""
+    """Return indices [count] chosen greedily to raise log det(I + sum of q_e v_e v_e') most (D-optimal design), v_e unit features [E, D]."""
     unit = torch.nn.functional.normalize(features.double(), dim=1)
     rows = unit * (quality.double() / quality.double().mean().clamp_min(1e-30)).sqrt()[:, None]
     inverse = torch.eye(rows.shape[1], dtype=torch.float64, device=rows.device)
@@ -26,7 +26,7 @@ def diverse(quality: Tensor, features: Tensor, count: int) -> Tensor:
 
 
 def best_experts(stats: LayerStats, count: int, score: str = "acp", probability: Tensor | None = None) -> Tensor:
-    """Indices [count], ascending, of the experts to keep.
+    """Return the indices [count], ascending, of the experts to keep.
 
     frequency: tokens routed; cp, acp: router probability accumulated over all tokens (`probability` [E]), or routing weight over the expert's
     own; do-acp: acp made diverse by a D-optimal choice over mean outputs (our reading of the scores of Kim et al., arXiv 2605.28207); reap: mean of

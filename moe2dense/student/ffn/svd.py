@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.ffn.dense import DenseFFN, Experts, dense, gating_of
+from moe2dense.student.ffn.dense import DenseFFN, Experts, dense
 from moe2dense.student.ffn.energy import trim_to_width
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
@@ -35,7 +35,7 @@ def svd_gather(experts: Experts, alpha: Tensor, rank: int | None = None) -> Dens
         gate_bias=biases["gate_bias"],
         up_bias=biases["up_bias"],
         down_bias=None if biases["down_bias"] is None else biases["down_bias"] * total,
-        gating=gating_of(parts[0]),
+        gating=parts[0].gating,
     )
 
 

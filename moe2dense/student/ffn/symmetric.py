@@ -1,14 +1,14 @@
-"""Products of matrices whose result is symmetric, made in half the operations: panel by panel, below the diagonal."""
+"""Multiply matrices whose product is symmetric in half the operations: panel by panel, below the diagonal."""
 
 from torch import Tensor
 
-_PANEL = 1024  # columns at once: wide enough for full speed, and what is made above the diagonal is little
+_PANEL = 1024  # columns at once: wide enough for full speed, and little is computed above the diagonal
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, lower: bool = False) -> Tensor:
-    """total [P, P] += alpha * left @ right in place, for left [P, n] and right [n, P] with a symmetric product.
+    """Add alpha * left @ right to total [P, P] in place, for left [P, n] and right [n, P] with a symmetric product.
 
-    `lower`: what stands above the diagonal is of no interest, and need not be right afterwards; else `total` must be symmetric.
+    lower: only the lower triangle matters; what is above the diagonal may be wrong afterwards. Else `total` must be symmetric.
     """
     size = len(total)
     for start in range(0, size, _PANEL):
@@ -18,7 +18,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, alpha: float = 1.0, 
 
 
 def mirror(total: Tensor) -> Tensor:
-    """Make `total` [P, P] symmetric in place, from what stands on and below the diagonal."""
+    """Make `total` [P, P] symmetric in place, from its lower triangle."""
     size = len(total)
     for start in range(0, size, _PANEL):
         stop = min(start + _PANEL, size)

@@ -1,4 +1,4 @@
-"""Attention heads of a smaller student: which stay, and the teacher's projections cut to them.
+"""Choose which attention heads a smaller student keeps, and cut the teacher's projections to them.
 
 A head is scored by the energy that it writes to the residual stream (Minitron, arXiv 2407.14679, takes the norm of its activations, before the output
 projection). Heads that share keys and values stay together: the best KV groups, and in each the same number of its best heads.
@@ -23,7 +23,10 @@ if TYPE_CHECKING:
 
 
 class HeadEnergy(Observer):
-    """`energy` {layer: [A]}: sum over real tokens of |O_a z_ta|^2, z_ta [D] what head a hands to the output projection O_a [H, D]."""
+    """Collect `energy` {layer: [A]}: the sum over real tokens of |O_a z_ta|^2.
+
+    z_ta [D] is what head a gives to its part O_a [H, D] of the output projection.
+    """
 
     def __init__(self, heads: int, rules: Mapping[str, str]):
         self.heads = heads
@@ -33,14 +36,14 @@ class HeadEnergy(Observer):
 
     @contextmanager
     def watching(self, teacher: "Teacher") -> Iterator[None]:
-        """Within the context the teacher's output projections are observed."""
+        """Observe the teacher's output projections within the context."""
         hooks = []
         for layer in teacher.body.layers:
             try:
                 module = layer.get_submodule(self.path)
             except AttributeError:
                 continue  # a layer whose mixer has no attention heads
-            hooks.append(module.register_forward_pre_hook(self._note))
+            hooks.append(module.register_forward_pre_hook(self._add_energy))
         try:
             yield
         finally:
@@ -48,7 +51,7 @@ class HeadEnergy(Observer):
                 hook.remove()
 
     @torch.no_grad()
-    def _note(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+    def _add_energy(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         z = args[0].reshape(-1, self.heads, args[0].shape[-1] // self.heads).float()
         weight: Any = module.weight
         o = weight.float().view(weight.shape[0], self.heads, -1)
@@ -57,22 +60,24 @@ class HeadEnergy(Observer):
     def layer(self, layer: LayerPass) -> None:
         """Add one layer of one macro-batch."""
         if self._pending:
-            found = torch.cat(self._pending)[layer.token_mask.cpu()].double().sum(0)
-            self.energy[layer.index] = self.energy.get(layer.index, torch.zeros_like(found)) + found
+            energy = torch.cat(self._pending)[layer.token_mask.cpu()].double().sum(0)
+            self.energy[layer.index] = self.energy.get(layer.index, torch.zeros_like(energy)) + energy
             self._pending.clear()
 
 
 @dataclass(frozen=True)
 class KeptHeads:
-    """Of one layer: indices, ascending, of the query heads and KV groups that stay, and how many there were."""
+    """The heads of one layer that stay."""
 
+    # indices, ascending, of the query heads and of the KV groups that stay
     query: Tensor
     group: Tensor
+    # how many the teacher has
     queries: int
     groups: int
 
     def cut(self, path: str, value: Tensor, rules: Mapping[str, str]) -> Tensor:
-        """The tensor `path` of a decoder layer with only these heads, where a rule of the host's card says that it has heads."""
+        """Return the tensor `path` of a decoder layer with only these heads, where a rule of the host's card names it."""
         for prefix, kind in rules.items():
             if path != prefix and not path.startswith(prefix + "."):
                 continue
@@ -87,7 +92,7 @@ class KeptHeads:
 
 
 def best_heads(energy: Tensor, groups: int, keep: int, keep_groups: int) -> KeptHeads:
-    """The `keep_groups` KV groups whose `keep` / `keep_groups` best heads write most energy [A], and these heads."""
+    """Return the `keep_groups` KV groups whose `keep` / `keep_groups` best heads write most energy [A], and these heads."""
     by_group = energy.view(groups, -1)
     each = keep // keep_groups
     top = by_group.topk(each, dim=1)
@@ -97,6 +102,6 @@ def best_heads(energy: Tensor, groups: int, keep: int, keep_groups: int) -> Kept
 
 
 def split_layer(name: str) -> tuple[int, str] | None:
-    """'model.layers.3.self_attn.q_proj.weight' -> (3, 'self_attn.q_proj.weight'); None outside the layers."""
-    found = re.search(r"\blayers\.(\d+)\.(.+)$", name)
-    return (int(found[1]), found[2]) if found else None
+    """Return (3, 'self_attn.q_proj.weight') for 'model.layers.3.self_attn.q_proj.weight'; None outside the layers."""
+    match = re.search(r"\blayers\.(\d+)\.(.+)$", name)
+    return (int(match[1]), match[2]) if match else None

@@ -1,7 +1,7 @@
-"""The dense host architecture: its config and which teacher tensor each of its tensors comes from.
+"""Write the config of the dense host, and say which teacher tensor each of its tensors comes from.
 
-All layers of a student have FFNs of one width: of the dense text models in transformers 5 only gemma3n takes a width for each layer, and its layers
-(AltUp, Laurel, embeddings of their own) have tensors that no MoE family could fill.
+All layers of a student have FFNs of one width. Of the dense text models in transformers 5 only gemma3n takes a width for each
+layer, and its layers (AltUp, Laurel, embeddings of their own) have tensors that no MoE family could fill.
 """
 
 import re
@@ -28,32 +28,33 @@ _PER_LAYER = ("layer_types", "no_rope_layers")  # config fields that list someth
 
 
 def head_dim(config: "PreTrainedConfig") -> int:
-    """Width of one attention head, given or implied."""
+    """Return the width of one attention head, given or implied."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
-def _teacher_field(teacher: "PreTrainedConfig", name: str, card: StudentCard) -> Any:
-    if not hasattr(teacher, name):
+def _teacher_field(config: "PreTrainedConfig", name: str, card: StudentCard) -> Any:
+    """Return a field of the teacher's config that the card asks for. Raises UserError where there is none."""
+    if not hasattr(config, name):
         raise UserError(
-            f"student card {card.name!r} takes the field {name!r} from the teacher, but a {teacher.model_type!r} config "
+            f"student card {card.name!r} takes the field {name!r} from the teacher, but a {config.model_type!r} config "
             f"has none; choose another host or correct the card"
         )
-    return getattr(teacher, name)
+    return getattr(config, name)
 
 
 def _copied(teacher: "PreTrainedConfig", card: StudentCard) -> list[str]:
-    """Names of the fields taken over from the teacher; `*` stands for all that both configs write."""
+    """Return the names of the fields copied from the teacher; `*` stands for all that both configs have."""
     if card.copy != ("*",):
         return list(card.copy)
     from transformers import AutoConfig
 
-    theirs = teacher.to_dict()
-    mine = theirs if teacher.model_type == card.model_type else AutoConfig.for_model(card.model_type).to_dict()
-    return [name for name in theirs if (name in mine or name == "head_dim") and name not in _NOT_COPIED]
+    fields = teacher.to_dict()
+    host_fields = fields if teacher.model_type == card.model_type else AutoConfig.for_model(card.model_type).to_dict()
+    return [name for name in fields if (name in host_fields or name == "head_dim") and name not in _NOT_COPIED]
 
 
 def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any:
-    """A value of the card's `set`: itself, "=field" or "=range(field)" of the teacher."""
+    """Return the value of an entry of the card's `set`: itself, "=field" or "=range(field)" of the teacher."""
     if not isinstance(value, str) or not value.startswith("="):
         return value
     match = re.fullmatch(r"=range\((\w+)\)", value)
@@ -63,17 +64,18 @@ def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any
 def dense_config(
     teacher: "PreTrainedConfig", card: StudentCard, width: int, layers: Sequence[int] | None = None, **geometry: Any
 ) -> "PreTrainedConfig":
-    """The host's config: what the card copies from the teacher, the FFN width, then `geometry` (pruned or named sizes).
+    """Return the host's config: what the card copies from the teacher, the FFN width, then `geometry` (pruned or named sizes).
 
-    All layers share one FFN width: no host here has room for one per layer, and neurons padded with zeros would save nothing.
-    layers: which of the teacher's the student has, where it has fewer; the first ones unless told.
+    All layers share one FFN width: no host here takes one for each layer, and neurons padded with zeros would save nothing.
+    layers: which of the teacher's layers the student has, where it has fewer; by default the first ones.
     Raises UserError when the card names a field that the teacher's config does not have.
     """
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from moe2dense.modeling.internals import causal_model_class
 
     fields = {name: _teacher_field(teacher, name, card) for name in _copied(teacher, card)}
-    fields |= {mine: _teacher_field(teacher, theirs, card) for mine, theirs in card.rename.items()}
+    fields |= {name: _teacher_field(teacher, source, card) for name, source in card.rename.items()}
     fields |= {name: _computed(teacher, value, card) for name, value in card.set.items()}
     if (
         card.copy == ("*",)
@@ -89,18 +91,12 @@ def dense_config(
         if each and len(each) != fields["num_hidden_layers"]:
             fields[name] = [each[i] for i in layers or range(fields["num_hidden_layers"])]
     config = AutoConfig.for_model(card.model_type, **fields)
-    architecture = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[card.model_type]
-    config.architectures = [architecture] if isinstance(architecture, str) else [architecture[0]]
+    config.architectures = [causal_model_class(card.model_type)]
     return config
 
 
-def ffn_prefix(card: StudentCard, layer: int) -> str:
-    """Path of a layer's dense FFN in the host, e.g. 'model.layers.3.mlp.'."""
-    return f"model.layers.{layer}.{card.ffn}."
-
-
 def tensor_map(card: StudentCard, student: "PreTrainedModel", teacher_names: set[str]) -> dict[str, str]:
-    """{student parameter: teacher parameter} for every tensor outside the FFNs.
+    """Return {student parameter: teacher parameter} for every tensor outside the FFNs.
 
     A student name maps to the same name in the teacher, or through the card's `tensors` patterns (regular expressions
     on the student's name, replaced by the teacher's). Raises UserError naming the first tensor without a source.

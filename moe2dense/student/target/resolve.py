@@ -1,4 +1,4 @@
-"""What `--to` means: a named target, a parameter count, a fraction, or a dense checkpoint, resolved to a student's shape."""
+"""Resolve what `--to` asks for, a named target, a parameter count, a share or a dense checkpoint, to a student's shape."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -22,17 +22,22 @@ WIDTH_MULTIPLE = 64
 
 @dataclass(frozen=True)
 class Target:
-    """The student's shape. `width` counts the neurons of its FFN, `parameters` tied tensors once."""
+    """The student's shape."""
 
+    # as it was asked for, and as it is shown
     to: str
     label: str
     card: StudentCard
+    # neurons of an FFN
     width: int
     config: "PreTrainedConfig"
+    # tied tensors counted once
     parameters: int
     teacher: Geometry
-    geometry: dict[str, Any] = field(default_factory=dict)  # sizes that differ from the teacher's
-    checkpoint: str = ""  # a pretrained dense model to start from
+    # sizes that differ from the teacher's
+    geometry: dict[str, Any] = field(default_factory=dict)
+    # a pretrained dense model to start from
+    checkpoint: str = ""
 
     @property
     def whole_experts(self) -> float:
@@ -45,14 +50,17 @@ def _parameters(teacher: "PreTrainedConfig", card: StudentCard, width: int, geom
 
 
 def width_line(teacher: "PreTrainedConfig", card: StudentCard, geometry: dict[str, Any]) -> tuple[int, int]:
-    """(parameters at width 0, parameters per neuron of width): a student's size is linear in its FFN width."""
+    """Return (parameters at width 0, parameters per neuron of width): a student's size is linear in its FFN width."""
     low, high = (_parameters(teacher, card, w, geometry) for w in (WIDTH_MULTIPLE, 2 * WIDTH_MULTIPLE))
     slope = (high - low) // WIDTH_MULTIPLE
     return low - slope * WIDTH_MULTIPLE, slope
 
 
 def width_for(budget: int, base: int, slope: int, shape: Geometry) -> int:
-    """The FFN width for a budget in parameters: whole experts when within 5%, else a multiple of 64 not above it; 0 if none fits."""
+    """Return the FFN width for a budget in parameters; 0 if none fits.
+
+    It is that of whole experts when this is within 5% of the budget, else the largest multiple of 64 within it.
+    """
     shared, one = shape.shared_width, shape.expert_width
     fewest = 0 if shared else 1
     nearest_k = max(fewest, round(((budget - base) / slope - shared) / one))
@@ -63,7 +71,10 @@ def width_for(budget: int, base: int, slope: int, shape: Geometry) -> int:
 
 
 def parameter_budget(to: str, shape: Geometry) -> int:
-    """`to` in parameters: a count, or a share of the teacher. Raises UserError for anything else and for what is not smaller."""
+    """Return `to` in parameters: a count, or a share of the teacher.
+
+    Raises UserError for anything else, and for what is not smaller than the teacher.
+    """
     if to.strip().endswith("%"):
         try:
             share = float(to.strip()[:-1]) / 100
@@ -81,18 +92,18 @@ def parameter_budget(to: str, shape: Geometry) -> int:
 
 
 def named_targets() -> list[str]:
-    """Names of the shipped targets."""
+    """Return the names of the shipped targets."""
     return [name for name, card in student_cards().items() if card.host]
 
 
 def resolve_target(
     to: str, config: "PreTrainedConfig", card: TeacherCard, prune: str = "auto", host: str = ""
 ) -> Target:
-    """The student that `--to` asks for, for a teacher of this config.
+    """Return the student that `--to` asks for, for a teacher of this config.
 
-    prune: what goes besides neurons (see `shapes.pruned_shape`); auto only where these are not enough. host: name of a student card in
-    place of the one that the teacher's card names. Raises UserError: unknown form, not smaller than the teacher, too small for this teacher, a named target whose sizes
-    contradict the teacher's.
+    prune: what goes besides neurons (see `pruned_shape`); auto prunes only where fewer neurons are not enough. host: name of
+    a student card in place of the one that the teacher's card names. Raises UserError for an unknown form, a student that is
+    not smaller than the teacher or too small for it, or a named target whose sizes contradict the teacher's.
     """
     config = config.get_text_config()
     shape = teacher_geometry(config, card)
@@ -110,14 +121,14 @@ def resolve_target(
     base, slope = width_line(config, dense_host, {})
     width = width_for(budget, base, slope, shape)
     if width == 0 or prune != "auto":
-        found = pruned_shape(budget, config, shape, dense_host, prune)
-        if found is None:
+        pruned = pruned_shape(budget, config, shape, dense_host, prune)
+        if pruned is None:
             raise UserError(
                 f"--to {to} ({show_count(budget)} parameters) is too small for this teacher: {show_count(base)} lie outside its FFNs, and "
                 f"a quarter of its hidden size, half of its layers or half of its heads is the least that is kept; choose a larger target"
             )
-        if found.geometry or width == 0:
-            return _target(to, config, shape, dense_host, found.width, found.geometry, budget)
+        if pruned.geometry or width == 0:
+            return _target(to, config, shape, dense_host, pruned.width, pruned.geometry, budget)
     if base + slope * width >= shape.parameters:
         raise UserError(f"--to {to} gives a student as large as the teacher; choose a smaller target")
     return _target(to, config, shape, dense_host, width, {}, budget)

@@ -13,12 +13,12 @@ from moe2dense.errors import UserError
 from moe2dense.families.cards import student_host
 from moe2dense.modeling.shape import teacher_geometry
 from moe2dense.student.build.api import build_student
-from moe2dense.student.build.layer import held_out, on_cpu
+from moe2dense.student.build.layer import choose_held_out, on_cpu
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.ffn.dense import dense
 from moe2dense.student.ffn.make import make_ffn
-from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.ffn.randomized import random_ffn
+from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.footprint import pool_bytes, pool_limit
 from moe2dense.student.target.dense_config import dense_config
 from moe2dense.student.target.resolve import Target
@@ -185,9 +185,13 @@ def test_errors_name_what_is_wrong(tmp_path):
 
 
 def test_held_out_blocks():
-    assert held_out(1, 0.1, 0).sum() == 0 and held_out(2, 0.1, 0).sum() == 1 and held_out(100, 0.06, 3).sum() == 6
-    assert torch.equal(held_out(50, 0.1, 1), held_out(50, 0.1, 1)) and not torch.equal(
-        held_out(50, 0.1, 1), held_out(50, 0.1, 2)
+    assert (
+        choose_held_out(1, 0.1, 0).sum() == 0
+        and choose_held_out(2, 0.1, 0).sum() == 1
+        and choose_held_out(100, 0.06, 3).sum() == 6
+    )
+    assert torch.equal(choose_held_out(50, 0.1, 1), choose_held_out(50, 0.1, 1)) and not torch.equal(
+        choose_held_out(50, 0.1, 1), choose_held_out(50, 0.1, 2)
     )
 
 
@@ -199,14 +203,14 @@ def test_the_order_of_merit_on_the_trained_teacher(tiny, text, tokenizer):
     valid = load_blocks(text, tokenizer, 64, "valid", tokens=2_048)
     want = teacher.run(valid.input_ids).logits
     short = BuildConfig(local_steps=60, local_batch=512, layer_steps=0, heal_epochs=2, heal_batch=512, gram_tokens=4096)
-    found = {}
+    divergences = {}
     for init in ("random", "concat", "obs+refit", "obs+refit+local", "obs+refit+local+heal"):
         student = build_student(teacher, "3.2m", data, init=init, config=short)
         with torch.no_grad():
-            found[init] = kl(want, student.model(valid.input_ids).logits)
-    values = list(found.values())
-    assert values == sorted(values, reverse=True), found
-    assert found["random"] > 4 and found["concat"] > 1.5 * found["obs+refit"], found
+            divergences[init] = kl(want, student.model(valid.input_ids).logits)
+    values = list(divergences.values())
+    assert values == sorted(values, reverse=True), divergences
+    assert divergences["random"] > 4 and divergences["concat"] > 1.5 * divergences["obs+refit"], divergences
 
 
 def test_elimination_works_on_the_neurons_of_most_energy_when_memory_is_short(tmp_path):
@@ -259,15 +263,15 @@ def test_half_precision_passes_are_built_from_in_float32(tmp_path):
     make("qwen2_moe", tmp_path)
     teacher = load_teacher(tmp_path, experts="streamed")
     names = ("hidden_in", "hidden_out", "x", "y", "router_logits")
-    for made in teacher.stream(torch.full((2, 8), 5)):
-        assert on_cpu(made) is made
-        half = {n: v.bfloat16() for n in names if (v := getattr(made, n)) is not None}
-        back = on_cpu(dataclasses.replace(made, **half))
+    for layer_pass in teacher.stream(torch.full((2, 8), 5)):
+        assert on_cpu(layer_pass) is layer_pass
+        half = {n: v.bfloat16() for n in names if (v := getattr(layer_pass, n)) is not None}
+        back = on_cpu(dataclasses.replace(layer_pass, **half))
         for name in half:
             assert getattr(back, name).dtype == torch.float32
-            torch.testing.assert_close(getattr(back, name), getattr(made, name), rtol=0.01, atol=0.01)
-        if made.experts is not None:
-            stored = made.experts[0]
+            torch.testing.assert_close(getattr(back, name), getattr(layer_pass, name), rtol=0.01, atol=0.01)
+        if layer_pass.experts is not None:
+            stored = layer_pass.experts[0]
             stored.dtype = torch.bfloat16
             copied = dense(stored, 0.5)
             assert copied.gate.dtype == copied.down.dtype == torch.float32

@@ -9,7 +9,7 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_host
 from moe2dense.student.build.api import build_student
-from moe2dense.student.build.layer import held_out
+from moe2dense.student.build.layer import choose_held_out
 from moe2dense.student.target.dense_config import dense_config
 from moe2dense.teacher.load import load_teacher
 from tests.student.build.test_build import kl, target_for
@@ -42,10 +42,10 @@ def test_a_broken_layer_is_replaced_and_good_ones_stay(tmp_path):
             student.model.model.layers[index].mlp.down_proj.weight, plain.model.model.layers[index].mlp.down_proj.weight
         )
         assert same is not record["grafted"]
-    held = held_out(8, 0.25, 0)
+    held_out = choose_held_out(8, 0.25, 0)
     with torch.no_grad():
         want, before, after = (
-            m(ids[held], attention_mask=mask[held]).logits[mask[held].bool()]
+            m(ids[held_out], attention_mask=mask[held_out]).logits[mask[held_out].bool()]
             for m in (model, plain.model, student.model)
         )
     assert kl(want, before) == pytest.approx(student.history[0]["kl_own"], rel=1e-3)

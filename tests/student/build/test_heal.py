@@ -23,9 +23,9 @@ SHORT = BuildConfig(
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5, 7, 32, 61])
 def test_hinted_layers_fit_and_are_spread(layers):
     for room in range(70):
-        found = list(hint_layers(layers, 10, 10 * room + 9))
-        assert len(found) <= room and all(0 <= i < layers - 1 for i in found)
-        gaps = {b - a for a, b in zip([-1, *found], [*found, layers - 1], strict=True)}
+        chosen = list(hint_layers(layers, 10, 10 * room + 9))
+        assert len(chosen) <= room and all(0 <= i < layers - 1 for i in chosen)
+        gaps = {b - a for a, b in zip([-1, *chosen], [*chosen, layers - 1], strict=True)}
         assert room == 0 or max(gaps) <= -(-layers // (min(room, layers - 1) + 1))
     assert list(hint_layers(layers, 10, 10 * layers)) == list(range(layers - 1))
 
@@ -40,8 +40,8 @@ def test_hint_loss_counts_every_real_token_of_every_layer_alike():
         for row, block in enumerate(pick.tolist()):
             for token in range(5):
                 if real[block, token]:
-                    got, theirs = states[name][row * 5 + token], goal[block, token]
-                    want.append(float((got - theirs).pow(2).sum() / theirs.pow(2).sum()))
+                    got, teacher_states = states[name][row * 5 + token], goal[block, token]
+                    want.append(float((got - teacher_states).pow(2).sum() / teacher_states.pow(2).sum()))
     assert float(hint_loss(states, hints, pick, real)) == pytest.approx(sum(want) / len(want), rel=1e-6)
     nothing = torch.zeros(6, 5, dtype=torch.bool)
     assert float(hint_loss(states, hints, pick, nothing)) == 0
@@ -62,11 +62,11 @@ def test_hints_are_the_teachers_states(to, root, monkeypatch):
     monkeypatch.setattr(build, "heal", watch)
     with_hints = build_student(teacher, to, Blocks(ids), config=SHORT, seed=1)
     width = with_hints.model.config.hidden_size
-    for made in teacher.stream(ids, None, None, observers=[]):
-        if (goal := seen.get(f"hidden-{made.index}")) is not None:
-            theirs = made.hidden_out.to(torch.bfloat16)
+    for layer_pass in teacher.stream(ids, None, None, observers=[]):
+        if (goal := seen.get(f"hidden-{layer_pass.index}")) is not None:
+            teacher_states = layer_pass.hidden_out.to(torch.bfloat16)
             assert goal.shape[-1] == width and goal.dtype == torch.bfloat16
-            columns = {tuple(c.tolist()) for c in theirs[0].T}
+            columns = {tuple(c.tolist()) for c in teacher_states[0].T}
             assert {tuple(c.tolist()) for c in goal[0].T} <= columns
     assert sorted(seen) == ["hidden-0", "hidden-1", "hidden-2"]
     seen.clear()
@@ -79,7 +79,10 @@ def test_hints_bring_the_students_states_closer(root):
     teacher = load_teacher(root / "examples" / "tiny-mixtral")
     text = load_blocks(str(root / "examples" / "text"), teacher.tokenizer(), 128, "train", tokens=20 * 128)
     other = load_blocks(str(root / "examples" / "text"), teacher.tokenizer(), 128, "valid", tokens=8 * 128).input_ids
-    theirs = {made.index: made.hidden_out.clone() for made in teacher.stream(other, None, None, observers=[])}
+    teacher_states = {
+        layer_pass.index: layer_pass.hidden_out.clone()
+        for layer_pass in teacher.stream(other, None, None, observers=[])
+    }
     missed = {}
     for weight in (0.0, 10.0):
         config = dataclasses.replace(SHORT, heal_hints=weight, heal_epochs=3, heal_batch=256)
@@ -87,5 +90,5 @@ def test_hints_bring_the_students_states_closer(root):
         assert student.history[-1]["heal_best_step"] > 0
         with torch.no_grad():
             states = student.model(input_ids=other, output_hidden_states=True).hidden_states
-        missed[weight] = sum(float((states[i + 1] - theirs[i]).pow(2).mean()) for i in range(3))
+        missed[weight] = sum(float((states[i + 1] - teacher_states[i]).pow(2).mean()) for i in range(3))
     assert missed[10.0] < missed[0.0]

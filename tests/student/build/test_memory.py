@@ -84,14 +84,14 @@ def test_memory_does_not_grow_with_the_layers_and_the_plan_tells_it(tmp_path, ro
     monkeypatch.syspath_prepend(str(root / "benchmarks"))
     import build_scale  # pyright: ignore[reportMissingImports]
 
-    found = []
+    measured = []
     for layers in (2, 12):
         build_scale.write_teacher(str(tmp_path / str(layers)), layers, 4, 512, 256)
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            found.append(pool.apply(build_scale.measure_build, (str(tmp_path / str(layers)), 1024, "60MB", 1024)))
-    (small, _, low, _), (large, plan, high, _) = found
-    assert large - small > 40e6 and high - low < 0.3 * (large - small), found
-    assert high < 1.2 * plan, found
+            measured.append(pool.apply(build_scale.measure_build, (str(tmp_path / str(layers)), 1024, "60MB", 1024)))
+    (small, _, low, _), (large, plan, high, _) = measured
+    assert large - small > 40e6 and high - low < 0.3 * (large - small), measured
+    assert high < 1.2 * plan, measured
 
 
 def test_layer_bytes_is_the_largest_step():
@@ -120,9 +120,9 @@ def _given_back() -> int:
     blocks = [torch.ones(500_000) for _ in range(60)]
     last = blocks[-1]
     del blocks
-    held = _anonymous()
+    before = _anonymous()
     release_freed_memory()
-    return (held - _anonymous()) * int(last[0])
+    return (before - _anonymous()) * int(last[0])
 
 
 def _freed_at_once() -> int:

@@ -36,8 +36,8 @@ def test_a_second_sweep_never_raises_a_held_out_error(source, to):
     once = build_student(teacher, to, data, INIT, config=dataclasses.replace(SHORT, sweeps=1))
     twice = build_student(teacher, to, data, INIT, config=SHORT)
     assert not again(once) and [r["layer"] for r in again(twice)] == list(range(len(twice.provenance)))
-    assert all(r["held_after"] <= r["held_before"] for r in again(twice))
-    assert any(r["held_after"] < r["held_before"] for r in again(twice))
+    assert all(r["held_out_after"] <= r["held_out_before"] for r in again(twice))
+    assert any(r["held_out_after"] < r["held_out_before"] for r in again(twice))
     changed = [not torch.equal(a, b) for a, b in zip(once.model.parameters(), twice.model.parameters(), strict=True)]
     assert any(changed)
     for one, two in zip(once.provenance, twice.provenance, strict=True):
@@ -55,7 +55,7 @@ def test_a_refused_sweep_leaves_the_student_as_it_is(source, monkeypatch):
     monkeypatch.setattr(sweeps, "local", worse)
     monkeypatch.setattr(sweeps, "fit_layer", lambda *_: None)
     twice = build_student(teacher, "40%", data, INIT, config=SHORT)
-    assert all(r["held_after"] == r["held_before"] for r in again(twice))
+    assert all(r["held_out_after"] == r["held_out_before"] for r in again(twice))
     for (name, a), b in zip(once.model.named_parameters(), twice.model.parameters(), strict=True):
         assert torch.equal(a, b), name
 

@@ -110,11 +110,11 @@ def test_gram_matrices_refit_and_elimination_stay_where_they_are_told(bias, othe
 @pytest.mark.parametrize("bias", [False, True])
 def test_the_local_fit_stays_where_it_is_told(bias, other):
     x, target = task()
-    held = torch.arange(T) % 5 == 0
-    want, as_known = local(ffn(bias), x, target, held, steps=5, batch=16)
+    held_out = torch.arange(T) % 5 == 0
+    want, as_known = local(ffn(bias), x, target, held_out, steps=5, batch=16)
     assert not other.operations
-    got, done = local(ffn(bias), x, target, held, steps=5, batch=16, device="meta")
-    assert done == as_known and "silu_backward" in other.operations
+    got, result = local(ffn(bias), x, target, held_out, steps=5, batch=16, device="meta")
+    assert result == as_known and "silu_backward" in other.operations
     for a, b in zip(want.parameters(), got.parameters(), strict=True):
         assert not isinstance(b, Apart) and torch.equal(a, b)
     assert relative_error(got.to("meta"), x, target) == relative_error(got, x, target)
@@ -144,7 +144,7 @@ def test_a_gpu_finds_what_the_cpu_does():
     for limit in (0, 700):
         got, want = (refit(big, x, target, limit=limit, device=d) for d in ("cuda", "cpu"))
         assert abs(relative_error(got, x, target) - relative_error(want, x, target)) < 1e-3
-    held = torch.arange(len(x)) % 7 == 0
-    fits = [local(big, x, target, held, steps=20, batch=256, device=d) for d in ("cuda", "cpu")]
+    held_out = torch.arange(len(x)) % 7 == 0
+    fits = [local(big, x, target, held_out, steps=20, batch=256, device=d) for d in ("cuda", "cpu")]
     assert fits[0][0].down.device.type == "cpu" and fits[0][1].after == pytest.approx(fits[1][1].after, rel=0.05)
     assert places.free_bytes(torch.device("cuda")) > 0

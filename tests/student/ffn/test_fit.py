@@ -198,13 +198,15 @@ def test_local_fit_lowers_the_held_out_error_and_never_raises_it():
     noise = 0.1 * data(3, F)[:, :H]
     start = dense(teacher)
     start.gate += 0.3 * torch.randn(F, H, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    held = torch.arange(T) % 5 == 0
+    held_out = torch.arange(T) % 5 == 0
     target = teacher(x) + noise
-    fitted, result = local(start, x, target, held, steps=120, lr=2e-2, batch=16)
-    assert relative_error(fitted, x[held], target[held]) == pytest.approx(result.after)
-    assert result.after < 0.7 * result.before == pytest.approx(0.7 * relative_error(start, x[held], target[held]))
+    fitted, result = local(start, x, target, held_out, steps=120, lr=2e-2, batch=16)
+    assert relative_error(fitted, x[held_out], target[held_out]) == pytest.approx(result.after)
+    assert (
+        result.after < 0.7 * result.before == pytest.approx(0.7 * relative_error(start, x[held_out], target[held_out]))
+    )
     assert not fitted.gate.requires_grad and start.gate is not fitted.gate
-    worse, result = local(start, x, target, held, steps=12, lr=1e6, batch=16)  # diverges: the start is kept
+    worse, result = local(start, x, target, held_out, steps=12, lr=1e6, batch=16)  # diverges: the start is kept
     assert result.best_step == 0 and torch.equal(worse.down, start.down)
 
 

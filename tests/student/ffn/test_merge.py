@@ -60,6 +60,8 @@ def test_both_scales_keep_the_total_weight():
     alpha = torch.tensor([0.5, 0.25, 0.1, 0.4])
     for scale in ("1/K", "alpha"):
         torch.testing.assert_close(scales(alpha, torch.tensor([1, 3]), scale).sum(), alpha.sum())
+    with pytest.raises(UserError, match="scale"):
+        scales(alpha, torch.tensor([1, 3]), "K")
 
 
 def test_identical_experts_average_to_themselves_at_their_total_weight(draws):

@@ -35,10 +35,10 @@ def test_scores_are_what_they_say(tmp_path):
     for layer in model.model.layers:
         layer.mlp.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     states = model.model(ids, output_hidden_states=True).hidden_states
-    found = importance(load_teacher(tmp_path, experts="streamed"), Blocks(ids))
-    torch.testing.assert_close(found.channels, sum(x.abs().double().mean((0, 1)) for x in seen), rtol=1e-4, atol=1e-5)
+    scores = importance(load_teacher(tmp_path, experts="streamed"), Blocks(ids))
+    torch.testing.assert_close(scores.channels, sum(x.abs().double().mean((0, 1)) for x in seen), rtol=1e-4, atol=1e-5)
     turned = 1 - torch.cosine_similarity(states[0], states[1], dim=-1).mean()
-    assert found.influence[0] == pytest.approx(float(turned), rel=1e-3) and len(found.influence) == 3
+    assert scores.influence[0] == pytest.approx(float(turned), rel=1e-3) and len(scores.influence) == 3
 
 
 def test_which_layers_stay():
@@ -85,10 +85,10 @@ def test_a_quarter_of_the_tiny_teacher(tiny):
     ids = torch.randint(3, 4096, (8, 64), generator=torch.Generator().manual_seed(0))
     build = dataclasses.replace(SHORT, layer_steps=20, local_steps=50, heal_epochs=0)
     want = teacher.run(ids).logits.log_softmax(-1)
-    found = {}
+    divergences = {}
     for init in ("random", "obs+refit+local+layer"):
         student = build_student(teacher, target, Blocks(ids), init=init, config=build)
         with torch.no_grad():
             got = student.model(ids).logits.log_softmax(-1)
-        found[init] = float((want.exp() * (want - got)).sum(-1).mean())
-    assert found["obs+refit+local+layer"] < 0.8 * found["random"], found
+        divergences[init] = float((want.exp() * (want - got)).sum(-1).mean())
+    assert divergences["obs+refit+local+layer"] < 0.8 * divergences["random"], divergences

@@ -37,13 +37,13 @@ def test_energy_is_what_heads_write_on_real_tokens(tmp_path):
         layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
     model(ids, attention_mask=mask)
     teacher = load_teacher(tmp_path, experts="streamed")
-    found = HeadEnergy(6, student_host("mistral").heads)
-    importance(teacher, Blocks(ids, attention_mask=mask), found)
+    observer = HeadEnergy(6, student_host("mistral").heads)
+    importance(teacher, Blocks(ids, attention_mask=mask), observer)
     for index, z in enumerate(seen):
         weight = model.model.layers[index].self_attn.o_proj.weight
         each = z[mask.bool()].view(-1, 6, 4).double()
         want = [float((each[:, a] @ weight[:, 4 * a : 4 * a + 4].double().T).pow(2).sum()) for a in range(6)]
-        torch.testing.assert_close(found.energy[index], torch.tensor(want).double(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(observer.energy[index], torch.tensor(want).double(), rtol=1e-4, atol=1e-6)
     assert not any(layer.self_attn.o_proj._forward_pre_hooks for layer in teacher.body.layers)
 
 
