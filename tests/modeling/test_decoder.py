@@ -1,5 +1,8 @@
 """The decoder and its layers are found in every family, also where a model names itself as its own base model."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from transformers import (
@@ -65,3 +68,27 @@ def test_evaluation_mode_is_undone_also_after_an_error():
         assert not model.training
         raise RuntimeError
     assert model.training
+
+
+def test_a_model_in_memory_runs_without_a_word():
+    """Whole and with a cache: no deprecation warning and no line of transformers' own."""
+    script = """
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from moe2dense.modeling.decoder import decoder_of
+from moe2dense.modeling.forward import final_hidden
+from moe2dense.modeling.internals import cache_arguments, cache_of
+sizes = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=4, vocab_size=50, intermediate_size=16)
+model = LlamaForCausalLM(LlamaConfig(**sizes)).eval()
+ids = torch.arange(6)[None]
+with torch.no_grad():
+    want = final_hidden(model, {"input_ids": ids})
+    decoder, cache, parts = decoder_of(model), None, []
+    for token in ids.T:
+        out = decoder(input_ids=token[None], use_cache=True, **cache_arguments(decoder, cache))
+        cache = cache_of(out)
+        parts.append(out.last_hidden_state)
+torch.testing.assert_close(torch.cat(parts, 1), want)
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert (ended.returncode, ended.stderr) == (0, "")

@@ -13,8 +13,8 @@ from transformers import MixtralConfig
 
 from moe2dense.errors import UserError
 from moe2dense.teacher.buffers import Arena, SpillFolder
-from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.cost import memory_budget, split_budget
+from moe2dense.teacher.load import load_teacher
 from tests.teacher.families import blocks, make
 
 CHILD = """
