@@ -35,7 +35,7 @@ from moe2dense.student.footprint import pool_limit, refit_limit
 from moe2dense.teacher.routing import LayerStats
 
 SIZES = "8x256x192x512,32x256x512x1024,64x512x1024x2048,128x768x2048x6144"
-WALKS = "6x8x512x256x1024,24x8x512x256x1024,4x4x1024x512x3072"
+BUILDS = "6x8x512x256x1024,24x8x512x256x1024,4x4x1024x512x3072"
 
 
 class Made:
@@ -176,7 +176,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=0, help="8192 for a layer, 2048 for a build")
     args = parser.parse_args()
     if args.what == "build":
-        builds(args.sizes or WALKS, args.memory or "60MB", args.tokens or 2048)
+        builds(args.sizes or BUILDS, args.memory or "60MB", args.tokens or 2048)
         return
     memory, tokens = parse_bytes(args.memory or "2GB"), args.tokens or 8192
     print(

@@ -1,15 +1,46 @@
-"""README says what the cards say."""
+"""README is short, fits a terminal, and its blocks are what CI runs."""
+
+import importlib.util
+import re
 
 import pytest
 
 from moe2dense.families.cards import student_host, teacher_cards
+from tests.docs.pages import FENCE, ROOT, pages
+
+
+def test_readme_is_short():
+    assert len(pages()["README.md"].splitlines()) <= 150
+
+
+def test_what_a_terminal_shows_fits_one():
+    """Blocks of code and output are at most 80 columns wide."""
+    indented = [line for line in pages()["README.md"].splitlines() if line.startswith("    ")]
+    fenced = [line for _, body in FENCE.findall(pages()["README.md"]) for line in body.splitlines()]
+    assert fenced and not [line for line in (*indented, *fenced) if len(line) > 80]
+
+
+def test_ci_runs_every_block():
+    """.ci/readme.py finds each bash and python block, and what they contain is a command or compiles."""
+    spec = importlib.util.spec_from_file_location("readme", ROOT / ".ci" / "readme.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    blocks = module.BLOCK.findall(pages()["README.md"])
+    assert len(blocks) == len(re.findall(r"^```(?:bash|python)$", pages()["README.md"], re.MULTILINE)) >= 4
+    for language, code in blocks:
+        if language == "python":
+            compile(code, "README.md", "exec")
+        else:
+            joined = code.replace("\\\n", " ")
+            assert all(line.startswith("moe2dense ") for line in joined.splitlines())
 
 
 @pytest.mark.parametrize("family", sorted(teacher_cards()))
-def test_the_family_table(family, root):
+def test_the_family_table(family):
     card = teacher_cards()[family]
     host = student_host(card.host)
     names = ", ".join(f"`{a}`" for row in card.checkpoints for a in row.aliases[:1]) or "(pass a folder)"
     shown = host.model_type + (" (one expert)" if host.moe_shaped else "")
     loads = [host.loads[k].split(":")[0] for k in ("transformers", "vllm", "llama_cpp")]
-    assert f"| {' | '.join([family, names, shown, *loads])} |" in (root / "README.md").read_text()
+    assert f"| {' | '.join([family, names, shown, *loads])} |" in pages()["docs/families.md"]
