@@ -1,70 +1,98 @@
 """`evaluate`: the numbers of one model against its teacher on a held-out text."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
+from moe2dense.common.progress import Report
+from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
-from moe2dense.evaluation import token_metrics as metrics
 from moe2dense.evaluation.bootstrap import Bootstrap
-from moe2dense.evaluation.reference import Reference, _hidden, reference
-from moe2dense.evaluation.scores import Scores, summarise
-from moe2dense.modeling.head import output_head
+from moe2dense.evaluation.reference import AnyModel, Reference, hidden_states, reference
+from moe2dense.evaluation.scores import Scores
+from moe2dense.evaluation.summary import summarise
+from moe2dense.evaluation.token_metrics import score_tokens, scored_positions
+from moe2dense.modeling.head import OutputHead, output_head
+from moe2dense.modeling.kinds import BuiltStudent, language_model
+
+
+@runtime_checkable
+class HiddenTargets(Protocol):
+    """Stored targets that may hold the teacher's final hidden states [N, S, H] and the head that reads them."""
+
+    @property
+    def hidden(self) -> Tensor | None: ...
+
+    @property
+    def head(self) -> OutputHead | None: ...
 
 
 @torch.no_grad()
 def evaluate(
-    student: Any,
-    teacher: Any = None,
-    data: Any = None,
-    targets: Any = None,
+    student: BuiltStudent | PreTrainedModel | Reference,
+    teacher: AnyModel | Reference | None = None,
+    data: Blocks | None = None,
+    targets: HiddenTargets | None = None,
     *,
     batch: int = 8,
     bootstrap: int = 1000,
     seed: int = 0,
     token_counts: Tensor | None = None,
-    progress: Any = None,
+    progress: Report | None = None,
 ) -> Scores:
-    """Judge `student` (a Student, a transformers model, or a Reference) against `teacher` on the blocks `data`.
+    """Judge `student` against `teacher` on the blocks `data`; only positions whose next token is known are judged.
 
     teacher: a Teacher, a transformers model, or a Reference made once for several students. targets: stored hidden
     targets of these blocks in its place. token_counts [V]: how often each id occurs in the training text, for the
-    deciles of token frequency; by default counted on `data`. Judged are the positions whose next token is known.
+    deciles of token frequency; by default counted on `data`. bootstrap: resamples for the intervals, 0 = none.
+    progress: called as progress(stage, done, total) after every `batch` blocks.
     Raises UserError where there is nothing to judge or no teacher.
     """
-    ref = _reference_of(teacher, data, targets, batch)
-    blocks = ref.blocks
-    keep = metrics.scored_positions(blocks)
+    truth = _reference_of(teacher, data, targets, batch)
+    blocks = truth.blocks
+    keep = scored_positions(blocks)
     if not keep.any():
         raise UserError("data: no position to judge; every block needs at least two real tokens of one document")
-    own = student if isinstance(student, Reference) else None
-    model: Any = getattr(student, "model", None) if hasattr(student, "provenance") else student
-    head = own.head if own else output_head(model)
+    head, hidden_of = _student_answers(student, blocks, batch)
     parts = []
     for i in range(0, len(blocks), batch):
-        rows = keep[i : i + batch]
-        piece = own.hidden[i : i + batch] if own else _hidden(model, blocks[i : i + batch], batch, head.weight.device)
-        labels = blocks.input_ids[i : i + batch, 1:][rows]
-        parts.append(
-            metrics.score_tokens(ref.hidden[i : i + batch, :-1][rows], ref.head, piece[:, :-1][rows], head, labels)
-        )
+        rows = slice(i, i + batch)
+        judged = keep[rows]
+        teacher_hidden, student_hidden = truth.hidden[rows, :-1][judged], hidden_of(rows)[:, :-1][judged]
+        labels = blocks.input_ids[rows, 1:][judged]
+        parts.append(score_tokens(teacher_hidden, truth.head, student_hidden, head, labels))
         if progress:
             progress("evaluate", min(i + batch, len(blocks)), len(blocks))
     values = {k: torch.cat([p[k] for p in parts if p]) for k in next(p for p in parts if p)}
     return summarise(values, blocks, keep, Bootstrap(len(blocks), bootstrap, seed), token_counts)
 
 
-def _reference_of(teacher: Any, data: Any, targets: Any, batch: int) -> Reference:
+def _student_answers(
+    student: BuiltStudent | PreTrainedModel | Reference, blocks: Blocks, batch: int
+) -> tuple[OutputHead, Callable[[slice], Tensor]]:
+    """Return the student's head, and a function that gives its final hidden states of a range of blocks."""
+    if isinstance(student, Reference):
+        return student.head, lambda rows: student.hidden[rows]
+    model = language_model(student)
+    head = output_head(model)
+    return head, lambda rows: hidden_states(model, blocks[rows], batch, head.weight.device)
+
+
+def _reference_of(
+    teacher: AnyModel | Reference | None, data: Blocks | None, targets: HiddenTargets | None, batch: int
+) -> Reference:
+    """Return the teacher's answers: given, read from stored targets, or computed."""
     if isinstance(teacher, Reference):
         return teacher
     if data is None:
         raise UserError("data: pass the held-out blocks to judge on")
     if targets is not None:
-        hidden, head = getattr(targets, "hidden", None), getattr(targets, "head", None)
-        if hidden is None or head is None:
+        if not isinstance(targets, HiddenTargets) or targets.hidden is None or targets.head is None:
             raise UserError("targets: evaluation needs stored `hidden` targets; write them with format='hidden'")
-        return Reference(data, hidden, head)
+        return Reference(data, targets.hidden, targets.head)
     if teacher is None:
         raise UserError("teacher: pass the teacher, or the targets stored for these blocks")
     return reference(teacher, data, batch)

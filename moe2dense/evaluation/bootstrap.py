@@ -6,11 +6,13 @@ from collections.abc import Callable
 import numpy as np
 from scipy import stats
 
+from moe2dense.common.numbers import show_number
+
 # N blocks, B resamples, G groups, k sums per block
 
 
 class Estimate(float):
-    """A number with its interval: behaves as the float, carries `.low` and `.high` (NaN where one block gives none)."""
+    """A number that is a float and has a 95% interval, `.low` to `.high` (NaN where one block gives none)."""
 
     low: float
     high: float
@@ -21,15 +23,17 @@ class Estimate(float):
         return self
 
     def to_dict(self) -> dict[str, float | None]:
-        """{"value", "low", "high"} with None for what is not a number, as JSON needs it."""
+        """Return {"value", "low", "high"} with None for what is not a number, as JSON needs it."""
         return {"value": finite(self), "low": finite(self.low), "high": finite(self.high)}
 
     def __repr__(self) -> str:
-        return f"{float(self):.4g} [{self.low:.4g}, {self.high:.4g}]"
+        if not math.isfinite(self.low):
+            return f"{show_number(self)} (no interval)"
+        return f"{show_number(self)} (95% interval {show_number(self.low)} to {show_number(self.high)})"
 
 
 def finite(x: float) -> float | None:
-    """The number, or None where it is NaN or infinite (JSON has neither)."""
+    """Return the number, or None where it is NaN or infinite (JSON has neither)."""
     return float(x) if math.isfinite(x) else None
 
 
@@ -47,7 +51,7 @@ class Bootstrap:
         self.weights_BN = draws.astype(np.float64)
 
     def estimate(self, sums_Nk: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        """`statistic` maps totals [..., k] to numbers [...]; its value on all blocks and its interval."""
+        """Return the statistic of all blocks and its interval; `statistic` maps totals [..., k] to numbers [...]."""
         point = float(statistic(sums_Nk.sum(0)))
         used = int((np.abs(sums_Nk).sum(1) > 0).sum())  # blocks that hold any of it (a domain has only its own)
         if used < 2 or not len(self.weights_BN):
@@ -63,11 +67,11 @@ class Bootstrap:
         return Estimate(point, low, high)
 
     def mean(self, total_N: np.ndarray, count_N: np.ndarray) -> Estimate:
-        """The mean per token, from each block's sum and count."""
+        """Return the mean per token, from each block's sum and count."""
         return self.estimate(np.stack([total_N, count_N], 1), ratio)
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:
-    """totals[..., 0] / totals[..., 1], NaN where nothing was counted."""
+    """Return totals[..., 0] / totals[..., 1], NaN where nothing was counted."""
     with np.errstate(divide="ignore", invalid="ignore"):
         return np.where(totals[..., 1] != 0, totals[..., 0] / totals[..., 1], np.nan)

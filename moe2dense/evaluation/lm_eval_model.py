@@ -1,4 +1,4 @@
-"""The model that lm-evaluation-harness talks to: prefill only, for a streamed teacher and a transformers model alike."""
+"""The model that lm-evaluation-harness talks to: it only prefills, for a streamed teacher and a transformers model alike."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -6,33 +6,38 @@ from typing import Any
 import torch
 from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.data.blocks import Blocks, right_padded
-from moe2dense.evaluation.reference import label_scores, reference
-from moe2dense.evaluation.samples import student_texts
+from moe2dense.evaluation.likelihood import label_scores
+from moe2dense.evaluation.reference import AnyModel, reference
+from moe2dense.evaluation.sample_texts import student_texts
 from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.streamed import generate
+from moe2dense.modeling.kinds import language_model
+from moe2dense.teacher.model import Teacher
 
 # n requests, S longest request, H hidden
 
-RESIDENT_TOKENS = 16_384  # of one macro-batch of a model that is in memory
+RESIDENT_TOKENS = 16_384  # in one macro-batch of a model that is in memory
 LEAST_TOKENS = 4096  # a macro-batch is not cut below this for the sake of less padding
 MOST_NEW_TOKENS = 256
 
 
 class PrefillLM(TemplateLM):
-    """Scores requests from final hidden states, many at once, padded on the right; writes text greedily or by temperature.
+    """Score requests from final hidden states, many at once, padded on the right; write text greedily or by temperature.
 
-    model: a Teacher (streamed or resident) or a transformers causal LM. Tokens are encoded as harness's own HFLM does.
+    model: a Teacher (streamed or resident) or a transformers causal LM. Tokens are encoded as the harness's own HFLM does.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, seed: int = 0):
+    def __init__(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         super().__init__()
-        self.model, self.tokenizer, self.seed = model, tokenizer, seed
-        self.streams = hasattr(model, "run") and hasattr(model, "plan")
-        config = model.config.get_text_config()
+        self.model = model if isinstance(model, Teacher) else language_model(model)
+        self.tokenizer: Any = tokenizer  # transformers annotates what any call of a tokenizer could return
+        self.seed = seed
+        config = self.model.config.get_text_config()
         self.max_length = int(getattr(config, "max_position_embeddings", None) or 2048)
-        self.most = model.plan.macro_batch if self.streams else RESIDENT_TOKENS
+        self.most_tokens = self.model.plan.macro_batch if isinstance(self.model, Teacher) else RESIDENT_TOKENS
 
     @property
     def eot_token_id(self) -> int:
@@ -53,7 +58,7 @@ class PrefillLM(TemplateLM):
         )  # fmt: skip
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; special tokens as the tokenizer has it, unless the text brings its own or `add_special_tokens` says."""
+        """Return token ids; special tokens are added as the tokenizer does, unless the text has its own or the caller says."""
         if add_special_tokens is None:
             prefix = self.tokenizer.decode([self.prefix_token_id])
             options = {"add_special_tokens": False} if prefix and string.startswith(prefix) else {}
@@ -64,23 +69,23 @@ class PrefillLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str], list[int], list[int]]], disable_tqdm: bool = False, **_: Any
     ) -> list[tuple[float, bool]]:
-        """(log-likelihood of the continuation, whether it is what greedy decoding gives) per (text, context, continuation)."""
+        """Return (log-likelihood of the continuation, whether greedy decoding gives it) per (text, context, continuation)."""
         # the last token is only predicted; a context that is too long loses its beginning
         pairs = [((c + t)[-self.max_length - 1 :], len(t)) for _, c, t in requests]
         scores: list[tuple[float, bool]] = [(0.0, True)] * len(pairs)
-        for rows in self._batches([len(whole) - 1 for whole, _ in pairs]):
+        for rows in self._batches([len(ids) - 1 for ids, _ in pairs]):
             for i, score in zip(rows, self._score([pairs[i] for i in rows]), strict=True):
                 scores[i] = score
                 self.cache_hook.add_partial("loglikelihood", requests[i][0], score)
         return scores
 
     def _batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Requests in macro-batches, longest first: within the token budget, and cut where padding would double the work."""
+        """Yield requests in macro-batches, longest first: within the token budget, cut where padding would double the work."""
         rows: list[int] = []
         for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
             longest = lengths[rows[0]] if rows else 0
             padded = len(rows) * longest
-            if rows and (padded + longest > self.most or (2 * lengths[i] < longest and padded >= LEAST_TOKENS)):
+            if rows and (padded + longest > self.most_tokens or (2 * lengths[i] < longest and padded >= LEAST_TOKENS)):
                 yield rows
                 rows = []
             rows.append(i)
@@ -89,28 +94,29 @@ class PrefillLM(TemplateLM):
 
     @torch.no_grad()
     def _score(self, pairs: Sequence[tuple[list[int], int]]) -> list[tuple[float, bool]]:
-        ids, mask = right_padded([whole[:-1] for whole, _ in pairs])
-        labels, _ = right_padded([whole[1:] for whole, _ in pairs])
+        """Score (context and continuation, tokens of the continuation) pairs in one forward."""
+        inputs, mask = right_padded([ids[:-1] for ids, _ in pairs])
+        labels, _ = right_padded([ids[1:] for ids, _ in pairs])
         judged = mask.clone()
-        for row, (whole, count) in enumerate(pairs):
-            judged[row, : max(0, len(whole) - 1 - count)] = False
-        ref = reference(self.model, Blocks(ids, attention_mask=mask))
-        logp, first = label_scores(ref.hidden[judged], ref.head, labels[judged])
+        for row, (ids, count) in enumerate(pairs):
+            judged[row, : max(0, len(ids) - 1 - count)] = False
+        answers = reference(self.model, Blocks(inputs, attention_mask=mask))
+        logp, first = label_scores(answers.hidden[judged], answers.head, labels[judged])
         counts = judged.sum(1).tolist()
         return [(float(p.sum()), bool(f.all())) for p, f in zip(logp.split(counts), first.split(counts), strict=True)]
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood of whole texts, in windows of the model's length that do not overlap."""
+        """Return the log-likelihood of whole texts, in windows of the model's length that do not overlap."""
         windows, owner = [], []
         for i, request in enumerate(requests):
             (text,) = request.args
-            found = get_rolling_token_windows(
+            text_windows = get_rolling_token_windows(
                 token_list=self.tok_encode(text),
                 prefix_token=self.prefix_token_id,
                 max_seq_len=self.max_length,
                 context_len=1,
             )
-            for context, tokens in map(make_disjoint_window, found):
+            for context, tokens in map(make_disjoint_window, text_windows):
                 windows.append((("", text), context, tokens))
                 owner.append(i)
         totals = [0.0] * len(requests)
@@ -119,7 +125,7 @@ class PrefillLM(TemplateLM):
         return totals
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
-        """What the model writes after each context, up to the first of the task's stop strings."""
+        """Return what the model writes after each context, up to the first of the task's stop strings."""
         answers = []
         groups: dict[tuple[int, float], list[int]] = {}
         for i, request in enumerate(requests):
@@ -142,13 +148,13 @@ class PrefillLM(TemplateLM):
 
     def _write(self, prompts: list[list[int]], new: int, sampling: Sampling) -> list[list[int]]:
         stop = {self.eot_token_id}
-        if self.streams:
+        if isinstance(self.model, Teacher):
             return [c.ids for c in generate(self.model, prompts, new, stop, sampling)]
         return [student_texts(self.model, torch.tensor([p]), new, stop, sampling)[0] for p in prompts]
 
 
 def _until(text: str, stops: str | Sequence[str] | None) -> str:
-    """The text before the first stop string."""
+    """Return the text before the first stop string."""
     for stop in [stops] if isinstance(stops, str) else stops or []:
         if stop:
             text = text.split(stop)[0]

@@ -9,64 +9,70 @@ import importlib.util
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from moe2dense.errors import UserError
+import yaml
+from transformers import PreTrainedTokenizerBase
+
+from moe2dense.errors import UserError, first_line, nearest
+from moe2dense.evaluation.reference import AnyModel
 
 
 def check_harness() -> None:
-    """Raises UserError where lm-evaluation-harness is not installed."""
+    """Raise UserError where lm-evaluation-harness is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--tasks needs lm-evaluation-harness, which is not installed: pip install 'moe2dense[eval]'")
 
 
 def read_tasks(names: Sequence[str]) -> tuple[list[str], Any]:
-    """(task names, lm_eval TaskManager) for names of the harness's own tasks and paths of task files (YAML).
+    """Return (task names, lm_eval TaskManager) for names of the harness's own tasks and paths of task files (YAML).
 
     Raises UserError for a file that is missing or names no task, and for an unknown name, with the nearest known one.
     """
-    import yaml
     from lm_eval.tasks import TaskManager  # pyright: ignore[reportMissingImports]
 
-    from moe2dense.errors import nearest
-
     files = [Path(n) for n in names if n.endswith((".yaml", ".yml"))]
-    found: list[str] = []
-    for name in names:
-        if Path(name) not in files:
-            found.append(name)
-            continue
-        try:
-            loader = type("Loader", (yaml.SafeLoader,), {})
-            loader.add_multi_constructor("!", lambda *_: None)  # !function and the like are the harness's to resolve
-            table = yaml.load(Path(name).read_text(encoding="utf-8"), loader)
-        except OSError as error:
-            raise UserError(f"--tasks {name} cannot be read: {error.strerror}") from error
-        except yaml.YAMLError as error:
-            raise UserError(f"--tasks {name} is not valid YAML: {str(error).splitlines()[0]}") from error
-        task = table.get("task") or table.get("group") if isinstance(table, dict) else None
-        if not isinstance(task, str):
-            raise UserError(
-                f"--tasks {name} names no task; it needs a line `task: NAME`, see lm-evaluation-harness's task guide"
-            )
-        found.append(task)
+    tasks = [_task_of_file(name) if Path(name) in files else name for name in names]
     folders: Any = sorted({str(f.resolve().parent) for f in files})
     manager = TaskManager(include_path=folders or None, include_defaults=len(files) < len(names))
     known = manager.all_tasks
-    for name in found:
-        if name not in known:
+    for task in tasks:
+        if task not in known:
             raise UserError(
-                f"--tasks {name} is no task of lm-evaluation-harness and no task file{nearest(name, list(known))}"
+                f"--tasks {task} is no task of lm-evaluation-harness and no task file{nearest(task, list(known))}"
             )
-    return found, manager
+    return tasks, manager
+
+
+def _task_of_file(name: str) -> str:
+    """Return the name of the task, or group of tasks, that a task file defines."""
+    try:
+        loader = type("Loader", (yaml.SafeLoader,), {})
+        loader.add_multi_constructor("!", lambda *_: None)  # !function and the like are the harness's to resolve
+        table = yaml.load(Path(name).read_text(encoding="utf-8"), loader)
+    except OSError as error:
+        raise UserError(f"--tasks {name} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"--tasks {name} is not valid YAML: {first_line(error)}") from error
+    task = table.get("task") or table.get("group") if isinstance(table, dict) else None
+    if not isinstance(task, str):
+        raise UserError(
+            f"--tasks {name} names no task; it needs a line `task: NAME`, see lm-evaluation-harness's task guide"
+        )
+    return task
 
 
 def run_tasks(
-    models: dict[str, Any], tokenizer: Any, tasks: Sequence[str], *, limit: int | None = None, seed: int = 0
+    models: Mapping[str, AnyModel],
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Sequence[str],
+    *,
+    limit: int | None = None,
+    seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """{task: {metric: {model: {"value", "stderr"}}}} for Teachers and transformers models that share `tokenizer`.
+    """Return {task: {metric: {model: {"value", "stderr"}}}} for Teachers and transformers models that share `tokenizer`.
 
     tasks: as `read_tasks` takes them. limit: documents of each task, the same for every model. Raises UserError for tasks whose
     data cannot be had.
@@ -81,33 +87,32 @@ def run_tasks(
     settings = {"tasks": names, "task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
     settings |= {f"{kind}_seed": seed for kind in ("random", "numpy_random", "torch_random", "fewshot_random")}
     run: Any = evaluator.simple_evaluate
-    found: dict[str, dict[str, Any]] = {}
+    scores: dict[str, dict[str, Any]] = {}
     for name, model in models.items():
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
-            with contextlib.redirect_stdout(sys.stderr):  # it reports there; ours is for results
+            with contextlib.redirect_stdout(sys.stderr):  # the harness prints there; our own stdout is for results
                 result = run(model=PrefillLM(model, tokenizer, seed=seed), **settings)
         except UserError:
             raise
-        except (OSError, ValueError) as error:  # of the task's data or its file; there are many kinds
-            first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        except (OSError, ValueError) as error:  # of the task's data or its file, of many kinds
             raise UserError(
-                f"--tasks {','.join(tasks)} cannot run ({first}); a task from the hub needs a network"
+                f"--tasks {','.join(tasks)} cannot run ({first_line(error)}); a task from the hub needs a network"
             ) from error
         for task, numbers in result["results"].items():
             for metric, value in _metrics(numbers).items():
-                found.setdefault(task, {}).setdefault(metric, {})[name] = value
-    return found
+                scores.setdefault(task, {}).setdefault(metric, {})[name] = value
+    return scores
 
 
 def _metrics(numbers: Any) -> dict[str, dict[str, float | None]]:
-    """{'acc': {'value', 'stderr'}} from the harness's 'acc,none' and 'acc_stderr,none'."""
-    found = {}
+    """Return {'acc': {'value', 'stderr'}} of the harness's 'acc,none' and 'acc_stderr,none'."""
+    metrics = {}
     for key, value in numbers.items():
         metric, _, filtered = key.partition(",")
         if not filtered or metric.endswith("_stderr") or not isinstance(value, (int, float)):
             continue
         error = numbers.get(f"{metric}_stderr,{filtered}")
         shown = metric if filtered == "none" else f"{metric} ({filtered})"
-        found[shown] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
-    return found
+        metrics[shown] = {"value": float(value), "stderr": float(error) if isinstance(error, (int, float)) else None}
+    return metrics

@@ -1,19 +1,19 @@
-"""What is measured on every token: two next-token distributions, from final hidden states, a few tokens at a time."""
-
-from typing import Any
+"""Compare two next-token distributions on every token, from final hidden states, a few tokens at a time."""
 
 import torch
 from torch import Tensor
 
+from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
+from moe2dense.modeling.head import OutputHead
 
 # n tokens, H hidden, V vocabulary, N blocks, S block length
 
-CHUNK = 2**23  # numbers of [tokens, vocabulary] held at a time: 32 MB in fp32, a handful of such pieces
+CHUNK = 2**23  # numbers of [tokens, vocabulary] in memory at a time: 32 MB in fp32, a handful of such pieces
 
 
-def scored_positions(blocks: Any) -> Tensor:
-    """[N, S-1] bool: positions that are judged, where this token and the next are real, of one document, and labelled."""
+def scored_positions(blocks: Blocks) -> Tensor:
+    """Return the positions [N, S-1] bool that are judged: this token and the next are real, of one document, and labelled."""
     ids = blocks.input_ids
     keep = torch.ones(ids.shape[0], ids.shape[1] - 1, dtype=torch.bool)
     if blocks.attention_mask is not None:
@@ -27,9 +27,9 @@ def scored_positions(blocks: Any) -> Tensor:
 
 @torch.no_grad()
 def score_tokens(
-    hidden_t: Tensor, head_t: Any, hidden_s: Tensor, head_s: Any, labels: Tensor, chunk: int = CHUNK
+    hidden_t: Tensor, head_t: OutputHead, hidden_s: Tensor, head_s: OutputHead, labels: Tensor, chunk: int = CHUNK
 ) -> dict[str, Tensor]:
-    """Every per-token number for n tokens, fp32 on CPU. hidden_t [n, Ht], hidden_s [n, Hs], labels [n].
+    """Return every per-token number of n tokens, fp32 on the CPU; hidden_t [n, Ht], hidden_s [n, Hs], labels [n].
 
     The [tokens, vocabulary] matrix exists only `chunk` numbers at a time. Where the two vocabularies differ in size
     (padded embeddings) both distributions are taken over the ids they share.
@@ -48,12 +48,12 @@ def score_tokens(
 
 
 def _score(log_t: Tensor, log_s: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    # log_t, log_s [n, V] log-probabilities
+    """Score log-probabilities log_t, log_s [n, V] of teacher and student."""
     p_t, p_s = log_t.exp(), log_s.exp()
     top_t, top_s = log_t.argmax(-1), log_s.argmax(-1)
     label_t, label_s = (x.gather(1, labels[:, None])[:, 0] for x in (log_t, log_s))
     five = log_s.topk(min(5, log_s.shape[1]), -1).indices
-    out = {
+    numbers = {
         "kl": (p_t * (log_t - log_s)).sum(-1).clamp_min(0),
         "teacher_nll": -label_t,
         "nll": -label_s,
@@ -68,4 +68,4 @@ def _score(log_t: Tensor, log_s: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "teacher_correct": (top_t == labels).float(),
         "correct": (top_s == labels).float(),
     }
-    return {k: v.float().cpu() for k, v in out.items()}
+    return {k: v.float().cpu() for k, v in numbers.items()}

@@ -16,7 +16,7 @@ __getattr__, __dir__, __all__ = lazy.attach(
         "diagnosis": ["diagnose"],
         "html": ["render_page", "save_report"],
         "report_file": ["read_report"],
-        "show": ["show_report"],
+        "show": ["report"],
         "terminal": ["print_report"],
     },
 )
@@ -29,5 +29,5 @@ if TYPE_CHECKING:
     from moe2dense.reporting.html import render_page as render_page
     from moe2dense.reporting.html import save_report as save_report
     from moe2dense.reporting.report_file import read_report as read_report
-    from moe2dense.reporting.show import show_report as show_report
+    from moe2dense.reporting.show import report as report
     from moe2dense.reporting.terminal import print_report as print_report

@@ -11,8 +11,8 @@ from transformers import PreTrainedTokenizerBase
 from moe2dense.common.jsonable import clean
 from moe2dense.config.schema import RunConfig
 from moe2dense.errors import UserError
-from moe2dense.evaluation.scores import Scores, split_domains
-from moe2dense.evaluation.scores import retention as gap_closed
+from moe2dense.evaluation.retention import gap_closed, split_domains
+from moe2dense.evaluation.scores import Scores
 from moe2dense.reporting.definitions import ROW_TITLES
 from moe2dense.reporting.diagnosis import diagnose
 from moe2dense.reporting.report_file import SCHEMA, Report

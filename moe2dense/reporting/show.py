@@ -1,33 +1,34 @@
 """`moe2dense report`: write a run's page again, or compare two runs."""
 
 from pathlib import Path
+from typing import Annotated
 
 from rich.console import Console
 
+from moe2dense.config.flags import argument
 from moe2dense.reporting.compare import compare_reports, print_comparison
 from moe2dense.reporting.html import save_report
 from moe2dense.reporting.report_file import read_report
 from moe2dense.reporting.terminal import print_report
 
 
-def show_report(run: Path, other: Path | None = None, /, *, json: bool = False) -> None:
-    """Write report.html of a run again from its report.json, or compare two runs.
-
-    Parameters
-    ----------
-    run: folder of a run
-    other: folder of another run, to compare with
-    json: print JSON instead of tables
-    """
+def report(
+    run: Annotated[Path, argument("Folder of a run.", example="out/first")],
+    other: Annotated[Path | None, argument("Folder of another run, to compare with.", example="out/second")] = None,
+    /,
+    *,
+    json: Annotated[bool, argument("Print JSON instead of tables.")] = False,
+) -> None:
+    """Write report.html of a run again from its report.json, or compare two runs."""
     console = Console()
-    report = read_report(run)
+    content = read_report(run)
     if other is not None:
-        comparison = compare_reports(report, read_report(other))
+        comparison = compare_reports(content, read_report(other))
         console.print_json(data=comparison) if json else print_comparison(comparison, console)
         return
-    save_report(report, run)
+    save_report(content, run)
     if json:
-        console.print_json(data=report)
+        console.print_json(data=content)
     else:
-        print_report(report, console)
+        print_report(content, console)
         console.print(f"report: {run / 'report.html'}")

@@ -106,8 +106,8 @@ def test_loglikelihoods_equal_transformers_own(teacher, whole, tokenizer, monkey
     lengths = [9, 3, 60, 4, 2]
     batches = list(lm._batches(lengths))
     assert sorted(i for b in batches for i in b) == [0, 1, 2, 3, 4] and len(batches) > 1
-    found = lm.loglikelihood([request(*p) for p in pairs])
-    for (context, text), (logp, greedy) in zip(pairs, found, strict=True):
+    scores = lm.loglikelihood([request(*p) for p in pairs])
+    for (context, text), (logp, greedy) in zip(pairs, scores, strict=True):
         before = tokenizer(context)["input_ids"] if context else [lm.prefix_token_id]
         stripped = context.rstrip()
         ids = (
@@ -144,9 +144,9 @@ def test_long_texts_are_cut_as_the_harness_does(teacher, whole, tokenizer):
 
 def test_local_tasks_run_offline_for_teacher_and_student_alike(teacher, whole, tokenizer, tasks):
     names = [tasks[k] for k in ("choice", "rolling", "written")]
-    found = run_tasks({"teacher": teacher, "student": whole}, tokenizer, names, limit=6)
-    assert set(found) == {"tiny_choice", "tiny_rolling", "tiny_written"}
-    for metrics in found.values():
+    results = run_tasks({"teacher": teacher, "student": whole}, tokenizer, names, limit=6)
+    assert set(results) == {"tiny_choice", "tiny_rolling", "tiny_written"}
+    for metrics in results.values():
         for values in metrics.values():
             assert values["teacher"]["value"] == pytest.approx(values["student"]["value"], rel=1e-4)
     right = 0
@@ -157,13 +157,13 @@ def test_local_tasks_run_offline_for_teacher_and_student_alike(teacher, whole, t
             before = len(tokenizer(row["question"])["input_ids"])
             scores.append(own_loglikelihood(whole, ids[:before], ids[before:])[0])
         right += max(range(3), key=scores.__getitem__) == row["label"]
-    assert found["tiny_choice"]["acc"]["teacher"]["value"] == pytest.approx(right / 6)
+    assert results["tiny_choice"]["acc"]["teacher"]["value"] == pytest.approx(right / 6)
     total = sum(
         own_loglikelihood(whole, [tokenizer.bos_token_id], tokenizer(r["question"])["input_ids"])[0]
         for r in tasks["rows"][:6]
     )
     size = sum(len(r["question"].encode()) for r in tasks["rows"][:6])
-    perplexity = found["tiny_rolling"]["byte_perplexity"]["teacher"]["value"]
+    perplexity = results["tiny_rolling"]["byte_perplexity"]["teacher"]["value"]
     assert perplexity == pytest.approx(torch.tensor(-total / size).exp().item(), rel=1e-4)
 
 

@@ -15,7 +15,8 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.judge import Judge, check_judge
-from moe2dense.evaluation.samples import choose_prompts, distinct_bigrams, side_by_side, teacher_tokens
+from moe2dense.evaluation.sample_texts import choose_prompts, teacher_tokens
+from moe2dense.evaluation.samples import distinct_bigrams, side_by_side
 from moe2dense.reporting.rating_sheet import rating_sheet, write_sheet
 from moe2dense.teacher.load import load_teacher
 from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash, weight_hashes
@@ -45,26 +46,26 @@ def test_texts_and_scores_are_transformers_own(tiny, whole, held, tokenizer):
     with torch.no_grad():
         student.model.embed_tokens.weight.add_(torch.randn(student.model.embed_tokens.weight.shape) * 0.3)
     options = EvaluateConfig(samples=3, prompt_tokens=20, sample_tokens=9)
-    found = side_by_side(student, load_teacher(tiny), held, options, tokenizer=tokenizer, seed=4)
+    samples = side_by_side(student, load_teacher(tiny), held, options, tokenizer=tokenizer, seed=4)
     rows, prompt, new = choose_prompts(held, 3, 20, 9, seed=4)
-    assert (prompt, new) == (20, 9) == (found["prompt_tokens"], found["tokens"]) and "from memory" in found["how"]
+    assert (prompt, new) == (20, 9) == (samples["prompt_tokens"], samples["tokens"]) and "from memory" in samples["how"]
     texts = {"teacher": [], "student": [], "text": []}
-    for row, shown in zip(rows, found["rows"], strict=True):
+    for row, shown in zip(rows, samples["rows"], strict=True):
         ids = held.input_ids[row, :20]
-        for who, model in (("teacher", whole), ("student", student.eval())):
+        for writer, model in (("teacher", whole), ("student", student.eval())):
             mask = torch.ones(1, 20, dtype=torch.int64)
             out = model.generate(ids[None], attention_mask=mask, max_new_tokens=9, do_sample=False, pad_token_id=0)
-            texts[who].append([t for t in out[0, 20:].tolist() if t != tokenizer.eos_token_id])
-            assert shown[who] == tokenizer.decode(out[0], skip_special_tokens=True)[len(tokenizer.decode(ids)) :]
+            texts[writer].append([t for t in out[0, 20:].tolist() if t != tokenizer.eos_token_id])
+            assert shown[writer] == tokenizer.decode(out[0], skip_special_tokens=True)[len(tokenizer.decode(ids)) :]
         texts["text"].append(held.input_ids[row, 20:29].tolist())
         assert shown["prompt"] == tokenizer.decode(ids) and shown["domain"] == held.domains[row]
     prompts = [held.input_ids[row, :20].tolist() for row in rows]
-    for who, written in texts.items():
+    for writer, written in texts.items():
         for reader, model in (("teacher", whole), ("student", student)):
             total = sum(nll_of(model, p, ids) * len(ids) for p, ids in zip(prompts, written, strict=True))
             expected = total / sum(map(len, written))
-            assert found["scores"][who][reader] == pytest.approx(expected, rel=1e-4), (who, reader)
-    assert found["scores"]["teacher"]["teacher"] < found["scores"]["text"]["teacher"]
+            assert samples["scores"][writer][reader] == pytest.approx(expected, rel=1e-4), (writer, reader)
+    assert samples["scores"]["teacher"]["teacher"] < samples["scores"]["text"]["teacher"]
     assert side_by_side(student, None, held, EvaluateConfig(samples=0), tokenizer=tokenizer) is None
 
 
@@ -105,9 +106,9 @@ def test_a_teacher_on_disk_writes_within_its_limit_and_says_so(tiny, whole, held
     assert count == 0 and "wrote nothing" in how and "10GB" in how
     monkeypatch.setattr("moe2dense.evaluation.samples.teacher_tokens", lambda *_: (0, "Nothing."))
     options = EvaluateConfig(samples=2, prompt_tokens=8, sample_tokens=6)
-    found = side_by_side(whole, load_teacher(tiny), held, options, tokenizer=tokenizer)
-    assert "teacher" not in found["scores"] and found["rows"][0]["teacher"] is None and found["tokens"] == 6
-    assert set(next(csv.DictReader(io.StringIO(rating_sheet(found)[1]))).values()) >= {"student", "text"}
+    samples = side_by_side(whole, load_teacher(tiny), held, options, tokenizer=tokenizer)
+    assert "teacher" not in samples["scores"] and samples["rows"][0]["teacher"] is None and samples["tokens"] == 6
+    assert set(next(csv.DictReader(io.StringIO(rating_sheet(samples)[1]))).values()) >= {"student", "text"}
 
 
 def test_distinct_bigrams():
@@ -150,13 +151,13 @@ def test_the_teacher_is_known_again_however_it_is_stored(tiny, tmp_path):
 
 def test_the_judge_scores_bytes_with_its_own_tokens(tiny, whole, tokenizer, tmp_path):
     prompts, texts = ["The captain of the", "It was", "Nothing"], [" ship — sailed", " late and dark", ""]
-    found = Judge(tiny).nats_per_byte(prompts, texts)
+    nats = Judge(tiny).nats_per_byte(prompts, texts)
     total = 0.0
     for prompt, text in zip(prompts, texts, strict=True):
         ids, before = tokenizer(prompt + text)["input_ids"], len(tokenizer(prompt)["input_ids"])
         if text:
             total += nll_of(whole, ids[:before], ids[before:]) * (len(ids) - before)
-    assert found == pytest.approx(total / sum(len(t.encode()) for t in texts), rel=1e-4)
+    assert nats == pytest.approx(total / sum(len(t.encode()) for t in texts), rel=1e-4)
     assert Judge(tiny).nats_per_byte(["a"], [""]) is None
 
 

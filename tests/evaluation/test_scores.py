@@ -20,7 +20,8 @@ from moe2dense.evaluation import token_metrics as metrics
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
 from moe2dense.evaluation.reference import reference
-from moe2dense.evaluation.scores import frequency_groups, retention, split_domains
+from moe2dense.evaluation.retention import gap_closed, split_domains
+from moe2dense.evaluation.token_table import frequency_groups
 from moe2dense.modeling.head import output_head
 
 V = 61
@@ -192,15 +193,15 @@ def test_retention_is_the_share_of_the_gap_closed_and_paired():
     teacher, student, control, data = mixtral(0), llama(1), llama(2), blocks(12, 15)
     ref = reference(teacher, data)
     a, b = evaluate(student, ref, bootstrap=300), evaluate(control, ref, bootstrap=300)
-    share = retention(a, b)
+    share = gap_closed(a, b)
     assert share["overall"] == pytest.approx(1 - a.kl / b.kl)
     assert share["by_domain"]["code"] == pytest.approx(1 - a.by_domain["code"]["kl"] / b.by_domain["code"]["kl"])
     assert share["overall"].low < share["overall"] < share["overall"].high
-    same = retention(b, b)["overall"]
+    same = gap_closed(b, b)["overall"]
     assert same == same.low == same.high == 0  # paired: no noise of its own
-    assert retention(evaluate(teacher, ref), b)["overall"] == pytest.approx(1, abs=1e-4)
+    assert gap_closed(evaluate(teacher, ref), b)["overall"] == pytest.approx(1, abs=1e-4)
     with pytest.raises(UserError, match="other text"):
-        retention(a, evaluate(control, teacher, blocks(12, 15, seed=9), bootstrap=10))
+        gap_closed(a, evaluate(control, teacher, blocks(12, 15, seed=9), bootstrap=10))
 
 
 def test_intervals_cover_at_their_nominal_rate():
@@ -223,6 +224,11 @@ def test_one_block_gives_no_interval_and_json_has_no_nan():
     assert isinstance(scores.kl, Estimate) and "kl_NS" not in scores.to_dict()
 
 
+def test_an_estimate_says_what_its_interval_is():
+    assert repr(Estimate(0.7102, 0.5876, 0.8239)) == "0.710 (95% interval 0.588 to 0.824)"
+    assert f"{Estimate(0.7102)}" == "0.710 (no interval)" and f"{Estimate(0.7102, 0.6, 0.8):.4f}" == "0.7102"
+
+
 def test_bad_input_is_one_sentence():
     with pytest.raises(UserError, match="data:"):
         evaluate(llama(0), llama(1))
@@ -235,7 +241,8 @@ def test_bad_input_is_one_sentence():
 @pytest.mark.parametrize("stored", [False, True])
 def test_stored_hidden_targets_stand_for_the_teacher(stored, tmp_path):
     from moe2dense.distillation.targets.memory import hidden_targets
-    from moe2dense.distillation.targets.store import open_targets, write_targets
+    from moe2dense.distillation.targets.store import open_targets
+    from moe2dense.distillation.targets.write import write_targets
 
     teacher, student, data = llama(0), llama(1), blocks(5, 9)
     if stored:

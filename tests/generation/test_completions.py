@@ -10,7 +10,7 @@ import pytest
 from moe2dense.__main__ import main
 from moe2dense.config.schema import WriteConfig
 from moe2dense.errors import UserError
-from moe2dense.evaluation.reference import answer_nll
+from moe2dense.evaluation.likelihood import answer_nll
 from moe2dense.generation.completions import answer_blocks, ask_endpoint, read_completions
 from moe2dense.generation.endpoint import Endpoint, collect
 from moe2dense.generation.prompts import Prompt

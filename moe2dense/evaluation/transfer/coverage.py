@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
+from moe2dense.teacher.experts import ExpertWeights
 
 # n tokens, H hidden, M student width, F expert width
 
@@ -27,7 +28,7 @@ def ridge_errors(
     weights: Tensor | None = None,
     ridges: tuple[float, ...] = RIDGES,
 ) -> Tensor:
-    """Squared error [m] of each held-out token after a ridge regression on the tokens `train` [n] bool.
+    """Return the squared error [m] of each held-out token after a ridge regression on the tokens `train` [n] bool.
 
     weights [n] multiply each token's features, targets and error, as in weighted least squares. Solved in the dual on tokens,
     so a wide FFN costs no more than the tokens squared; the intercept is a constant feature as large as all others
@@ -54,13 +55,13 @@ def ridge_errors(
 
 
 def relative_weights(outputs_nH: Tensor) -> Tensor:
-    """[n] 1 / max(|f|, median |f|): each token counts by its relative error, and a few huge outputs do not decide alone."""
+    """Return 1 / max(|f|, median |f|) [n]: tokens count by relative error, and a few huge outputs do not decide alone."""
     size = outputs_nH.float().norm(dim=1)
     return 1 / size.clamp_min(float(size.median().clamp_min(1e-12)))
 
 
 def press(values: Tensor, vectors: Tensor, targets: Tensor) -> float:
-    """Leave-one-out squared error of kernel ridge, from the eigenvalues (ridge added) and vectors of the kernel."""
+    """Return the leave-one-out squared error of kernel ridge, from eigenvalues (ridge added) and vectors of the kernel."""
     dual = vectors @ ((vectors.T @ targets) / values[:, None])
     inverse_diagonal = (vectors.square() / values).sum(1)
     return float((dual / inverse_diagonal[:, None]).square().sum())
@@ -74,16 +75,22 @@ def random_features(
     generator: torch.Generator,
     glu: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """Activations [n, width] of a random gated FFN whose weights have the given spread."""
+    """Return activations [n, width] of a random gated FFN whose weights have the given spread."""
     shape = (width, x.shape[1])
     gate, up = (torch.randn(shape, generator=generator).to(x) * s for s in (gate_std, up_std))
     return glu(x @ gate.T, x @ up.T)
 
 
+def random_features_like(expert: ExpertWeights, x: Tensor, width: int, generator: torch.Generator) -> Tensor:
+    """Return activations [n, width] of a random FFN with the spread and the gating of an expert's weights."""
+    spread = float(expert.gate.std()), float(expert.up.std())
+    return random_features(x, width, *spread, generator, expert.gating)
+
+
 def coverage(
     errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, size: float, bootstrap: Bootstrap
 ) -> Estimate | None:
-    """(random - student) / (random - copy), from squared errors on the same held-out tokens, with an interval over them.
+    """Return (random - student) / (random - copy) of squared errors on the same held-out tokens, with an interval over them.
 
     None where a copy reads the expert hardly better than a random FFN does: there is nothing to tell apart.
     """
@@ -95,48 +102,7 @@ def coverage(
 
 
 def split(n: int, generator: torch.Generator, held_out: float = 1 / 3) -> Tensor:
-    """[n] bool, True for the tokens to fit on."""
+    """Return a random mask [n], True for the tokens to fit on."""
     train = torch.ones(n, dtype=torch.bool)
     train[torch.randperm(n, generator=generator)[: max(1, round(n * held_out))]] = False
     return train
-
-
-def domain_lift(counts_NE: np.ndarray, domains: list[str], shuffles: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
-    """Which domains an expert's tokens come from, against chance.
-
-    counts_NE: tokens of each block routed to each expert; domains: one label per block. Returns "names", "share_ED" (of the
-    expert's tokens), "overall_D" (of all routed tokens), "lift_E" (largest share / overall, of the expert's favourite
-    domain), and "chance_E": the 95th percentile of that when labels are shuffled among blocks.
-    """
-    names = sorted(set(domains))
-    index = np.array([names.index(d) for d in domains])
-    overall = _onehot(index, len(names)).T @ counts_NE.sum(1, keepdims=True)
-    overall = overall[:, 0] / max(overall.sum(), 1)
-
-    def shares(labels: np.ndarray) -> np.ndarray:
-        per = counts_NE.T @ _onehot(labels, len(names))
-        return per / np.maximum(per.sum(1, keepdims=True), 1)
-
-    def top(share: np.ndarray, base: np.ndarray) -> np.ndarray:
-        return (share / np.maximum(base, 1e-12)).max(1)
-
-    rng = np.random.default_rng(seed)
-    total = counts_NE.sum(1)
-    chance = []
-    for _ in range(shuffles if len(names) > 1 else 0):
-        labels = rng.permutation(index)
-        base = np.bincount(labels, total, len(names)) / max(total.sum(), 1)
-        chance.append(top(shares(labels), base))
-    share = shares(index)
-    used = counts_NE.sum(0) > 0
-    return {
-        "names": np.array(names, dtype=object),
-        "share_ED": share,
-        "overall_D": overall,
-        "lift_E": np.where(used, top(share, overall), np.nan),
-        "chance_E": np.quantile(chance, 0.95, axis=0) if chance else np.ones(counts_NE.shape[1]),
-    }
-
-
-def _onehot(index: np.ndarray, size: int) -> np.ndarray:
-    return np.eye(size)[index]

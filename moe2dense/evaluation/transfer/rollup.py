@@ -1,36 +1,36 @@
-"""From experts to layers to the model, and what the construction says of each expert's provenance."""
+"""From experts to layers to the model, and what the build says of each expert's provenance."""
 
 from typing import Any
 
 import torch
 
-from moe2dense.student.types import MIXED, NEW, SHARED
+from moe2dense.student.types import MIXED, NEW, SHARED, LayerProvenance
 
 KEPT, DROPPED = 0.9, 0.01  # share of an expert's neuron energy from which it counts as kept, below which as dropped
 
 
-def provenance_columns(provenance: Any, experts: int, width: int) -> dict[str, Any]:
-    """A layer's construction by expert: shares kept, a word for each expert, and how many neurons came from where.
+def provenance_columns(provenance: LayerProvenance | None, experts: int, width: int) -> dict[str, Any]:
+    """Return how a layer was built: shares kept by expert, a word for each expert, and how many neurons came from where.
 
-    `provenance`: a LayerProvenance, or None where it is not known. A layer that is mostly mixtures of several neurons is "merged".
+    `provenance` is None where it is not known. A layer that is mostly mixtures of several neurons is "merged".
     """
     if provenance is None:
         return {"metrics": {}, "provenance": [], "neurons_from": None, "other_neurons": {}}
     source, total = provenance.source_expert, provenance.energy_total.double()
     energy = torch.where(total > 0, provenance.energy_kept.double() / total.clamp(min=1e-30), torch.nan)
-    own = source >= 0
-    pairs = torch.stack([source[own], provenance.source_neuron[own]], 1).unique(dim=0)
-    neurons = torch.bincount(source[own], minlength=experts)
+    routed = source >= 0  # neurons of routed experts
+    pairs = torch.stack([source[routed], provenance.source_neuron[routed]], 1).unique(dim=0)
+    neurons = torch.bincount(source[routed], minlength=experts)
     distinct = torch.bincount(pairs[:, 0], minlength=experts)
     merged = int((source == MIXED).sum()) * 2 > len(source)
 
     def word(e: int) -> str:
-        kept = float(energy[e])
+        energy_kept = float(energy[e])
         if merged:
             return "merged"
-        if neurons[e] == 0 or kept < DROPPED:
+        if neurons[e] == 0 or energy_kept < DROPPED:
             return "dropped"
-        return "kept" if kept >= KEPT or int(distinct[e]) == width else "partly kept"
+        return "kept" if energy_kept >= KEPT or int(distinct[e]) == width else "partly kept"
 
     others = {"shared": SHARED, "new": NEW, "mixed": MIXED}
     return {
@@ -45,7 +45,7 @@ def provenance_columns(provenance: Any, experts: int, width: int) -> dict[str, A
 
 
 def layer_rollup(row: dict[str, Any]) -> dict[str, Any]:
-    """Coverage of the measured experts, cut to 0..1, weighted by their share of the layer's output energy."""
+    """Return the measured experts' coverage, cut to 0..1, weighted by their share of the layer's output energy."""
     metrics = row["metrics"]
     cells = [
         (c, s)
@@ -60,14 +60,14 @@ def layer_rollup(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def model_rollup(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Means over the sparse layers: "transferred" coverage, "reproduced" 1 - block error after training (and "_before").
+    """Return means over sparse layers: "transferred" coverage, "reproduced" 1 - block error after training (and "_before").
 
     "experts" and "measured" count them. None where nothing was measured.
     """
 
     def mean(values: list[float | None]) -> float | None:
-        found = [v for v in values if v is not None]
-        return sum(found) / len(found) if found else None
+        known = [v for v in values if v is not None]
+        return sum(known) / len(known) if known else None
 
     def reproduced(key: str) -> float | None:
         errors = [r["rollup"].get(key) for r in rows]
@@ -83,7 +83,7 @@ def model_rollup(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def ranking(rows: list[dict[str, Any]], most: int = 8) -> tuple[list[list[int]], list[list[int]]]:
-    """(least, best) transferred experts as [layer, expert], by functional coverage."""
+    """Return (least, best) transferred experts as [layer, expert], by functional coverage."""
     cells = [
         (v, r["index"], e) for r in rows for e, v in enumerate(r["metrics"].get("coverage") or []) if v is not None
     ]

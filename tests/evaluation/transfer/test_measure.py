@@ -13,6 +13,7 @@ from moe2dense.errors import UserError
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.bootstrap import Bootstrap
 from moe2dense.evaluation.transfer import coverage
+from moe2dense.evaluation.transfer.domain_lift import domain_lift
 from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.families.cards import student_host
 from moe2dense.student.types import NEW, LayerProvenance, Student
@@ -81,8 +82,8 @@ def text(n=24, s=32, seed=1, domains=("law", "code", "news")):
 
 def test_copied_experts_survive_and_dropped_ones_do_not(tmp_path):
     model = make_teacher()
-    found = measure_transfer(saved(model, tmp_path), text(), make_student(model, 2 * F, sources=(0, 2)))
-    for row in found.layers:
+    transfer = measure_transfer(saved(model, tmp_path), text(), make_student(model, 2 * F, sources=(0, 2)))
+    for row in transfer.layers:
         cover = row["metrics"]["coverage"]
         assert min(cover[0], cover[2]) > 0.95, cover
         assert max(cover[1], cover[3]) < 0.2, cover
@@ -92,9 +93,9 @@ def test_copied_experts_survive_and_dropped_ones_do_not(tmp_path):
         share = row["metrics"]["energy_share"]
         clipped = [min(1, max(0, c)) for c in cover]
         assert row["rollup"]["coverage"] == pytest.approx(np.average(clipped, weights=share))
-    assert found.model["transferred"] == pytest.approx(np.mean([r["rollup"]["coverage"] for r in found.layers]))
-    assert {e for _, e in found.best[:4]} == {0, 2} and {e for _, e in found.worst[:4]} == {1, 3}
-    assert found.model["measured"] == found.model["experts"] == LAYERS * E
+    assert transfer.model["transferred"] == pytest.approx(np.mean([r["rollup"]["coverage"] for r in transfer.layers]))
+    assert {e for _, e in transfer.best[:4]} == {0, 2} and {e for _, e in transfer.worst[:4]} == {1, 3}
+    assert transfer.model["measured"] == transfer.model["experts"] == LAYERS * E
 
 
 def test_a_duplicate_is_replaceable_and_others_are_not(tmp_path):
@@ -104,8 +105,8 @@ def test_a_duplicate_is_replaceable_and_others_are_not(tmp_path):
             layer.mlp.experts.down_proj[3] = 2 * layer.mlp.experts.down_proj[1]
 
     model = make_teacher(change=duplicate)
-    found = measure_transfer(saved(model, tmp_path), text(), make_student(model, F))
-    for row in found.layers:
+    transfer = measure_transfer(saved(model, tmp_path), text(), make_student(model, F))
+    for row in transfer.layers:
         value = row["metrics"]["replaceability"]
         assert value[1] == pytest.approx(1, abs=1e-4) and value[3] == pytest.approx(1, abs=1e-4)
         assert max(value[0], value[2]) < 0.6
@@ -133,9 +134,9 @@ def domain_text(n=20, s=24):
 
 def test_unused_is_unmeasured_and_a_domain_expert_shows_its_domain(tmp_path):
     model, blocks = make_teacher(change=by_domain), domain_text()
-    found = measure_transfer(saved(model, tmp_path), blocks, make_student(model, F))
-    assert found.domains == ["code", "law"] and found.domain_share == [0.5, 0.5]
-    for row in found.layers:
+    transfer = measure_transfer(saved(model, tmp_path), blocks, make_student(model, F))
+    assert transfer.domains == ["code", "law"] and transfer.domain_share == [0.5, 0.5]
+    for row in transfer.layers:
         metrics = row["metrics"]
         assert row["measured"] == [True, True, True, False] and row["tokens"] == [480, 240, 240, 0]
         assert metrics["load"] == pytest.approx([1, 0.5, 0.5, 0])
@@ -156,14 +157,14 @@ def test_shuffled_labels_give_chance_lift():
     above = []
     for seed in range(12):
         labels = [str(x) for x in np.random.default_rng(seed).integers(0, 3, 60)]
-        found = coverage.domain_lift(counts, labels, seed=seed)
-        above.append((found["lift_E"] > found["chance_E"]).mean())
+        lift = domain_lift(counts, labels, seed=seed)
+        above.append((lift["lift_E"] > lift["chance_E"]).mean())
     assert np.mean(above) < 0.1
     planted = counts.copy()
     labels = [str(i % 3) for i in range(60)]
     planted[[i for i in range(60) if i % 3], 0] = 0
-    found = coverage.domain_lift(planted, labels)
-    assert found["lift_E"][0] > found["chance_E"][0] and found["share_ED"][0].tolist() == [1, 0, 0]
+    lift = domain_lift(planted, labels)
+    assert lift["lift_E"][0] > lift["chance_E"][0] and lift["share_ED"][0].tolist() == [1, 0, 0]
 
 
 def constant_routing(model):
@@ -190,8 +191,8 @@ def test_an_exact_student_has_no_error_a_silent_one_has_error_one(tmp_path):
             layer.mlp.up_proj.weight /= factor
     teacher = saved(model, tmp_path)
     scores, other = (evaluate(s, model, blocks, bootstrap=50) for s in (exact, silent))
-    found = measure_transfer(teacher, blocks, exact, silent, scores, other)
-    for row in found.layers:
+    transfer = measure_transfer(teacher, blocks, exact, silent, scores, other)
+    for row in transfer.layers:
         metrics = row["metrics"]
         assert max(metrics["error_after"][:2]) < 1e-8 and min(metrics["cosine_after"][:2]) > 0.9999
         assert (
@@ -201,8 +202,8 @@ def test_an_exact_student_has_no_error_a_silent_one_has_error_one(tmp_path):
         assert row["rollup"]["stream_after"] < 1e-8 < row["rollup"]["stream_before"]
         assert row["rollup"]["error_after"] < 1e-8 and row["rollup"]["error_before"] == pytest.approx(1)
         assert metrics["kl_after"][0] < 1e-6 < metrics["kl_before"][0] and metrics["kl_after"][3] is None
-    assert found.model["reproduced"] == pytest.approx(1, abs=1e-6)
-    assert found.model["reproduced_before"] == pytest.approx(0, abs=1e-5)
+    assert transfer.model["reproduced"] == pytest.approx(1, abs=1e-6)
+    assert transfer.model["reproduced_before"] == pytest.approx(0, abs=1e-5)
 
 
 def test_numbers_equal_a_brute_force_computation(tmp_path):
@@ -213,14 +214,14 @@ def test_numbers_equal_a_brute_force_computation(tmp_path):
     blocks = Blocks(blocks.input_ids, blocks.domains, attention_mask=mask)
     student = make_student(model, 17)
     scores = evaluate(student, model, blocks, bootstrap=50)
-    found = measure_transfer(saved(model, tmp_path), blocks, student, scores=scores, least_tokens=8)
+    transfer = measure_transfer(saved(model, tmp_path), blocks, student, scores=scores, least_tokens=8)
     model, own = model.double(), copy.deepcopy(student.model).double()
     seen = {}
     for i, layer in enumerate(model.model.layers):
         layer.mlp.register_forward_hook(lambda m, a, out, i=i: seen.update({i: (a[0].flatten(0, 1), (out[0] if isinstance(out, tuple) else out).reshape(-1, H))}))  # fmt: skip
     with torch.no_grad():
         model(blocks.input_ids, attention_mask=mask.long())
-        for i, row in enumerate(found.layers):
+        for i, row in enumerate(transfer.layers):
             x, y = (t[mask.flatten()] for t in seen[i])
             logits = x @ model.model.layers[i].mlp.gate.weight.T
             weight, index = logits.softmax(-1).topk(2)
@@ -302,6 +303,7 @@ def test_shapes_that_cannot_be_compared_are_refused(tmp_path):
         measure_transfer(teacher, text(5, 8), student, scores=scores)
     shallow = copy.deepcopy(student)
     del shallow.model.model.layers[1]
+    shallow.model.config.num_hidden_layers = 1
     with pytest.raises(UserError, match="1 layers"):
         measure_transfer(teacher, text(4, 8), shallow)
 
