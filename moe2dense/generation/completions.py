@@ -1,10 +1,12 @@
-"""Black-box distillation: a teacher of which only answers are known. Its completions are learnt as hard labels."""
+"""Black-box distillation: of the teacher only answers are known, and the student learns them as hard labels."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.config.schema import WriteConfig
 from moe2dense.data.blocks import Blocks
@@ -15,15 +17,15 @@ from moe2dense.generation.prompts import read_prompts
 
 
 def read_completions(path: str | Path) -> tuple[list[dict[str, Any]], str]:
-    """(records of a .jsonl file, a warning or ''): {"prompt", "completion"}, {"messages"} that end with an answer, or {"text"}.
+    """Return (records of a .jsonl file, a warning or "").
 
-    A last line that was cut short is left out, and the warning says so. Raises UserError naming the line for anything else.
+    A record is {"prompt", "completion"}, {"messages"} that end with an answer, or {"text"}. A last line that was cut short is left out, and the warning says so. Raises UserError naming the line for anything else.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
         raise UserError(f"--completions {path} cannot be read: {error.strerror}") from error
-    found, warning = [], ""
+    records, warning = [], ""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -36,13 +38,14 @@ def read_completions(path: str | Path) -> tuple[list[dict[str, Any]], str]:
             raise UserError(
                 f"--completions {path}: line {number} is not JSON ({line[:40]!r}); repair or remove it"
             ) from None
-        found.append(_checked(record, f"--completions {path}: line {number}"))
-    if not found:
+        records.append(_checked(record, f"--completions {path}: line {number}"))
+    if not records:
         raise UserError(f"--completions {path} holds no completion; each line needs prompt and completion, or messages")
-    return found, warning
+    return records, warning
 
 
 def _checked(record: Any, where: str) -> dict[str, Any]:
+    """Return a parsed line that is a record. Raises UserError for another."""
     if isinstance(record, dict):
         if isinstance(record.get("completion"), str) or isinstance(record.get("text"), str):
             return record
@@ -57,12 +60,12 @@ def ask_endpoint(
     data: str,
     folder: Path,
     write: WriteConfig,
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     tokens: int | None,
     seed: int,
-    progress: Any = None,
+    progress: Callable[..., None] | None = None,
 ) -> list[dict[str, Any]]:
-    """The endpoint's answers to the prompts in `data`, about `tokens` of them in the student's tokenizer. See `collect`."""
+    """Return the endpoint's answers to the prompts in `data`, about `tokens` tokens of the student's tokenizer. See `collect`."""
     stride = write.prompt_tokens + endpoint.max_tokens
     prompts = read_prompts(data, tokenizer, "train", seed, write.prompt_tokens, stride)
     sizes: list[int] = []
@@ -78,15 +81,15 @@ def ask_endpoint(
 
 
 def answer_blocks(
-    records: list[dict[str, Any]], tokenizer: Any, block: int, tokens: int | None, seed: int
+    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, block: int, tokens: int | None, seed: int
 ) -> tuple[Blocks, Blocks | None]:
-    """(training blocks, held-out blocks: a twentieth of the records, None when they fill no block)."""
+    """Return (training blocks, held-out blocks: a twentieth of the records, None when they fill no block)."""
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [records[i] for i in order]
-    kept = len(shuffled) - len(shuffled) // 20
-    train = blocks_of(shuffled[:kept], tokenizer, block, "of the completions", tokens)
+    training = len(shuffled) - len(shuffled) // 20
+    train = blocks_of(shuffled[:training], tokenizer, block, "of the completions", tokens)
     try:
-        held = blocks_of(shuffled[kept:], tokenizer, block, "held out")
+        held_out = blocks_of(shuffled[training:], tokenizer, block, "held out")
     except UserError:
-        held = None
-    return train, held
+        held_out = None
+    return train, held_out

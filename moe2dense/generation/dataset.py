@@ -1,7 +1,7 @@
-"""A dataset that a teacher wrote: shards of records that `--data` reads, with where they came from.
+"""A folder of text that a teacher wrote: shards of records that `--data` reads, with where they came from.
 
 writing.json              teacher, settings, source of the prompts, checksum of every shard; a shard counts once it is listed here
-parts/                    what single processes have written of a shard that is not listed yet
+parts/                    shares of single processes in a shard that is not listed yet
 train-00000.jsonl.gz ...  {"prompt", "completion"} (or "text", where the prompt is learnt too; or "messages"), "nll", "stopped", "number"
 """
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import xxhash
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.common.files import atomic_write
 from moe2dense.common.processes import from_first
@@ -24,30 +25,33 @@ from moe2dense.errors import UserError
 from moe2dense.generation.filters import Filters, Sieve, parse_band
 from moe2dense.generation.parts import drop_parts, written_by_all
 from moe2dense.generation.prompts import Prompt, read_prompts
+from moe2dense.generation.records import completion_of, filtered_records
 from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.streamed import Completion, check_lengths, generate
+from moe2dense.teacher.model import Teacher
 from moe2dense.weights.fingerprint import checkpoint_fingerprint
 
 VERSION = 1
 MANIFEST = "writing.json"
-_HOPELESS = 0.02  # of the texts kept after two shards: the filters, not chance
+_MIN_PASSING = 0.02  # share of the texts: fewer after two shards is the filters' doing, not chance
 
 
-def stop_ids(teacher: Any, tokenizer: Any) -> list[int]:
-    """Ids that end a text: the tokenizer's end-of-text token and what the checkpoint's generation_config.json names."""
-    found = {tokenizer.eos_token_id, *_ids(teacher.config.get_text_config().eos_token_id)}
+def stop_ids(teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return ids that end a text: the tokenizer's end-of-text token and those the checkpoint's generation_config.json names."""
+    ids = {*_ids(tokenizer.eos_token_id), *_ids(teacher.config.get_text_config().eos_token_id)}
     file = Path(teacher.path) / "generation_config.json"
     if file.is_file():
-        found |= set(_ids(json.loads(file.read_text()).get("eos_token_id")))
-    return sorted(i for i in found if i is not None)
+        ids |= set(_ids(json.loads(file.read_text()).get("eos_token_id")))
+    return sorted(ids)
 
 
 def _ids(value: Any) -> list[int]:
+    """Return token ids that a config gives as one, several or none."""
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 def sizes(settings: WriteConfig, positions: int, block: int) -> tuple[int, int]:
-    """(prompt tokens, new tokens): new_tokens 0 = what is left of a block. Raises UserError when nothing is."""
+    """Return (prompt tokens, new tokens), which is what is left of a block where new_tokens is 0. Raises UserError for nothing."""
     new = settings.new_tokens or min(block, positions) - settings.prompt_tokens
     if new < 1:
         raise UserError(
@@ -57,7 +61,7 @@ def sizes(settings: WriteConfig, positions: int, block: int) -> tuple[int, int]:
 
 
 def write_text(
-    teacher: Any,
+    teacher: Teacher,
     folder: str | Path,
     source: str | Path,
     settings: WriteConfig,
@@ -66,17 +70,19 @@ def write_text(
     block: int = 2048,
     split: str = "train",
     seed: int = 0,
-    tokenizer: Any = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Path:
     """Let the teacher write about `tokens` tokens, prompts included, into `folder`; an unfinished folder is continued.
 
-    Prompts are beginnings of `source`'s passages (see `read_prompts`); they come round again, drawn anew, when the text needs more.
-    Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Under torch.distributed every process writes its
-    share of each shard and rank 0 filters and lists them, so the result is that of one process. Raises UserError for a folder
-    that holds something else, a teacher that writes nothing, and filters that keep nothing; finished shards stay.
+    Prompts are beginnings of `source`'s passages (see `read_prompts`); where the text needs more, they are continued again with
+    other random numbers. Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Under torch.distributed
+    every process writes its share of each shard and rank 0 filters and lists them, so the result is that of one process. Raises
+    UserError for a folder that holds something else, a teacher that writes nothing, and filters that drop nearly everything;
+    finished shards stay.
     """
     folder, tokenizer = Path(folder), tokenizer or teacher.tokenizer()
+    assert tokenizer is not None
     prompt_tokens, new = sizes(
         settings, getattr(teacher.config.get_text_config(), "max_position_embeddings", block), block
     )
@@ -84,19 +90,19 @@ def write_text(
     sieve = Sieve(Filters(settings.min_tokens, parse_band(settings.nll), settings.duplicates, settings.same_script))
 
     def begin() -> dict[str, Any]:
-        about = _begin(folder, _identity(teacher, source, settings, split, seed, new))
-        _check_shards(folder, about, sieve)
-        drop_parts(folder, _done(about)[0])
-        return about
+        manifest = _begin(folder, _identity(teacher, source, settings, split, seed, new))
+        _check_shards(folder, manifest, sieve)
+        drop_parts(folder, _progress_of(manifest)[0])
+        return manifest
 
-    about = from_first(begin)
+    manifest = from_first(begin)
     prompts = _endless(source, tokenizer, split, seed, prompt_tokens, prompt_tokens + new, sampling.temperature > 0)
-    done, kept = _done(about)
+    done, kept_tokens = _progress_of(manifest)
     for _ in islice(prompts, done):
         pass
     stop = stop_ids(teacher, tokenizer)
-    while kept < tokens:
-        batch = list(islice(prompts, min(settings.shard, -(-(tokens - kept) // (prompt_tokens + new)))))
+    while kept_tokens < tokens:
+        batch = list(islice(prompts, min(settings.shard, -(-(tokens - kept_tokens) // (prompt_tokens + new)))))
         if not batch:
             break  # greedy text of every passage: there is no more
         texts = [p.ids for p in batch]
@@ -106,44 +112,48 @@ def write_text(
             return generate(teacher, texts[rows], new, stop, sampling, first=done + rows.start)
 
         answers = written_by_all(folder, done, len(batch), write)
-        add = partial(_add_round, folder, about, batch, answers, settings.learn_prompt, tokenizer, sieve)
-        about = from_first(add)
-        done, kept = _done(about)
+        add = partial(_add_round, folder, manifest, batch, answers, settings.learn_prompt, tokenizer, sieve)
+        manifest = from_first(add)
+        done, kept_tokens = _progress_of(manifest)
         if progress:
-            progress("write", min(kept, tokens), tokens, tokens=kept)
+            progress("write", min(kept_tokens, tokens), tokens, tokens=kept_tokens)
     return folder
 
 
-def _done(about: dict[str, Any]) -> tuple[int, int]:
-    """(prompts answered, tokens kept) so far."""
-    return about["shards"][-1]["to"] if about["shards"] else 0, sum(s["tokens"] for s in about["shards"])
+def _progress_of(manifest: dict[str, Any]) -> tuple[int, int]:
+    """Return (prompts answered, tokens of the texts that passed) so far."""
+    shards = manifest["shards"]
+    return shards[-1]["to"] if shards else 0, sum(s["tokens"] for s in shards)
 
 
 def _add_round(
     folder: Path,
-    about: dict[str, Any],
+    manifest: dict[str, Any],
     batch: list[Prompt],
     answers: list[Completion],
-    learn: bool,
-    tokenizer: Any,
+    learn_prompt: bool,
+    tokenizer: PreTrainedTokenizerBase,
     sieve: Sieve,
 ) -> dict[str, Any]:
-    """Filter what was written after `batch` and enter it as a shard; returns what writing.json says then."""
-    done = _done(about)[0]
+    """Filter the answers to `batch` and enter them as a shard; return writing.json as it is then."""
+    done = _progress_of(manifest)[0]
     if not any(a.ids for a in answers):
         raise UserError(
             f"the teacher wrote only its end-of-text token after all {len(batch)} prompts; give longer prompts or others "
             f"(what was written before is kept in {folder})"
         )
-    rows = _records(batch, answers, done, learn, tokenizer, sieve)
-    size = sum(n for _, n in rows)
-    _add_shard(folder, about, [row for row, _ in rows], done + len(batch), size, dict(sieve.dropped))
+    records = filtered_records(batch, answers, done, learn_prompt, tokenizer, sieve)
+    tokens = sum(n for _, n in records)
+    _add_shard(folder, manifest, [record for record, _ in records], done + len(batch), tokens, dict(sieve.dropped))
     drop_parts(folder, done + len(batch))
-    _check_hope(about, sieve, folder)
-    return about
+    _check_passing(manifest, sieve, folder)
+    return manifest
 
 
-def _identity(teacher: Any, source: Any, settings: WriteConfig, split: str, seed: int, new: int) -> dict[str, Any]:
+def _identity(
+    teacher: Teacher, source: str | Path, settings: WriteConfig, split: str, seed: int, new: int
+) -> dict[str, Any]:
+    """Return what must not change between the begin of a folder and its continuation."""
     writes = {k: v for k, v in asdict(settings).items() if k not in ("share", "shard")}
     return {
         "version": VERSION,
@@ -154,28 +164,28 @@ def _identity(teacher: Any, source: Any, settings: WriteConfig, split: str, seed
 
 
 def _begin(folder: Path, identity: dict[str, Any]) -> dict[str, Any]:
-    """writing.json of a new folder, or of the unfinished one that is there."""
+    """Return writing.json of a new folder, or of the unfinished one. Raises UserError where that is of other text."""
     if (folder / MANIFEST).exists():
         try:
-            about = json.loads((folder / MANIFEST).read_text())
+            manifest = json.loads((folder / MANIFEST).read_text())
         except (OSError, json.JSONDecodeError) as error:
             raise UserError(f"{folder / MANIFEST} cannot be read: {error}; choose another folder") from error
-        changed = next((n for n, v in identity.items() if about.get(n) != v), None)
+        changed = next((n for n, v in identity.items() if manifest.get(n) != v), None)
         if changed is not None:
             raise UserError(
-                f"{folder} holds text written with other {changed} ({about.get(changed)}, now {identity[changed]}); choose another folder"
+                f"{folder} holds text written with other {changed} ({manifest.get(changed)}, now {identity[changed]}); choose another folder"
             )
-        return about
+        return manifest
     if folder.exists() and any(folder.iterdir()):
         raise UserError(f"{folder} exists and holds no {MANIFEST}; choose another folder")
-    about = identity | {"shards": []}
-    atomic_write(folder / MANIFEST, json.dumps(about, indent=1))
-    return about
+    manifest = identity | {"shards": []}
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
+    return manifest
 
 
-def _check_shards(folder: Path, about: dict[str, Any], sieve: Sieve) -> None:
-    """Compare finished shards with their checksums and let the filters know what they kept."""
-    for shard in about["shards"]:
+def _check_shards(folder: Path, manifest: dict[str, Any], sieve: Sieve) -> None:
+    """Compare finished shards with their checksums, and give the filters the texts that passed."""
+    for shard in manifest["shards"]:
         try:
             data = (folder / shard["file"]).read_bytes()
         except OSError as error:
@@ -185,77 +195,48 @@ def _check_shards(folder: Path, about: dict[str, Any], sieve: Sieve) -> None:
         if xxhash.xxh3_64_hexdigest(data) != shard["xxh3"]:
             raise UserError(f"{folder / shard['file']} is damaged (its checksum differs); choose another folder")
         for line in gzip.decompress(data).decode().splitlines():
-            sieve.remember(_completion_of(json.loads(line)))
-    if about["shards"]:
-        sieve.dropped = Counter(about["shards"][-1]["dropped"])
-
-
-def _completion_of(record: dict[str, Any]) -> str:
-    if "messages" in record:
-        return record["messages"][-1]["content"]
-    return record.get("completion") or record["text"][record["prompt_characters"] :]
+            sieve.remember(completion_of(json.loads(line)))
+    if manifest["shards"]:
+        sieve.dropped = Counter(manifest["shards"][-1]["dropped"])
 
 
 def _endless(
-    source: Any, tokenizer: Any, split: str, seed: int, prompt_tokens: int, stride: int, again: bool
+    source: str | Path,
+    tokenizer: PreTrainedTokenizerBase,
+    split: str,
+    seed: int,
+    prompt_tokens: int,
+    stride: int,
+    again: bool,
 ) -> Iterator[Prompt]:
-    """All prompts, and all of them again where another draw gives another text."""
+    """Yield all prompts, and with `again` all of them again without end: other random numbers give other texts."""
     while True:
         yield from read_prompts(source, tokenizer, split, seed, prompt_tokens, stride)
         if not again:
             return
 
 
-def _records(
-    prompts: list[Prompt], answers: list[Completion], first: int, learn_prompt: bool, tokenizer: Any, sieve: Sieve
-) -> list[tuple[dict[str, Any], int]]:
-    """(record, tokens) of every text that the filters keep."""
-    found = []
-    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-        text = written(prompt, answer.ids, tokenizer)
-        if not sieve.keeps(prompt.text, text, len(answer.ids), answer.nll):
-            continue
-        record = as_record(prompt, text, learn_prompt)
-        record |= {"nll": round(answer.nll, 4), "stopped": answer.stopped, "number": first + i}
-        found.append((record, len(prompt.ids) + len(answer.ids) + 1))
-    return found
-
-
-def written(prompt: Prompt, ids: list[int], tokenizer: Any) -> str:
-    """The text that `ids` add to a prompt's; decoded together, since a tokenizer may drop a leading space."""
-    whole = tokenizer.decode([*prompt.ids, *ids], skip_special_tokens=True)
-    before = tokenizer.decode(prompt.ids, skip_special_tokens=True)
-    return whole[len(before) :] if whole.startswith(before) else tokenizer.decode(ids, skip_special_tokens=True)
-
-
-def as_record(prompt: Prompt, text: str, learn_prompt: bool) -> dict[str, Any]:
-    """What `--data` reads: a conversation with its answer; else prompt and completion, or one text where both are learnt."""
-    domain = {"domain": prompt.domain} if prompt.domain else {}
-    if prompt.messages:
-        return {"messages": [*prompt.messages, {"role": "assistant", "content": text.strip()}]} | domain
-    if learn_prompt:
-        return {"text": prompt.text + text, "prompt_characters": len(prompt.text)} | domain
-    return {"prompt": prompt.text, "completion": text} | domain
-
-
 def _add_shard(
-    folder: Path, about: dict[str, Any], rows: list[Any], to: int, tokens: int, dropped: dict[str, int]
+    folder: Path, manifest: dict[str, Any], records: list[dict[str, Any]], to: int, tokens: int, dropped: dict[str, int]
 ) -> None:
-    data = gzip.compress("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows).encode(), mtime=0)
-    name = f"train-{len(about['shards']):05d}.jsonl.gz"
+    """Write records as the next shard and list it in writing.json."""
+    shards = manifest["shards"]
+    data = gzip.compress("".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records).encode(), mtime=0)
+    name = f"train-{len(shards):05d}.jsonl.gz"
     atomic_write(folder / name, data)
-    start = about["shards"][-1]["to"] if about["shards"] else 0
-    about["shards"].append(
-        {"file": name, "from": start, "to": to, "texts": len(rows), "tokens": tokens, "dropped": dropped}
+    start = shards[-1]["to"] if shards else 0
+    shards.append(
+        {"file": name, "from": start, "to": to, "texts": len(records), "tokens": tokens, "dropped": dropped}
         | {"xxh3": xxhash.xxh3_64_hexdigest(data)}
     )
-    atomic_write(folder / MANIFEST, json.dumps(about, indent=1))
+    atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
 
 
-def _check_hope(about: dict[str, Any], sieve: Sieve, folder: Path) -> None:
-    """Stop when the filters drop nearly everything, instead of writing for ever."""
-    asked, texts = about["shards"][-1]["to"], sum(s["texts"] for s in about["shards"])
-    if texts < _HOPELESS * asked and (len(about["shards"]) > 1 or texts == 0):
+def _check_passing(manifest: dict[str, Any], sieve: Sieve, folder: Path) -> None:
+    """Raise UserError when the filters drop nearly everything, instead of writing for ever."""
+    shards = manifest["shards"]
+    asked, texts = shards[-1]["to"], sum(s["texts"] for s in shards)
+    if texts < _MIN_PASSING * asked and (len(shards) > 1 or texts == 0):
         worst, count = sieve.dropped.most_common(1)[0]
         raise UserError(
             f"the filters kept {texts} of {asked} written texts ({count} dropped by {worst}); loosen that filter "
@@ -264,7 +245,7 @@ def _check_hope(about: dict[str, Any], sieve: Sieve, folder: Path) -> None:
 
 
 def summary(folder: str | Path) -> dict[str, Any]:
-    """texts, tokens, prompts and dropped (by reason) of a written folder."""
+    """Return texts, tokens, prompts and dropped (by reason) of a written folder."""
     shards = json.loads((Path(folder) / MANIFEST).read_text())["shards"]
     return {
         "texts": sum(s["texts"] for s in shards),

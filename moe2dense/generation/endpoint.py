@@ -1,7 +1,7 @@
-"""Answers of an OpenAI-compatible server, one HTTP request each, kept as they come in.
+"""Collect answers of an OpenAI-compatible server, one HTTP request each, and store each as it comes in.
 
-answers.jsonl in the folder holds every whole answer; a half-written last line is dropped when the collection goes on, and what a
-damaged line held is asked for again.
+answers.jsonl in the folder has a line for every answer. When a collection goes on, a half-written last line is dropped, and
+the answer of a damaged line is asked for again.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from moe2dense.errors import UserError
 from moe2dense.generation.prompts import Prompt
 
 ANSWERS = "answers.jsonl"
-_FINAL = (400, 401, 403, 404, 405, 422)  # answers that another try does not change
+_FINAL_CODES = (400, 401, 403, 404, 405, 422)  # HTTP errors that another try does not change
 
 
 class _Failed(Exception):
@@ -36,9 +36,10 @@ class _Failed(Exception):
 
 @dataclass(frozen=True)
 class Endpoint:
-    """url: .../v1, or the whole path of its completions or chat/completions; model: the name it is asked for.
+    """A server and how it is asked.
 
-    timeout: seconds for one whole answer; tries: of each request; wait: seconds before the second try, doubled after that.
+    url: .../v1, or the full path of its completions or chat/completions; model: the name the server knows it by; timeout:
+    seconds for one answer; tries: of each request; wait: seconds before the second try, doubled after that.
     """
 
     url: str
@@ -58,7 +59,7 @@ class Endpoint:
             raise UserError("--endpoint needs --endpoint-model, the name the server knows the model by")
 
     def answer(self, prompt: Prompt) -> str:
-        """The text that follows a prompt, or the reply to a conversation. Raises _Failed after the last try."""
+        """Return the text that follows a prompt, or the reply to a conversation. Raises _Failed after the last try."""
         delay = self.wait
         for attempt in range(1, self.tries + 1):
             try:
@@ -71,6 +72,7 @@ class Endpoint:
         raise AssertionError("unreachable: tries is at least 1")
 
     def _request(self, prompt: Prompt) -> tuple[urllib.request.Request, bool]:
+        """Return (request, whether it is one to chat/completions)."""
         url = self.url.rstrip("/")
         chat = url.endswith("/chat/completions") or (bool(prompt.messages) and not url.endswith("/completions"))
         if not url.endswith("/completions"):
@@ -87,6 +89,7 @@ class Endpoint:
         return urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST"), chat
 
     def _ask(self, prompt: Prompt) -> str:
+        """Make one request; return the text of its answer."""
         request, chat = self._request(prompt)
         raw = self._fetch(request)
         try:
@@ -96,10 +99,11 @@ class Endpoint:
             raise _Failed(f"an answer that is no completion: {raw[:60].decode(errors='replace')!r}") from None
         if not isinstance(text, str):
             raise _Failed(f"an answer without text: {raw[:60].decode(errors='replace')!r}")
-        return text.encode(errors="replace").decode()  # half a character, where a server cut its text, is no text
+        # a server may cut its text inside a character
+        return text.encode(errors="replace").decode()
 
     def _fetch(self, request: urllib.request.Request) -> bytes:
-        """The body of one response, whole, within the timeout however slowly it drips."""
+        """Return the complete body of one response. The timeout is for all of it, however slowly it arrives."""
         deadline = time.monotonic() + self.timeout
         parts: list[bytes] = []
         try:
@@ -111,14 +115,15 @@ class Endpoint:
                 if response.length:  # bytes that were promised and never came
                     raise http.client.IncompleteRead(b"".join(parts), response.length)
         except urllib.error.HTTPError as error:
-            said = error.read(200).decode(errors="replace").strip().splitlines()
-            raise _Failed(f"HTTP {error.code}: {said[0] if said else error.reason}", error.code in _FINAL) from None
+            lines = error.read(200).decode(errors="replace").strip().splitlines()
+            reason = lines[0] if lines else error.reason
+            raise _Failed(f"HTTP {error.code}: {reason}", error.code in _FINAL_CODES) from None
         except TimeoutError:
             raise _Failed(f"no whole answer within {self.timeout:g} s") from None
         except http.client.IncompleteRead as error:
             raise _Failed(f"half an answer ({len(error.partial)} bytes)") from None
         except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = getattr(error, "reason", None) or error
+            reason = error.reason if isinstance(error, urllib.error.URLError) else error
             if isinstance(reason, TimeoutError):
                 raise _Failed(f"no whole answer within {self.timeout:g} s") from None
             raise _Failed(f"the connection failed: {reason}") from None
@@ -133,54 +138,55 @@ def collect(
     enough: Callable[[list[dict[str, Any]]], bool] = lambda _: False,
     progress: Callable[..., None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Records {"prompt", "completion"} or {"messages"} of the server's answers, in the order of the prompts, until `enough` says so.
+    """Return records {"prompt", "completion"} or {"messages"} of the server's answers, in the order of the prompts.
 
-    Answers are kept in the folder one by one and asked for only once. Raises UserError when a request fails for good, naming what
-    is kept, when the folder holds answers of another model, or when every answer is empty.
+    It asks until `enough`(records so far) is true. Answers are stored in the folder one by one and asked for only once. Raises
+    UserError when a request fails for good, naming what is stored, when the folder holds answers of another model, or when
+    every answer is empty.
     """
     folder = Path(folder)
-    kept = _begin(folder, {"endpoint": endpoint.url, "model": endpoint.model, "prompts": source})
-    numbered, found = enumerate(prompts), []
+    answers = _begin(folder, {"endpoint": endpoint.url, "model": endpoint.model, "prompts": source})
+    numbered, records = enumerate(prompts), []
     with open(folder / ANSWERS, "ab") as file:
         while batch := list(islice(numbered, 4 * endpoint.parallel)):
-            missing = [(i, p) for i, p in batch if i not in kept]
-            for number, text in _ask_all(endpoint, missing, len(kept), folder):
-                kept[number] = text
+            missing = [(i, p) for i, p in batch if i not in answers]
+            for number, text in _ask_all(endpoint, missing, len(answers), folder):
+                answers[number] = text
                 file.write(json.dumps({"number": number, "answer": text}, ensure_ascii=False).encode() + b"\n")
                 file.flush()
             os.fsync(file.fileno())
-            found += [_record(p, kept[i]) for i, p in batch if kept[i].strip()]
+            records += [_record(p, answers[i]) for i, p in batch if answers[i].strip()]
             if progress:
-                progress("ask", batch[-1][0] + 1, batch[-1][0] + 1, answers=len(found))
-            if enough(found):
+                progress("ask", batch[-1][0] + 1, batch[-1][0] + 1, answers=len(records))
+            if enough(records):
                 break
-    if not found:
+    if not records:
         raise UserError(
-            f"endpoint {endpoint.url}: all {len(kept)} answers of {endpoint.model!r} are empty; look at the prompts"
+            f"endpoint {endpoint.url}: all {len(answers)} answers of {endpoint.model!r} are empty; look at the prompts"
         )
-    return found
+    return records
 
 
 def _begin(folder: Path, identity: dict[str, str]) -> dict[int, str]:
-    """Answers that are there already; what remains of a line cut short is removed."""
+    """Return the answers that are stored already, by number, and remove a line that was cut short."""
     folder.mkdir(parents=True, exist_ok=True)
-    about = folder / "endpoint.json"
-    if about.exists() and _read(about) != identity:
+    identity_file = folder / "endpoint.json"
+    if identity_file.exists() and _read(identity_file) != identity:
         raise UserError(f"{folder} holds answers of another model or to other prompts; choose another --out")
-    atomic_write(about, json.dumps(identity, indent=1))
+    atomic_write(identity_file, json.dumps(identity, indent=1))
     file = folder / ANSWERS
     if not file.exists():
         return {}
-    whole = file.read_bytes()
-    end = whole.rfind(b"\n") + 1
-    if end < len(whole):
-        atomic_write(file, whole[:end])
-    found = {}
-    for line in whole[:end].splitlines():
+    data = file.read_bytes()
+    end = data.rfind(b"\n") + 1
+    if end < len(data):
+        atomic_write(file, data[:end])
+    answers = {}
+    for line in data[:end].splitlines():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # a damaged line is asked for again
             row = json.loads(line)
-            found[int(row["number"])] = str(row["answer"])
-    return found
+            answers[int(row["number"])] = str(row["answer"])
+    return answers
 
 
 def _read(file: Path) -> Any:
@@ -193,7 +199,7 @@ def _read(file: Path) -> Any:
 def _ask_all(
     endpoint: Endpoint, prompts: list[tuple[int, Prompt]], before: int, folder: Path
 ) -> Iterator[tuple[int, str]]:
-    """(number, answer) as they arrive; after a failure those that are under way are still handed out."""
+    """Yield (number, answer) as they arrive; after a failure also those that are under way."""
     failed: _Failed | None = None
     count = before
     with ThreadPoolExecutor(endpoint.parallel) as pool:

@@ -1,4 +1,4 @@
-"""Which written texts are kept: by length, the teacher's likelihood, script, and likeness to texts kept before."""
+"""Filter written texts by length, the teacher's likelihood, script, and similarity to texts that passed before."""
 
 import re
 import unicodedata
@@ -11,60 +11,62 @@ import xxhash
 from moe2dense.errors import UserError
 
 _WORD = re.compile(r"\w+")
-_GRAM = 5  # words
+_SEQUENCE_WORDS = 5
 
 
 @lru_cache(maxsize=65536)
 def _script(letter: str) -> str:
-    """LATIN, CYRILLIC, CJK, ...: the first word of a letter's Unicode name."""
+    """Return LATIN, CYRILLIC, CJK, ...: the first word of a letter's Unicode name."""
     return unicodedata.name(letter, "UNKNOWN").split(" ")[0].split("-")[0]
 
 
 def script_of(text: str) -> str:
-    """The script most letters of a text are of, '' without letters. It tells alphabets apart, not languages that share one."""
+    """Return the script of most letters of a text, "" without letters. Languages that share an alphabet have one script."""
     counts = Counter(_script(c) for c in text if c.isalpha())
     return counts.most_common(1)[0][0] if counts else ""
 
 
-def grams(text: str) -> frozenset[int]:
-    """Hashes of a text's five-word sequences, lower case; of its words where it has fewer than five."""
+def word_sequences(text: str) -> frozenset[int]:
+    """Return hashes of a text's five-word sequences in lower case; of all its words where it has fewer than five."""
     words = _WORD.findall(text.lower())
-    size = min(_GRAM, max(1, len(words)))
+    size = min(_SEQUENCE_WORDS, max(1, len(words)))
     return frozenset(
         xxhash.xxh3_64_intdigest(" ".join(words[i : i + size]).encode()) for i in range(max(0, len(words) - size + 1))
     )
 
 
 class NearDuplicates:
-    """Texts seen so far, by their five-word sequences. Exact Jaccard similarity, through an index of the sequences."""
+    """The texts added so far, by their five-word sequences: exact Jaccard similarity through an index of the sequences."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
         self._sizes: list[int] = []
         self._index: dict[int, list[int]] = {}
 
-    def similarity(self, found: frozenset[int]) -> float:
-        """The largest Jaccard similarity of these sequences with those of a text added before."""
+    def similarity(self, sequences: frozenset[int]) -> float:
+        """Return the largest Jaccard similarity of these sequences with those of a text added before."""
         shared: Counter[int] = Counter()
-        for gram in found:
-            shared.update(self._index.get(gram, ()))
-        return max((n / (len(found) + self._sizes[i] - n) for i, n in shared.items()), default=0.0)
+        for sequence in sequences:
+            shared.update(self._index.get(sequence, ()))
+        return max((n / (len(sequences) + self._sizes[i] - n) for i, n in shared.items()), default=0.0)
 
     def add(self, text: str) -> bool:
-        """Add a text unless it is a near-duplicate; whether it was added."""
-        found = grams(text)
-        if self.similarity(found) >= self.threshold:
+        """Add a text unless it is a near-duplicate; return whether it was added."""
+        sequences = word_sequences(text)
+        if self.similarity(sequences) >= self.threshold:
             return False
-        for gram in found:
-            self._index.setdefault(gram, []).append(len(self._sizes))
-        self._sizes.append(len(found))
+        for sequence in sequences:
+            self._index.setdefault(sequence, []).append(len(self._sizes))
+        self._sizes.append(len(sequences))
         return True
 
 
 @dataclass(frozen=True)
 class Filters:
-    """min_tokens written; nll: band of the teacher's mean nats per written token; duplicates: Jaccard similarity of five-word
-    sequences from which a text is dropped (0 = none is); same_script: a text's letters must be of its prompt's script.
+    """What a text must satisfy.
+
+    min_tokens: written, at least; nll: (low, high) of the teacher's mean nats per written token; duplicates: Jaccard similarity of
+    five-word sequences from which a text is dropped, 0 drops none; same_script: most of its letters are of its prompt's script.
     """
 
     min_tokens: int = 1
@@ -74,7 +76,7 @@ class Filters:
 
 
 def parse_band(text: str) -> tuple[float, float] | None:
-    """`2.5:4` -> (2.5, 4.0); '' -> None. Raises UserError."""
+    """Return the band that `2.5:4` means, (2.5, 4.0), and None for "". Raises UserError for anything else."""
     if not text:
         return None
     low, colon, high = text.partition(":")
@@ -95,21 +97,22 @@ class Sieve:
     dropped: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
-        self._seen = NearDuplicates(self.filters.duplicates) if self.filters.duplicates else None
+        self._earlier = NearDuplicates(self.filters.duplicates) if self.filters.duplicates else None
 
     def keeps(self, prompt: str, completion: str, tokens: int, nll: float) -> bool:
-        """Whether a text of so many written tokens is kept."""
+        """Return whether a text of so many written tokens passes, and count it where it does not."""
         reason = self._reason(prompt, completion, tokens, nll)
         if reason:
             self.dropped[reason] += 1
         return not reason
 
     def remember(self, completion: str) -> None:
-        """A text that was kept earlier, by a run that is being continued."""
-        if self._seen is not None:
-            self._seen.add(completion)
+        """Add a text that passed earlier, in a run that is being continued."""
+        if self._earlier is not None:
+            self._earlier.add(completion)
 
     def _reason(self, prompt: str, completion: str, tokens: int, nll: float) -> str:
+        """Return the filter that drops a text; "" where none does."""
         f = self.filters
         if tokens < f.min_tokens or not completion.strip():
             return "min_tokens"
@@ -117,6 +120,6 @@ class Sieve:
             return "nll"
         if f.same_script and script_of(prompt) and script_of(completion) not in ("", script_of(prompt)):
             return "same_script"
-        if self._seen is not None and not self._seen.add(completion):
+        if self._earlier is not None and not self._earlier.add(completion):
             return "duplicates"
         return ""

@@ -1,6 +1,6 @@
-"""Several processes write one dataset: each its share of a round's texts, the first puts them together. Under torchrun.
+"""Several processes write one dataset: each its share of a round's texts, which rank 0 joins. Under torchrun.
 
-A share lies in parts/ until the round's shard is listed, so a run that was killed writes only the shares that were not whole.
+A share stays in parts/ until the round's shard is listed, so that a killed run repeats only unfinished shares.
 """
 
 import json
@@ -18,13 +18,17 @@ Write = Callable[[slice], list[Completion]]  # rows of a round -> what follows t
 
 
 def written_by_all(folder: Path, first: int, count: int, write: Write) -> list[Completion]:
-    """The completions of the texts numbered from `first` on; every process calls `write` for its share, all but rank 0 get none."""
+    """Return the completions of the texts numbered from `first` on, on rank 0; the others get none.
+
+    Every process calls `write` for its share.
+    """
     rank, processes = world()
     if processes == 1:
         return write(slice(0, count))
-    mine, part = my_share(count), _part(folder, first, my_share(count))
-    if mine.start < mine.stop and not part.exists():
-        atomic_write(part, json.dumps([astuple(c) for c in write(mine)]))
+    share = my_share(count)
+    part = _part(folder, first, share)
+    if share.start < share.stop and not part.exists():
+        atomic_write(part, json.dumps([astuple(c) for c in write(share)]))
     dist.barrier()
     if rank > 0:
         return []

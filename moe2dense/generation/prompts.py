@@ -1,20 +1,22 @@
-"""What is continued: beginnings of passages, prompts as they stand, or conversations up to the user's last turn."""
+"""Read prompts to continue: beginnings of passages, prompts as they stand, or conversations up to the user's last turn."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from moe2dense.data.load import parse_mixture
 from moe2dense.data.records import passages
 from moe2dense.errors import UserError
 
-_LEAST = 4  # tokens of a passage's beginning
+_MIN_TOKENS = 4  # of a passage's beginning
 
 
 @dataclass
 class Prompt:
-    """ids are continued; `text` is what they say; messages: the conversation they render, where it is one."""
+    """Token ids to continue, and the text they encode; messages: the conversation that the text renders, where it is one."""
 
     ids: list[int]
     text: str
@@ -23,9 +25,9 @@ class Prompt:
 
 
 def read_prompts(
-    path: str | Path, tokenizer: Any, split: str, seed: int, prompt_tokens: int, stride: int
+    path: str | Path, tokenizer: PreTrainedTokenizerBase, split: str, seed: int, prompt_tokens: int, stride: int
 ) -> Iterator[Prompt]:
-    """Prompts of one split in a seeded order, each once.
+    """Yield the prompts of one split in a seeded order, each once.
 
     A record with `prompt` gives that; `messages` gives the conversation up to its last user turn in the tokenizer's chat
     template; `text` gives the first `prompt_tokens` tokens of every `stride`. Raises UserError as `passages` does, and when
@@ -45,7 +47,7 @@ def read_prompts(
 
 
 def _mixed(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """Passages of one source, or of a mixture PATH=WEIGHT,... taken in proportion until one of them ends."""
+    """Yield passages of one source, or of a mixture PATH=WEIGHT,... taken in proportion until one of them ends."""
     if "=" not in str(path) or Path(path).exists():
         yield from passages(path, split, seed)
         return
@@ -61,7 +63,10 @@ def _mixed(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]]:
         yield row
 
 
-def _of_record(row: dict[str, Any], tokenizer: Any, prompt_tokens: int, stride: int) -> Iterator[Prompt]:
+def _of_record(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, prompt_tokens: int, stride: int
+) -> Iterator[Prompt]:
+    """Yield the prompts that one record gives."""
     domain = str(row.get("domain") or "")
     if row.get("messages"):
         yield _conversation(row["messages"], tokenizer, domain)
@@ -71,13 +76,13 @@ def _of_record(row: dict[str, Any], tokenizer: Any, prompt_tokens: int, stride: 
         ids = tokenizer(row["text"], add_special_tokens=False)["input_ids"]
         for start in range(0, len(ids), max(1, stride)):
             part = ids[start : start + prompt_tokens]
-            if len(part) >= min(_LEAST, prompt_tokens):
-                yield Prompt(part, tokenizer.decode(part, skip_special_tokens=True), domain)
+            if len(part) >= min(_MIN_TOKENS, prompt_tokens):
+                yield Prompt(part, str(tokenizer.decode(part, skip_special_tokens=True)), domain)
 
 
-def _conversation(messages: list[dict[str, Any]], tokenizer: Any, domain: str) -> Prompt:
-    """The turns up to the user's last, rendered so that the assistant's turn comes next."""
-    if not getattr(tokenizer, "chat_template", None):
+def _conversation(messages: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, domain: str) -> Prompt:
+    """Render the turns up to the user's last, so that the assistant's turn comes next."""
+    if not tokenizer.chat_template:
         raise UserError(
             "data has `messages` but the tokenizer has no chat template; use `text` or `prompt` records instead"
         )
@@ -85,5 +90,5 @@ def _conversation(messages: list[dict[str, Any]], tokenizer: Any, domain: str) -
     if last < 0:
         raise UserError("data has a conversation without a user's turn to answer")
     turns = messages[: last + 1]
-    text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    text = str(tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
     return Prompt(tokenizer(text, add_special_tokens=False)["input_ids"], text, domain, turns)

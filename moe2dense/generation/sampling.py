@@ -1,4 +1,4 @@
-"""How the next token is chosen: greedy, by temperature and top-p, from random numbers that belong to a sequence."""
+"""Choose the next token: greedily, or by temperature and top-p from random numbers that belong to a sequence."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ from moe2dense.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """temperature 0 is greedy; top_p keeps the likeliest tokens that hold that mass; beams > 1 is beam search."""
+    """Temperature 0 is greedy; top_p keeps the likeliest tokens that together have that mass; beams > 1 is beam search."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,7 +33,7 @@ class Sampling:
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """p [B, V] with everything but the likeliest tokens that together reach `top_p` set to 0, not renormalised (1904.09751)."""
+    """Return p [B, V] with everything but the likeliest tokens that together reach `top_p` set to 0, not renormalised (1904.09751)."""
     if top_p >= 1:
         return p
     values, order = p.sort(-1, descending=True)
@@ -42,12 +42,11 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
 
 
 def choose(logits: Tensor, sampling: Sampling, u: Tensor) -> Tensor:
-    """Next tokens [B] from logits [B, V] and uniform numbers u [B]: the inverse of the cumulative distribution."""
+    """Return next tokens [B] from logits [B, V] and uniform numbers u [B], by the inverse of the cumulative distribution."""
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    p = (logits.double() / sampling.temperature).softmax(-1)
-    kept = nucleus(p, sampling.top_p)
-    cumulative = kept.cumsum(-1)
+    p = nucleus((logits.double() / sampling.temperature).softmax(-1), sampling.top_p)
+    cumulative = p.cumsum(-1)
     at = torch.searchsorted(cumulative, (u.double() * cumulative[:, -1])[:, None], right=True)[:, 0]
-    last = p.shape[1] - 1 - kept.flip(1).gt(0).int().argmax(1)  # rounding must not go past the last possible token
+    last = p.shape[1] - 1 - p.flip(1).gt(0).int().argmax(1)  # rounding must not go past the last possible token
     return torch.minimum(at, last)
