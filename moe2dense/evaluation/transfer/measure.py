@@ -83,7 +83,7 @@ def measure_transfer(
     options = TransferOptions(least_tokens, sample, bootstrap, replaceability, seed)
     setup = prepare_setup(teacher, blocks, students, score_rows, options)
     probes = max(8, min(64, PROBE_TOKENS // max(1, _most_experts(teacher)))) if replaceability else 0
-    observer = TransferObserver(seed=seed, probes=probes)
+    observer = TransferObserver(seed=seed, probes=probes, input_scaled=setup.input_scaled)
     stream = teacher.stream(blocks.input_ids, blocks.attention_mask, blocks.document_ids, observers=[observer])
     rows: list[dict[str, Any]] = []
     total = len(teacher.body.layers)

@@ -56,7 +56,7 @@ class TransferSetup:
     streams: dict[str, list[Tensor]]
     bootstrap: Bootstrap
     generator: torch.Generator
-    input_scaled: bool = False
+    input_scaled: bool
 
     def student_layer(self, index: int, student: str = "after") -> StudentLayer:
         """Return a student's decoder layer."""
@@ -98,6 +98,7 @@ def prepare_setup(
         {name: residual_streams(model, blocks, followed) for name, model in models.items()},
         Bootstrap(n, options.bootstrap, options.seed),
         torch.Generator().manual_seed(options.seed),
+        teacher.card is not None and teacher.card.input_scaled,
     )
 
 

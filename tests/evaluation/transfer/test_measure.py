@@ -6,6 +6,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from moe2dense.data.blocks import Blocks
@@ -18,6 +19,7 @@ from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.families.cards import student_host
 from moe2dense.student.types import NEW, LayerProvenance, Student
 from moe2dense.teacher.load import load_teacher
+from tests.teacher.families import make
 
 V, H, F, E, LAYERS = 50, 24, 12, 4, 2
 SHAPE = dict(vocab_size=V, hidden_size=H, num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2)
@@ -204,6 +206,26 @@ def test_an_exact_student_has_no_error_a_silent_one_has_error_one(tmp_path):
         assert metrics["kl_after"][0] < 1e-6 < metrics["kl_before"][0] and metrics["kl_after"][3] is None
     assert transfer.model["reproduced"] == pytest.approx(1, abs=1e-6)
     assert transfer.model["reproduced_before"] == pytest.approx(0, abs=1e-5)
+
+
+def test_a_duplicate_is_one_where_the_routing_weight_scales_the_input(tmp_path):
+    """Llama 4 multiplies an expert's input with its routing weight, so probes and coverage must see that input."""
+    make("llama4_text", tmp_path, vocab_size=V)
+    weights = load_file(tmp_path / "model.safetensors")
+    for name, value in weights.items():
+        if ".experts." in name:
+            value[1] = value[0] * (1 + 1e-4 * torch.randn(value[0].shape))
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    config = MistralConfig(**{**SHAPE, "num_hidden_layers": 4}, intermediate_size=F)
+    student = Student(MistralForCausalLM(config).eval(), student_host("mistral"), [None] * 4, "teacher", "random", 0)
+    teacher = load_teacher(tmp_path, memory="1GB", device="cpu")
+    transfer = measure_transfer(teacher, text(12, 16), student, least_tokens=8)
+    assert transfer.layers
+    for row in transfer.layers:
+        for e in (0, 1):
+            if row["measured"][e]:
+                assert row["replaced_by"][e] == 1 - e and row["metrics"]["replaceability"][e] > 0.99999
+    assert any(row["measured"][0] or row["measured"][1] for row in transfer.layers)
 
 
 def test_numbers_equal_a_brute_force_computation(tmp_path):
