@@ -182,7 +182,7 @@ NEURONS_HELP = (
     "What the student was built from. kept: at least 90% of the expert's neuron energy, or all its neurons. partly kept: less. "
     "dropped: no neuron, or under 1% of the energy. merged: most neurons of the layer are averages of several."
 )
-NEURONS_BRIEF = "whether the student was built from the expert's"
+NEURONS_BRIEF = "whether the student was built from those of the expert"
 
 ROW_TITLES = {
     "teacher": "Teacher",

@@ -1,6 +1,6 @@
 """Rows of scores as tables for a terminal, all with the same columns, and the line that explains them."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -34,19 +34,32 @@ def print_scores(texts: Sequence[tuple[str, dict[str, Any]]], console: Console) 
 
     Every table has the same columns: those with which all of them fit the terminal.
     """
-    columns = COLUMNS
-    for key in LESS_NEEDED:
-        if all(_fits(_filled(rows, columns), console) for _, rows in texts):
-            break
-        columns = tuple(c for c in columns if c != key)
+    columns = columns_that_fit(
+        lambda columns: [_filled(rows, columns) for _, rows in texts], COLUMNS, LESS_NEEDED, console
+    )
     for title, rows in texts:
         console.print(titled(title, _filled(rows, columns)))
     return columns
 
 
-def _fits(table: Table, console: Console) -> bool:
+def columns_that_fit(
+    tables_of: Callable[[Sequence[str]], Sequence[Table]],
+    columns: Sequence[str],
+    less_needed: Sequence[str],
+    console: Console,
+) -> tuple[str, ...]:
+    """Return the columns with which every table fits the terminal: `less_needed` go one by one until all do.
+
+    A column is shown whole or not at all; where the tables do not fit without all of `less_needed`, they are cut.
+    """
     unlimited = console.options.update(max_width=10_000)
-    return Measurement.get(console, unlimited, table).maximum <= console.width
+    fitting = tuple(columns)
+    for key in less_needed:
+        widths = [Measurement.get(console, unlimited, table).maximum for table in tables_of(fitting)]
+        if max(widths, default=0) <= console.width:
+            break
+        fitting = tuple(c for c in fitting if c != key)
+    return fitting
 
 
 def _filled(rows: dict[str, Any], columns: Sequence[str]) -> Table:

@@ -13,18 +13,35 @@ from moe2dense.reporting.definitions import EXPERT, MODEL, NEURONS_TITLE
 from moe2dense.reporting.heatmap import ranked_rows
 from moe2dense.reporting.report_file import Report, ood_path, score_value, transfer_totals
 from moe2dense.reporting.samples_section import show_score
-from moe2dense.reporting.score_tables import legend, plain_table, print_scores, show_half_interval, titled
+from moe2dense.reporting.score_tables import (
+    columns_that_fit,
+    legend,
+    plain_table,
+    print_scores,
+    show_half_interval,
+    titled,
+)
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 UNMEASURED = "·"
-RANKED_COLUMNS: tuple[tuple[str, str, bool], ...] = (  # (heading, key of `ranked_rows`, only in a wide terminal)
-    (EXPERT["coverage"].name, "coverage", False),
-    (NEURONS_TITLE.lower(), "provenance", False),
-    (EXPERT["error_after"].name, "error", False),
-    (EXPERT["kl_after"].name, "kl", True),
-    (EXPERT["load"].name, "load", True),
-    ("main domain", "domain", False),
-)
+RANKED_COLUMNS = {  # key of `ranked_rows` -> heading
+    "coverage": EXPERT["coverage"].name,
+    "provenance": NEURONS_TITLE.lower(),
+    "error": EXPERT["error_after"].name,
+    "kl": EXPERT["kl_after"].name,
+    "load": EXPERT["load"].name,
+    "domain": "main domain",
+}
+DOMAIN_COLUMNS = {
+    "kl": MODEL["kl"].name,
+    "lost": "likelihood lost",
+    "agreement": MODEL["agreement"].name,
+    "retention": MODEL["retention"].name,
+    "tokens": "tokens",
+}
+# left out in this order in a narrow terminal
+LESS_NEEDED_OF_DOMAINS = ("tokens", "lost", "agreement")
+LESS_NEEDED_OF_RANKED = ("load", "kl", "error", "domain")
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
@@ -34,23 +51,25 @@ def print_report(report: Report, console: Console | None = None) -> None:
     model_keys = [*print_scores(_score_tables(report), console)]
     domains = report["rows"]["student"].get("by_domain") or {}
     if len(domains) > 1:
-        console.print(_domains(report, domains))
+        console.print(_domains(report, domains, console))
         model_keys += ["retention"] if (report.get("retention") or {}).get("by_domain") else []
     transfer = report.get("transfer")
     expert_keys: list[str] = []
     if transfer:
-        wide = console.width >= 96
         console.print(_layers(transfer, max(8, min(64, console.width - 44))))
         model_keys.append("transferred")
         expert_keys = ["coverage", "error_after"]
         if transfer.get("worst"):
-            console.print(_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5], wide))
-            expert_keys += ["kl_after", "load"] if wide else []
+            columns = _print_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5], console)
+            expert_keys += [key for key, column in (("kl_after", "kl"), ("load", "load")) if column in columns]
     if report.get("samples"):
         console.print(written_table(report["samples"]))
     least_tokens = transfer.get("least_tokens") if transfer else None
     console.print(legend(model_keys, expert_keys, least_tokens), highlight=False)
-    for finding in report.get("diagnosis") or []:
+    findings = report.get("diagnosis") or []
+    if findings:
+        console.print()
+    for finding in findings:
         color = "red" if finding["severity"] == "error" else "yellow"
         console.print(Text(f"{finding['title']}: ", style=color) + Text(f"{finding['finding']} {finding['remedy']}"))
 
@@ -95,27 +114,31 @@ def _headline(report: Report) -> Text:
     return Text(f"{name} → dense {parameters}", style="bold") + Text("".join(f"  ·  {p}" for p in parts))
 
 
-def _domains(report: Report, domains: dict[str, Any]) -> RenderableType:
+def _domains(report: Report, domains: dict[str, Any], console: Console) -> RenderableType:
     gap_closed = (report.get("retention") or {}).get("by_domain") or {}
-    columns = [
-        "KL",
-        "likelihood lost",
-        MODEL["agreement"].name,
-        *([MODEL["retention"].name] if gap_closed else []),
-        "tokens",
-    ]
-    table = plain_table("", *columns)
-    for name, row in sorted(domains.items(), key=lambda item: -(item[1]["kl"]["value"] or 0)):
-        lost = (row["nll"]["value"] or 0) - (row["teacher_nll"]["value"] or 0)
-        table.add_row(
-            name or "(no label)",
-            show_half_interval(row["kl"]),
-            show_number(lost),
-            show_half_interval(row["agreement"], "%"),
-            *([show_half_interval(gap_closed.get(name), "%")] if gap_closed else []),
-            f"{row['tokens']:,}",
-        )
-    return titled("by domain", table)
+
+    def cell(name: str, column: str) -> str:
+        row = domains[name]
+        match column:
+            case "kl":
+                return show_half_interval(row["kl"])
+            case "lost":
+                return show_number((row["nll"]["value"] or 0) - (row["teacher_nll"]["value"] or 0))
+            case "agreement":
+                return show_half_interval(row["agreement"], "%")
+            case "retention":
+                return show_half_interval(gap_closed.get(name), "%")
+            case _:
+                return f"{row['tokens']:,}"
+
+    def table(columns: Sequence[str]) -> Table:
+        filled = plain_table("", *(DOMAIN_COLUMNS[key] for key in columns))
+        for name in sorted(domains, key=lambda d: -(domains[d]["kl"]["value"] or 0)):
+            filled.add_row(name or "(no label)", *(cell(name, column) for column in columns))
+        return filled
+
+    columns = [c for c in DOMAIN_COLUMNS if c != "retention" or gap_closed]
+    return titled("by domain", table(columns_that_fit(lambda c: [table(c)], columns, LESS_NEEDED_OF_DOMAINS, console)))
 
 
 def _layers(transfer: dict[str, Any], width: int, most: int = 24) -> RenderableType:
@@ -157,9 +180,15 @@ def written_table(samples: dict[str, Any]) -> RenderableType:
     )
 
 
-def _ranked(title: str, rows: list[dict[str, Any]], wide: bool) -> RenderableType:
-    columns = [(heading, key) for heading, key, only_wide in RANKED_COLUMNS if wide or not only_wide]
-    table: Table = plain_table("layer/expert", *(heading for heading, _ in columns))
-    for row in rows:
-        table.add_row(f"{row['layer']}/{row['expert']}", *(row[key] for _, key in columns))
-    return titled(title, table)
+def _print_ranked(title: str, rows: list[dict[str, Any]], console: Console) -> tuple[str, ...]:
+    """Print experts with as many columns as fit; return the columns."""
+
+    def table(columns: Sequence[str]) -> Table:
+        filled = plain_table("layer/expert", *(RANKED_COLUMNS[key] for key in columns))
+        for row in rows:
+            filled.add_row(f"{row['layer']}/{row['expert']}", *(row[key] for key in columns))
+        return filled
+
+    columns = columns_that_fit(lambda c: [table(c)], tuple(RANKED_COLUMNS), LESS_NEEDED_OF_RANKED, console)
+    console.print(titled(title, table(columns)))
+    return columns
