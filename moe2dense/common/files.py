@@ -53,8 +53,11 @@ def _place_reason(error: BaseException) -> str | None:
 
 
 def _flush(folder: Path) -> None:
-    """fsync every file and folder below `folder`, so that the rename never precedes the data."""
+    """Give every file below `folder` its mode and fsync all, so that the rename never precedes the data."""
+    mode = 0o666 & ~_umask()
     for path in [folder, *folder.rglob("*")]:
+        if path.is_file() and not path.is_symlink():
+            path.chmod(mode)  # some libraries, safetensors among them, make files that only their owner can read
         _sync(path)
 
 
@@ -134,6 +137,7 @@ def whole_file(path: str | Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        temporary.chmod(0o666 & ~_umask())
         _sync(temporary)
         temporary.replace(path)
     except BaseException as error:

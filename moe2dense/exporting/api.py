@@ -1,4 +1,4 @@
-"""export(): a student becomes a folder that serving stacks load, or a GGUF file; written whole, checked, described."""
+"""Export a student to a folder that serving stacks load, or to a GGUF file: written whole, checked, with a model card."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,8 +12,11 @@ from moe2dense.common.files import whole_folder
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf
 from moe2dense.exporting import model_card as cards
+from moe2dense.exporting import quantize as quantizer
 from moe2dense.exporting import tokenizer as tokenizers
+from moe2dense.exporting.gguf.write import write_gguf
 from moe2dense.families.cards import StudentCard, student_cards
+from moe2dense.modeling.kinds import BuiltStudent
 
 FORMATS = ("hf", "gguf")
 HF_QUANTIZE = ("int8", "int4")
@@ -22,12 +25,15 @@ GGUF_QUANTIZE = ("q8_0",)
 
 @dataclass(frozen=True)
 class Exported:
-    """What `export` wrote. Behaves as its path where a path is asked for."""
+    """What `export` wrote. It can be used where a path is expected."""
 
     path: Path
-    files: dict[str, int]  # name -> bytes
-    checked: dict[str, float] = field(default_factory=dict)  # tensors compared, largest logit difference
-    quantized: dict[str, float] = field(default_factory=dict)  # kl from the unquantised student, tokens
+    # bytes by file name
+    files: dict[str, int]
+    # tensors compared, largest logit difference
+    checked: dict[str, float] = field(default_factory=dict)
+    # KL from the unquantised student, and the tokens it was measured on
+    quantized: dict[str, float] = field(default_factory=dict)
 
     def __fspath__(self) -> str:
         return str(self.path)
@@ -38,7 +44,7 @@ class Exported:
         return sum(self.files.values())
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON holds it."""
+        """Return plain values, as JSON holds them."""
         return {
             "path": str(self.path), "files": self.files, "bytes": self.bytes,
             "checked": self.checked, "quantized": self.quantized,
@@ -46,7 +52,7 @@ class Exported:
 
 
 def export(
-    student: Any,
+    student: BuiltStudent | PreTrainedModel,
     out: str | Path,
     *,
     tokenizer: hf.TokenizerSource | None = None,
@@ -64,7 +70,7 @@ def export(
     """Write a student (a Student or a transformers causal LM) to the new folder `out`, and check what was written.
 
     tokenizer: folder, hub id or object; by default the folder of the student's teacher. Generation defaults and license
-    files travel from that folder too. info: what the model card says, see card.INFO_FIELDS. dtype: bfloat16, float16 or
+    files are copied from it too. info: what the model card says, see model_card.INFO_FIELDS. dtype: bfloat16, float16 or
     float32. format: hf or gguf. quantize: int8 or int4 (hf), q8_0 (gguf); needs text [N, S], token ids that calibrate it
     (first half) and judge it (second half); refused above max_kl nats per token between student and quantised student.
     score: judges a model for the card's table, e.g. lambda m: evaluate(m, teacher, held_out).to_dict(); called for a
@@ -82,19 +88,15 @@ def export(
     out = Path(out)
     with whole_folder(out, overwrite) as partial:
         if format == "gguf":
-            from moe2dense.exporting.gguf import write as gguf
-
-            record = gguf.write(
+            record = write_gguf(
                 model, partial, source, host, dtype=dtype, quantize=quantize, name=notes.get("name", out.name)
             )
         elif quantize:
-            from moe2dense.exporting import quantize as quantizer
-
-            record = quantizer.write(
+            record = quantizer.write_quantized(
                 model, partial, source, bits=quantize, text=text, max_kl=max_kl, shard_size=shard_size
             )
             if score is not None:
-                row = {"name": f"student, {quantize}", "scores": score(quantizer.load(partial, model.device))}
+                row = {"name": f"student, {quantize}", "scores": score(quantizer.load_quantized(partial, model.device))}
                 notes["rows"] = [*notes.get("rows", []), row]
         else:
             hf.write_model(model, partial, source, dtype, shard_size)
@@ -109,33 +111,34 @@ def export(
     return Exported(out, files, **record)
 
 
-def _model_of(student: Any) -> PreTrainedModel:
-    model = student if isinstance(student, PreTrainedModel) else getattr(student, "model", None)
+def _model_of(student: BuiltStudent | PreTrainedModel) -> PreTrainedModel:
+    """Return the model to write. Raises UserError for adapters that are not merged, or weights that are not in memory."""
+    model = student.model if isinstance(student, BuiltStudent) else student
     if not isinstance(model, PreTrainedModel):
         raise UserError(f"student: a Student or a transformers model is needed; found {type(student).__name__}")
-    if getattr(model, "_hf_peft_config_loaded", False) or any(".lora_" in name for name, _ in model.named_parameters()):
-        raise UserError("student: it still carries adapters; merge them into the model before exporting")
+    if model._hf_peft_config_loaded or any(".lora_" in name for name, _ in model.named_parameters()):
+        raise UserError("student: it still has adapters; merge them into the model before exporting")
     if any(p.is_meta for p in model.parameters()):
         raise UserError("student: some of its weights were never loaded (they are on the meta device)")
     return model
 
 
-def _card_of(student: Any) -> StudentCard:
-    known = getattr(student, "card", None)
-    if isinstance(known, StudentCard):
-        return known
-    kind = _model_of(student).config.model_type
+def _card_of(student: BuiltStudent | PreTrainedModel) -> StudentCard:
+    """Return the host card of a student, or one by the architecture of a model."""
+    if isinstance(student, BuiltStudent):
+        return student.card
+    kind = student.config.model_type
     hosts = [c for c in student_cards().values() if not c.host]
     return next((c for c in hosts if c.model_type == kind), StudentCard(kind, kind, model_type=kind))
 
 
 def _check_wrapper(model: PreTrainedModel, host: StudentCard) -> None:
-    """A host that keeps the MoE wrapper keeps it as its card sets it: one expert, not a whole mixture."""
+    """Refuse a whole mixture: a host that keeps the MoE wrapper has one expert, as its card sets it. Raises UserError."""
     for key, value in host.set.items() if host.moe_shaped else ():
-        found = getattr(model.config, key, None)
-        if not isinstance(value, str) and found != value:
+        setting = getattr(model.config, key, None)
+        if not isinstance(value, str) and setting != value:
             raise UserError(
-                f"student: its config has {key} = {found}, a dense {host.name} has {value}; export a built student"
+                f"student: its config has {key} = {setting}, a dense {host.name} has {value}; export a built student"
             )
 
 
@@ -150,13 +153,15 @@ def _check_options(model: PreTrainedModel, format: str, dtype: str, quantize: st
         raise UserError("student: it is quantised already; export the checkpoint it was made from")
 
 
-def _teacher_folder(student: Any) -> str | None:
-    return getattr(student, "teacher_path", None) or None
+def _teacher_folder(student: BuiltStudent | PreTrainedModel) -> str | None:
+    return (student.teacher_path or None) if isinstance(student, BuiltStudent) else None
 
 
-def _inherit(info: dict[str, Any], student: Any, source: hf.TokenizerSource | None) -> dict[str, Any]:
-    """Fill in what the student and its teacher's folder know."""
+def _inherit(
+    info: dict[str, Any], student: BuiltStudent | PreTrainedModel, source: hf.TokenizerSource | None
+) -> dict[str, Any]:
+    """Return `info` with what the student and its teacher's folder know, where it says nothing else."""
     origin = tokenizers.source_folder(source) if source is not None else None
-    known = {"teacher": getattr(student, "teacher_path", None), "method": getattr(student, "method", None)}
+    known = {"teacher": student.teacher_path, "method": student.method} if isinstance(student, BuiltStudent) else {}
     legal = {} if "license" in info else tokenizers.teacher_license(origin)
     return {**{k: v for k, v in known.items() if v}, **legal, **info}

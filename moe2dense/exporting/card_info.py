@@ -1,18 +1,18 @@
-"""What a report says that the model card of the exported student repeats."""
+"""Take from a report what the model card of the exported student repeats."""
 
 from collections.abc import Mapping
 from typing import Any
 
 from moe2dense.config.toml import write_config_table
 
-ROWS = {"student": "student", "before": "student before training", "control": "random start, trained alike"}
+_ROWS = {"student": "student", "before": "student before training", "control": "random start, trained alike"}
 
 
 def card_info(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of a model card (exporting.card.INFO_FIELDS) from a run's report."""
+    """Return the fields of a model card (exporting/model_card.py, INFO_FIELDS) from a run's report."""
     run, student, cost = report["run"], report["student"], report["cost"]
     plan, config = run["plan"], run["config"]
-    rows = [{"name": shown, "scores": report["rows"][name]} for name, shown in ROWS.items() if name in report["rows"]]
+    rows = [{"name": shown, "scores": report["rows"][name]} for name, shown in _ROWS.items() if name in report["rows"]]
     text = run["data"].get("train", {}).get("path", "")
     return {
         "name": f"{report['teacher']['name']} as a dense {student['architecture']}",
@@ -39,7 +39,7 @@ def _transferred(report: Mapping[str, Any]) -> float | None:
 
 
 def lost(report: Mapping[str, Any], most: int = 3) -> list[str]:
-    """Sentences on where the student is furthest from its teacher: domains, then diagnoses."""
+    """Return sentences on where the student is furthest from its teacher: domains, then diagnoses."""
     domains = report["rows"]["student"]["by_domain"]
     worst = sorted((d for d in domains if d), key=lambda d: -domains[d]["kl"]["value"])[:most]
     sentences = []

@@ -1,4 +1,4 @@
-"""Rounding a weight matrix to few bits so that its layer's output changes least on calibration text.
+"""Round a weight matrix to few bits so that its layer's output changes least on calibration text.
 
 Method: GPTQ (Frantar et al., arXiv 2210.17323), columns in order of their input energy, scales fixed before the first
 column; each scale is searched for the least weighted squared error.
@@ -20,13 +20,13 @@ class Rounded:
     scale: Tensor
 
     def weight(self) -> Tensor:
-        """The weight as it reads back, fp32 [O, I]."""
+        """Return the weight as it reads back, fp32 [O, I]."""
         group = self.codes.shape[1] // self.scale.shape[1]
         return self.codes.float() * self.scale.float().repeat_interleave(group, 1)
 
 
 def search_scales(weight: Tensor, energy: Tensor, bits: int, group: int, dtype: torch.dtype, steps: int = 20) -> Tensor:
-    """Scales [O, G], representable in `dtype`: of `steps` clippings from none to 60 % the one of least weighted error.
+    """Return scales [O, G], representable in `dtype`: of `steps` clippings from none to 60 %, those of least weighted error.
 
     weight [O, I] fp32 or fp64; energy [I], the mean square of each input.
     """
@@ -74,7 +74,7 @@ def round_weight(
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """Upper Cholesky factor of the inverse of the damped Gram matrix [I, I], computed in fp64 where it is small enough."""
+    """Return the upper Cholesky factor of the inverse of the damped Gram matrix [I, I], computed in fp64 where it is small enough."""
     exact = gram.double() if gram.shape[0] <= 4096 else gram.float()
     damp = 0.01 * exact.diagonal().mean().clamp_min(1e-8)
     exact = exact + damp * torch.eye(len(exact), dtype=exact.dtype, device=exact.device)

@@ -1,4 +1,4 @@
-"""A student as a standard transformers folder: weights, config, tokenizer, generation defaults; checked after writing."""
+"""Write a student as a standard transformers folder: weights, config, tokenizer, generation defaults; then check it."""
 
 import copy
 import json
@@ -21,30 +21,32 @@ TokenizerSource = str | Path | PreTrainedTokenizerBase
 
 @dataclass(frozen=True)
 class Checked:
-    """What the check after writing found."""
+    """What the check after writing compared."""
 
-    tensors: int  # compared bit for bit with the student rounded to the stored dtype
-    logit_difference: float  # largest, reloaded model against the student's module on the same weights
+    # compared bit for bit with the student rounded to the stored dtype
+    tensors: int
+    # the largest, of the reloaded model against the student's module on the same weights
+    logit_difference: float
 
 
 def torch_dtype(name: str) -> torch.dtype:
-    """`bfloat16` -> torch.bfloat16. Raises UserError for a dtype that is not one of DTYPES."""
+    """Return torch.bfloat16 for `bfloat16`. Raises UserError for a dtype that is not one of DTYPES."""
     if name not in DTYPES:
         raise UserError(f"dtype: {name!r} is not one of {', '.join(DTYPES)}")
     return DTYPES[name]
 
 
 def cast_state(model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The model's tensors in `dtype`; tied tensors stay one tensor. Raises UserError naming a tensor that is not finite."""
-    done: dict[tuple, Tensor] = {}
+    """Return the model's tensors in `dtype`; tied tensors stay one. Raises UserError naming a tensor that is not finite."""
+    by_storage: dict[tuple, Tensor] = {}
     state = {}
     for name, tensor in model.state_dict().items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        if key not in done:
-            done[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
-            if not torch.isfinite(done[key]).all():
+        if key not in by_storage:
+            by_storage[key] = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor.detach()
+            if not torch.isfinite(by_storage[key]).all():
                 raise UserError(f"export: tensor {name} has values that are not finite in {dtype}")
-        state[name] = done[key]
+        state[name] = by_storage[key]
     return state
 
 

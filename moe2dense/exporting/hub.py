@@ -1,9 +1,13 @@
-"""Publishing an exported folder on the Hugging Face hub: private unless asked, only after a yes, errors in one sentence."""
+"""Publish an exported folder on the Hugging Face hub: private unless asked otherwise, and only after a yes."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
+
+from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
 
 
@@ -16,15 +20,12 @@ def push_to_hub(
     confirm: Callable[[str], bool] | None = None,
     message: str = "Upload a dense student made with moe2dense",
 ) -> str:
-    """Upload an exported folder to the model repository `repo_id` (created if need be); returns its address.
+    """Upload an exported folder to the model repository `repo_id`, made where there is none; return its address.
 
-    confirm: asked with one sentence saying what will be uploaded where; nothing is sent when it says no. An existing
-    repository keeps its visibility. Raises UserError: not an exported folder, a bad id, declined, no connection, not
-    allowed.
+    confirm: called with one sentence on what will be uploaded where; nothing is sent when it says no. An existing
+    repository keeps its visibility. Raises UserError for a folder that is no export, a bad id, a refusal, no connection or
+    no permission.
     """
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalTokenNotFoundError, OfflineModeIsEnabled
-
     folder = Path(folder)
     files = [p for p in folder.rglob("*") if p.is_file()] if folder.is_dir() else []
     if not any(p.suffix in (".safetensors", ".gguf") for p in files) or not (folder / "README.md").is_file():
@@ -56,7 +57,5 @@ def push_to_hub(
 
 
 def _question(folder: Path, repo_id: str, private: bool, files: int, size: int) -> str:
-    from moe2dense.common.units import show_bytes
-
     kind = "private" if private else "PUBLIC"
     return f"Upload {folder} ({files} files, {show_bytes(size)}) to the {kind} repository {repo_id}?"

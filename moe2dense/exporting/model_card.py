@@ -1,10 +1,13 @@
-"""The model card of an exported student: where it comes from, how close it is, what was lost, how to load it."""
+"""Write the model card of an exported student: where it comes from, how close it is, what was lost, how to load it."""
 
 import math
 import re
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCardData
+
+from moe2dense.common.units import show_count
 from moe2dense.common.versions import EXPORT_PACKAGES, versions
 from moe2dense.errors import UserError
 
@@ -42,7 +45,7 @@ _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
 
 def check_info(info: dict[str, Any] | None) -> dict[str, Any]:
-    """`info` as a dict of its own. Raises UserError for a field that a card does not have."""
+    """Return a copy of `info` without empty fields. Raises UserError for a field that a card does not have."""
     for key in info or {}:
         if key not in INFO_FIELDS:
             raise UserError(f"info: unknown field {key!r}; a card has {', '.join(INFO_FIELDS)}")
@@ -50,14 +53,12 @@ def check_info(info: dict[str, Any] | None) -> dict[str, Any]:
 
 
 def is_hub_id(name: Any) -> bool:
-    """Does `name` look like an id on the hub, and not like a folder here?"""
+    """Return whether `name` looks like an id on the hub, and not like a folder here."""
     return isinstance(name, str) and bool(_HUB_ID.match(name)) and not Path(name).exists()
 
 
 def metadata(info: dict[str, Any], moe_shaped: bool, quantize: str = "", library: str = "transformers") -> str:
-    """The YAML block the hub reads."""
-    from huggingface_hub import ModelCardData
-
+    """Return the YAML block that the hub reads."""
     tags = ["moe2dense", "distillation", "mixture-of-experts-teacher", "moe-shaped" if moe_shaped else "dense"]
     tags += [quantize] * bool(quantize) + [tag for tag in info.get("tags", []) if tag not in tags]
     teacher = info.get("teacher")
@@ -76,7 +77,7 @@ def metadata(info: dict[str, Any], moe_shaped: bool, quantize: str = "", library
 
 
 def show_estimate(value: Any) -> str:
-    """A number, or {'value', 'low', 'high'}, as '0.106 [0.099, 0.114]'; a dash where there is none."""
+    """Show a number, or {'value', 'low', 'high'}, as '0.106 [0.099, 0.114]'; a dash where there is none."""
     if isinstance(value, dict):
         middle, low, high = (value.get(k) for k in ("value", "low", "high"))
         if middle is None:
@@ -89,7 +90,7 @@ def show_estimate(value: Any) -> str:
 
 
 def score_table(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: one line per model, the teacher first."""
+    """Return a Markdown table: one line per model, the teacher first."""
     shown = [(key, title) for key, title in _COLUMNS if any(row["scores"].get(key) is not None for row in rows)]
     lines = [
         "| model | " + " | ".join(title for _, title in shown) + " |",
@@ -192,9 +193,10 @@ def model_card(
     format: str = "hf",
     notes: str = "",
 ) -> str:
-    """README.md of an exported checkpoint. `info`: see INFO_FIELDS. `quantized`: KL and tokens of a quantised export."""
-    from moe2dense.common.units import show_count
+    """Return the README.md of an exported checkpoint.
 
+    info: see INFO_FIELDS. quantized: KL and tokens of a quantised export. notes: what the host's card says of loading it.
+    """
     title = info.get("name", name)
     stored = f"{quantize} weights" if quantize else f"{dtype}"
     lines = [

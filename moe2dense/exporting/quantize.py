@@ -1,14 +1,14 @@
-"""int8 and int4 weights in the compressed-tensors layout, which vLLM and transformers read; calibrated, judged, refused if bad."""
+"""Write int8 or int4 weights in the compressed-tensors layout, which vLLM and transformers read; calibrate and judge them."""
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
@@ -23,7 +23,7 @@ GRAM_BYTES = 4 * 10**9  # calibration statistics held at a time
 
 
 def package() -> Any:
-    """compressed-tensors. Raises UserError saying how to get it."""
+    """Return the compressed-tensors package. Raises UserError saying how to get it."""
     try:
         import compressed_tensors
     except ImportError as error:
@@ -31,7 +31,7 @@ def package() -> Any:
     return compressed_tensors
 
 
-def write(
+def write_quantized(
     model: PreTrainedModel,
     folder: Path,
     source: hf.TokenizerSource | None,
@@ -43,7 +43,7 @@ def write(
 ) -> dict[str, Any]:
     """Write `model` with its decoder layers' linear weights in `bits` (int8 or int4) and the rest in bf16, and judge it.
 
-    text [N, S] token ids: the first half calibrates (GPTQ), the second judges. Returns what was checked and the KL from
+    text [N, S] token ids: the first half calibrates (GPTQ), the second judges. Return what was checked and the KL from
     the student to the quantised student. Raises UserError without text or when that KL exceeds `max_kl`.
     """
     package()
@@ -55,8 +55,8 @@ def write(
     rounded = dict(quantized_layers(model, layers, text[:half], BITS[bits], group))
     hf.write_model(model, folder, source, "bfloat16", shard_size, packed_state(model, rounded, BITS[bits]))
     hf.edit_json(folder / "config.json", quantization_config=settings(layers, model, BITS[bits], group))
-    loaded = load(folder, model.device)
-    compare(loaded, model, rounded)
+    loaded = load_quantized(folder, model.device)
+    compare_quantized(loaded, model, rounded)
     kl = divergence(model, loaded, text[half:])
     if not kl <= max_kl:
         raise UserError(
@@ -67,25 +67,25 @@ def write(
 
 
 def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
-    """The linear layers of the decoder layers by name; embeddings and the output head stay as they are."""
+    """Return the linear layers of the decoder layers by name; embeddings and the output head stay as they are."""
     skip = {model.get_output_embeddings(), model.get_input_embeddings()}
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in skip}
 
 
 def group_size(layers: dict[str, nn.Linear]) -> int:
-    """Columns per scale: the largest of GROUPS that divides every layer's inputs, or 0 (one scale per row)."""
+    """Return the columns per scale: the largest of GROUPS that divides every layer's inputs, or 0 (one scale per row)."""
     return next((g for g in GROUPS if all(m.in_features % g == 0 for m in layers.values())), 0)
 
 
 def quantized_layers(
     model: PreTrainedModel, layers: dict[str, nn.Linear], text: Tensor, bits: int, group: int
 ) -> Iterator[tuple[str, Rounded]]:
-    """(name, rounded weight) of every layer; the text is run once per GRAM_BYTES of statistics."""
+    """Yield (name, rounded weight) of every layer; the text is run once per GRAM_BYTES of statistics."""
     names = list(layers)
     while names:
-        batch, held = [], 0
-        while names and (not batch or held + 4 * layers[names[0]].in_features ** 2 <= GRAM_BYTES):
-            held += 4 * layers[names[0]].in_features ** 2
+        batch, gram_bytes = [], 0
+        while names and (not batch or gram_bytes + 4 * layers[names[0]].in_features ** 2 <= GRAM_BYTES):
+            gram_bytes += 4 * layers[names[0]].in_features ** 2
             batch.append(names.pop(0))
         grams = input_grams(model, {name: layers[name] for name in batch}, text)
         for name in batch:
@@ -97,10 +97,10 @@ def quantized_layers(
 def input_grams(
     model: PreTrainedModel, layers: dict[str, nn.Linear], text: Tensor, batch: int = 4
 ) -> dict[str, Tensor]:
-    """Mean Gram matrix [I, I] of every layer's inputs over the tokens of `text`, fp32."""
+    """Return the mean Gram matrix [I, I] of every layer's inputs over the tokens of `text`, fp32."""
     grams = {name: torch.zeros(m.in_features, m.in_features, device=m.weight.device) for name, m in layers.items()}
 
-    def hook(name: str) -> Any:
+    def hook(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def add(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             x = inputs[0].detach().float().flatten(0, -2)
             grams[name].addmm_(x.T, x)
@@ -119,7 +119,7 @@ def input_grams(
 
 
 def packed_state(model: PreTrainedModel, rounded: dict[str, Rounded], bits: int) -> dict[str, Tensor]:
-    """The tensors on disk: bf16, with each rounded weight replaced by its packed codes, scales and shape."""
+    """Return the tensors on disk: bf16, with each rounded weight replaced by its packed codes, scales and shape."""
     from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 
     state = hf.cast_state(model, torch.bfloat16)
@@ -132,7 +132,7 @@ def packed_state(model: PreTrainedModel, rounded: dict[str, Rounded], bits: int)
 
 
 def settings(layers: dict[str, nn.Linear], model: PreTrainedModel, bits: int, group: int) -> dict[str, Any]:
-    """config.json's quantization_config: symmetric integers in groups of `group` columns, or one scale per row."""
+    """Return config.json's quantization_config: symmetric integers in groups of `group` columns, or one scale per row."""
     from compressed_tensors.quantization import (
         QuantizationArgs,
         QuantizationConfig,
@@ -149,8 +149,11 @@ def settings(layers: dict[str, nn.Linear], model: PreTrainedModel, bits: int, gr
     return json.loads(config.model_dump_json(exclude_none=True))
 
 
-def compare(loaded: PreTrainedModel, student: PreTrainedModel, rounded: dict[str, Rounded]) -> None:
-    """Every tensor reads back as the student's in bf16, or as its codes times scales (a product in bf16). Raises VerificationError naming it."""
+def compare_quantized(loaded: PreTrainedModel, student: PreTrainedModel, rounded: dict[str, Rounded]) -> None:
+    """Check that every tensor reads back as the student's in bf16, or as its codes times scales, a product in bf16.
+
+    Raises VerificationError naming the tensor.
+    """
     got = loaded.state_dict()
     for name, tensor in student.state_dict().items():
         layer = rounded.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
@@ -161,10 +164,8 @@ def compare(loaded: PreTrainedModel, student: PreTrainedModel, rounded: dict[str
             )
 
 
-def load(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """A quantised checkpoint as transformers reads it, its weights unpacked to fp32."""
-    from transformers import CompressedTensorsConfig
-
+def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+    """Load a quantised checkpoint with transformers, its weights unpacked to fp32."""
     with verify.quiet(), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # only to unpack it
         model: Any = AutoModelForCausalLM.from_pretrained(
@@ -178,7 +179,7 @@ def load(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
 
 @torch.no_grad()
 def divergence(student: PreTrainedModel, other: PreTrainedModel, text: Tensor) -> float:
-    """Mean KL(student || other) over the tokens of text [N, S], nats per token; one block at a time, fp32."""
+    """Return the mean KL(student || other) over the tokens of text [N, S], nats per token; one block at a time, fp32."""
     total = 0.0
     with evaluation_mode(student):
         for ids in text.to(student.device).split(1):

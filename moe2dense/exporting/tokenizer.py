@@ -1,10 +1,11 @@
-"""The student speaks the teacher's tokens: its tokenizer files, generation defaults and license travel unchanged."""
+"""Copy what an export takes from the teacher's folder unchanged: tokenizer, generation defaults and license."""
 
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError, first_line
@@ -18,17 +19,19 @@ LEGAL_FILES = ("LICENSE*", "NOTICE*")
 
 
 def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """The tokenizer of a folder, hub id or object. Raises UserError when there is none."""
+    """Return the tokenizer of a folder, hub id or object. Raises UserError when there is none."""
     if isinstance(source, PreTrainedTokenizerBase):
         return source
     try:
         return AutoTokenizer.from_pretrained(source)
     except Exception as error:
-        raise UserError(f"tokenizer: none can be loaded from {source} ({first_line(error)}); pass --tokenizer") from error
+        raise UserError(
+            f"tokenizer: none can be loaded from {source} ({first_line(error)}); pass --tokenizer"
+        ) from error
 
 
 def source_folder(source: str | Path | PreTrainedTokenizerBase) -> Path | None:
-    """The local folder whose files can be copied, or None when the tokenizer must be saved from memory."""
+    """Return the local folder whose files can be copied, or None when the tokenizer must be saved from memory."""
     place = source.name_or_path if isinstance(source, PreTrainedTokenizerBase) else str(source)
     return Path(place) if place and Path(place).is_dir() else None
 
@@ -55,11 +58,9 @@ def copy_files(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
 
 
 def teacher_license(origin: Path | None) -> dict[str, Any]:
-    """license, license_name and license_link as the teacher's own model card states them; {} when it does not."""
+    """Return license, license_name and license_link as the teacher's model card states them; {} when it does not."""
     if origin is None or not (origin / "README.md").is_file():
         return {}
-    from huggingface_hub import ModelCard
-
     try:
         data = ModelCard.load(origin / "README.md", ignore_metadata_errors=True).data.to_dict()
     except ValueError:
@@ -68,7 +69,7 @@ def teacher_license(origin: Path | None) -> dict[str, Any]:
 
 
 def generation_defaults(origin: Path | None) -> dict[str, Any] | None:
-    """The teacher's generation_config.json as it stands, or None."""
+    """Return the teacher's generation_config.json as it stands, or None."""
     path = origin / "generation_config.json" if origin else None
     if path is None or not path.is_file():
         return None

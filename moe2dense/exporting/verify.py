@@ -1,4 +1,4 @@
-"""Is what was written the trained student? The folder is read back by transformers alone and compared tensor by tensor."""
+"""Check that an exported folder is the student: read it back by transformers alone and compare every tensor."""
 
 import json
 import re
@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,31 +26,29 @@ class VerificationError(UserError):
 
 
 def check_dense(folder: Path, moe_shaped: bool) -> None:
-    """No tensor of a mixture of experts is left, unless the host is known to keep the wrapper."""
+    """Check that no tensor of a mixture of experts is left, unless the host is known to keep the wrapper."""
     for name in checkpoint_tensors(folder):
         if not moe_shaped and _MOE_TENSOR.search(name):
             raise VerificationError(f"export: tensor {name} belongs to a mixture of experts; the model is not dense")
 
 
 def checkpoint_tensors(folder: Path) -> dict[str, Path]:
-    """Name of every tensor on disk -> its file; checks that the index, where there is one, is right."""
-    from safetensors import safe_open
-
-    found: dict[str, Path] = {}
+    """Return the file of every tensor on disk by name; check that the index, where there is one, is right."""
+    files: dict[str, Path] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
-            found.update(dict.fromkeys(file.keys(), path))
+            files.update(dict.fromkeys(file.keys(), path))
     index = folder / "model.safetensors.index.json"
     if index.exists():
         listed = json.loads(index.read_text())["weight_map"]
-        wrong = [name for name in {*listed, *found} if name not in found or listed.get(name) != found[name].name]
+        wrong = [name for name in {*listed, *files} if name not in files or listed.get(name) != files[name].name]
         if wrong:
             raise VerificationError(f"export: tensor {min(wrong)} and the index disagree on its file")
-    return found
+    return files
 
 
 def load_plain(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
-    """The folder as transformers alone loads it, in fp32, every tensor of the architecture found on disk.
+    """Load the folder with transformers alone, in fp32; check that every tensor of the architecture is on disk.
 
     Raises VerificationError naming a tensor that is missing, left over or of another shape.
     """
@@ -72,31 +71,31 @@ def load_plain(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
 
 
 def compare_tensors(loaded: PreTrainedModel, student: PreTrainedModel, dtype: torch.dtype) -> int:
-    """Every tensor equals the student's rounded to `dtype`, bit for bit. Returns how many were compared."""
-    expected, found = student.state_dict(), loaded.state_dict()
-    for name in sorted({*expected, *found}):
-        if name not in found:
+    """Check that every tensor equals the student's rounded to `dtype`, bit for bit; return how many were compared."""
+    expected, exported = student.state_dict(), loaded.state_dict()
+    for name in sorted({*expected, *exported}):
+        if name not in exported:
             raise VerificationError(f"export: tensor {name} is in the student but not in the exported model")
         if name not in expected:
             raise VerificationError(f"export: tensor {name} is in the exported model but not in the student")
         want = rounded(expected[name], dtype)
-        got = found[name].to(want.device)
+        got = exported[name].to(want.device)
         if want.shape != got.shape or not torch.equal(want, got.to(want.dtype)):
             raise VerificationError(f"export: tensor {name} differs from the student's after reloading")
-    return len(found)
+    return len(exported)
 
 
 def rounded(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`tensor` as it reads back after being stored in `dtype`; integers unchanged."""
+    """Return `tensor` as it reads back after being stored in `dtype`; integers unchanged."""
     return tensor.detach().to(dtype).float() if tensor.is_floating_point() else tensor.detach()
 
 
 @torch.no_grad()
 def compare_forward(loaded: PreTrainedModel, student: PreTrainedModel, tolerance: float = 1e-4) -> float:
-    """Run the student's own module and config on the exported weights; its logits equal the reloaded model's.
+    """Check that the student's own module, run on the exported weights, gives the reloaded model's logits.
 
-    With the tensors equal, this is what remains: config fields, rope, norms' eps, multipliers, masks. The tolerance is
-    relative to the largest logit. Returns the largest difference. Raises VerificationError above the tolerance.
+    With the tensors equal, this checks what remains: config fields, rope, norms' eps, multipliers, masks. The tolerance is
+    relative to the largest logit. Return the largest difference. Raises VerificationError above the tolerance.
     """
     config = loaded.config.get_text_config()
     length = min(33, getattr(config, "max_position_embeddings", 33) or 33)
@@ -118,7 +117,7 @@ def compare_forward(loaded: PreTrainedModel, student: PreTrainedModel, tolerance
 
 
 def check_config(folder: Path, student: PreTrainedModel, dtype: str) -> None:
-    """config.json names the student's class, its dtype and every field of its configuration."""
+    """Check that config.json names the student's class, its dtype and every field of its configuration."""
     config = json.loads((folder / "config.json").read_text())
     if config.get("architectures") != [type(student).__name__]:
         raise VerificationError(
@@ -144,7 +143,7 @@ def check_config(folder: Path, student: PreTrainedModel, dtype: str) -> None:
 
 
 def check_tokenizer(folder: Path, source: PreTrainedTokenizerBase) -> None:
-    """The exported tokenizer encodes, decodes and formats chats exactly as its source."""
+    """Check that the exported tokenizer encodes, decodes and formats chats exactly as its source."""
     try:
         copy = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:
@@ -155,4 +154,4 @@ def check_tokenizer(folder: Path, source: PreTrainedTokenizerBase) -> None:
     if copy(_TEXT)["input_ids"] != ids or copy.decode(ids) != source.decode(ids):
         raise VerificationError("export: the exported tokenizer splits text differently from its source")
     if copy.chat_template != source.chat_template:
-        raise VerificationError("export: the chat template was not carried over")
+        raise VerificationError("export: the chat template was not copied")

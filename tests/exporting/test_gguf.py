@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
 from moe2dense.exporting.gguf.hosts import HOSTS as GGUF_HOSTS
-from moe2dense.exporting.gguf.vocabulary import split_rule, vocabulary
+from moe2dense.exporting.gguf.vocabulary import read_vocabulary, split_rule
 from moe2dense.exporting.gguf.write import interleave, named_tensors
 from moe2dense.exporting.verify import VerificationError
 from moe2dense.families.cards import student_cards
@@ -201,7 +201,7 @@ def test_an_unknown_split_or_normalizer_is_an_error_not_a_wrong_file(tmp_path):
 
     lower.backend_tokenizer.normalizer = normalizers.Lowercase()
     with pytest.raises(UserError, match="normalizer \\(Lowercase\\)"):
-        vocabulary(lower, 500)
+        read_vocabulary(lower, 500)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,6 +1,7 @@
 """The transformers layout: every host round-trips, and what is wrong is named."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -14,7 +15,7 @@ from moe2dense.exporting import hf, verify
 from moe2dense.exporting.api import export
 from moe2dense.families.cards import StudentCard, student_host, teacher_cards
 from moe2dense.student.target.dense_config import dense_config
-from tests.exporting.conftest import HOSTS, tiny
+from tests.exporting.conftest import EXAMPLE, HOSTS, tiny
 from tests.teacher.families import FAMILIES, make
 
 
@@ -254,3 +255,16 @@ def test_bad_options_are_one_sentence(options, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UserError, match="a Student or a transformers model is needed; found dict"):
         export({}, tmp_path / "m")
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_follow_the_umask(umask, tmp_path):
+    before = os.umask(umask)
+    try:
+        export(tiny("mistral", vocab_size=4096), tmp_path / "m", tokenizer=EXAMPLE)
+    finally:
+        os.umask(before)
+    files = [p for p in (tmp_path / "m").rglob("*") if p.is_file()]
+    assert {p.name for p in files} >= {"model.safetensors", "config.json", "README.md"}
+    assert {oct(p.stat().st_mode & 0o777) for p in files} == {oct(0o666 & ~umask)}
+    assert (tmp_path / "m").stat().st_mode & 0o777 == 0o777 & ~umask

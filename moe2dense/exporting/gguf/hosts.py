@@ -1,4 +1,4 @@
-"""What GGUF calls each dense host: the architecture's name, its keys, and how its rotary pairs lie. Data, checked by tests.
+"""List what GGUF calls each dense host: the architecture's name, its keys, and how its rotary pairs lie.
 
 Names and keys: the `gguf` package's constants. `interleaved`: llama.cpp rotates neighbouring pairs for this architecture
 while transformers rotates halves, so the rows of Q and K are reordered.
@@ -10,16 +10,20 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True)
 class GgufHost:
-    """One architecture. keys: GGUFWriter method (without `add_`) = config field of the student."""
+    """One architecture of GGUF."""
 
     arch: str
     interleaved: bool = False
     norm: str = "layer_norm_rms_eps"
     eps: str = "rms_norm_eps"
+    # GGUFWriter's method, without `add_`: config field of the student
     keys: Mapping[str, str] = field(default_factory=dict)
-    width: str = "mlp.up_proj"  # the linear layer whose rows count the FFN's neurons
-    sliding_every: int = 0  # n: every n-th layer sees all, the others a window, as the architecture fixes it
-    conv: bool = False  # layers may be short convolutions, which have no KV heads
+    # the linear layer whose rows count the FFN's neurons
+    width: str = "mlp.up_proj"
+    # n: every n-th layer sees all, the others a window, as the architecture fixes it
+    sliding_every: int = 0
+    # layers may be short convolutions, which have no KV heads
+    conv: bool = False
 
 
 HOSTS: dict[str, GgufHost] = {

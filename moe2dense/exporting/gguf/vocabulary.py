@@ -1,7 +1,6 @@
-"""A tokenizer as GGUF holds it: tokens, kinds, merges or scores, and the name of the rule that splits text before merging.
+"""Turn a tokenizer into what GGUF holds: tokens, kinds, merges or scores, and the name of the rule that splits text.
 
-llama.cpp knows splitting rules by name only, so the name is found by comparing how candidates split sample text with how
-the tokenizer itself does. A tokenizer that no rule reproduces is refused: a file with the wrong rule loads and is wrong.
+llama.cpp knows splitting rules by name only, so each rule's split of sample text is compared with the tokenizer's own. A tokenizer that no rule reproduces is refused: a file with the wrong rule loads and is wrong.
 """
 
 import json
@@ -35,7 +34,8 @@ class SplitRule:
 
     name: str
     patterns: tuple[str, ...]
-    ignore_merges: bool = False  # a piece that is a token is taken whole
+    # whether a piece that is a token is taken whole
+    ignore_merges: bool = False
 
 
 RULES = (
@@ -73,7 +73,9 @@ NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
 class Vocabulary:
     """What the writer stores under tokenizer.ggml."""
 
-    model: str  # gpt2 (byte-level BPE) | llama (sentencepiece BPE)
+    # gpt2 (byte-level BPE) or llama (sentencepiece BPE)
+    model: str
+    # name of the splitting rule
     pre: str
     tokens: list[bytes]
     kinds: list[int]
@@ -82,29 +84,30 @@ class Vocabulary:
     add_space_prefix: bool | None
     add_bos: bool
     add_eos: bool
-    special: dict[str, int]  # bos, eos, unk, pad -> id
+    # ids of bos, eos, unk and pad
+    special: dict[str, int]
     chat_template: str | None
 
 
 def _cut(text: str, patterns: tuple[str, ...]) -> list[tuple[int, int]]:
     pieces = [(0, len(text))] if text else []
     for pattern in patterns:
-        found = []
+        spans = []
         for start, end in pieces:
             at = start
             for match in regex.finditer(pattern, text[start:end]):
                 a, b = start + match.start(), start + match.end()
                 if a == b:
                     continue
-                found += [(at, a)] * (at < a) + [(a, b)]
+                spans += [(at, a)] * (at < a) + [(a, b)]
                 at = b
-            found += [(at, end)] * (at < end)
-        pieces = found
+            spans += [(at, end)] * (at < end)
+        pieces = spans
     return pieces
 
 
 def split_rule(tokenizer: PreTrainedTokenizerBase) -> str:
-    """The name of llama.cpp's rule that splits text as this byte-level tokenizer does. Raises UserError when none does."""
+    """Return the name of llama.cpp's rule that splits text as this byte-level tokenizer does. Raises UserError when none does."""
     backend: Any = tokenizer.backend_tokenizer  # type: ignore[attr-defined]
     ignore_merges = bool(json.loads(backend.to_str())["model"].get("ignore_merges"))
     wanted = [[span for _, span in backend.pre_tokenizer.pre_tokenize_str(text)] for text in _SAMPLES]
@@ -118,8 +121,8 @@ def split_rule(tokenizer: PreTrainedTokenizerBase) -> str:
     )
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
-    """The tokenizer for a model whose embedding has `rows` rows; ids without a token are filled with unused ones.
+def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary:
+    """Return the vocabulary for a model whose embedding has `rows` rows; ids without a token are filled with unused ones.
 
     Raises UserError for what is neither byte-level BPE nor sentencepiece-like BPE with byte fallback.
     """
@@ -171,7 +174,7 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, table: dict[str, Any], rows: int
 
 
 def _scores(pairs: list[list[str]], tokenizer: PreTrainedTokenizerBase, rows: int) -> list[float]:
-    """Sentencepiece merges what scores highest: the earlier the merge that makes a token, the higher its score."""
+    """Return sentencepiece scores: the earlier the merge that makes a token, the higher its score."""
     scores = [-1e6] * rows
     vocab = tokenizer.get_vocab()
     for rank, (left, right) in enumerate(pairs):
@@ -190,8 +193,8 @@ def _added_ends(tokenizer: PreTrainedTokenizerBase) -> tuple[bool, bool]:
 
 
 def _special(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    found = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
-    return {name: int(i) for name, i in found.items() if i is not None}
+    ids = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "unk", "pad")}
+    return {name: int(i) for name, i in ids.items() if i is not None}
 
 
 def _template(tokenizer: PreTrainedTokenizerBase) -> str | None:

@@ -1,4 +1,4 @@
-"""A student as one GGUF file for llama.cpp: weights, config and tokenizer, written tensor by tensor and read back."""
+"""Write a student as one GGUF file for llama.cpp, tensor by tensor, with its config and tokenizer, and read it back."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +12,8 @@ from transformers import PreTrainedModel
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting.gguf.hosts import HOSTS, GgufHost
-from moe2dense.exporting.gguf.vocabulary import Vocabulary, vocabulary
+from moe2dense.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
+from moe2dense.exporting.hf import TokenizerSource
 from moe2dense.exporting.verify import VerificationError
 from moe2dense.families.cards import StudentCard
 
@@ -20,7 +21,7 @@ TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
 
 
 def package() -> Any:
-    """The `gguf` package. Raises UserError saying how to get it."""
+    """Return the `gguf` package. Raises UserError saying how to get it."""
     try:
         import gguf
     except ImportError as error:
@@ -28,10 +29,10 @@ def package() -> Any:
     return gguf
 
 
-def write(
+def write_gguf(
     model: PreTrainedModel,
     folder: Path,
-    source: Any,
+    source: TokenizerSource | None,
     card: StudentCard,
     *,
     dtype: str = "bfloat16",
@@ -40,7 +41,7 @@ def write(
 ) -> dict[str, Any]:
     """Write `folder`/model-TYPE.gguf (f32, f16, bf16 or q8_0) with the tokenizer of `source`, and compare it with the model.
 
-    Norms, biases and convolutions stay f32; q8_0 needs rows that are a multiple of 32 and keeps others f16. Returns what was
+    Norms, biases and convolutions stay f32; q8_0 needs rows that are a multiple of 32 and keeps others f16. Return what was
     checked. Raises UserError for a host or tokenizer that GGUF cannot describe, VerificationError naming a tensor.
     """
     gguf = package()
@@ -51,7 +52,7 @@ def write(
     if source is None:
         raise UserError("tokenizer: a GGUF file holds one; pass --tokenizer")
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
-    words = vocabulary(tokenizers.load_tokenizer(source), int(rows))  # type: ignore[arg-type]
+    words = read_vocabulary(tokenizers.load_tokenizer(source), int(rows))
     kind = TYPES[quantize or dtype]
     path = folder / f"model-{kind}.gguf"
     writer = gguf.GGUFWriter(path, host.arch)
@@ -70,7 +71,7 @@ def write(
 
 
 def named_tensors(model: PreTrainedModel, host: GgufHost) -> Iterator[tuple[str, Tensor]]:
-    """(GGUF name, tensor) of every parameter, tied ones once. Raises UserError naming one that GGUF has no place for."""
+    """Yield (GGUF name, tensor) of every parameter, tied ones once. Raises UserError naming one that GGUF has no place for."""
     gguf = package()
     config = model.config
     arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[host.arch]
@@ -90,7 +91,7 @@ def named_tensors(model: PreTrainedModel, host: GgufHost) -> Iterator[tuple[str,
 
 
 def interleave(tensor: Tensor, head_dim: int) -> Tensor:
-    """Rows of Q or K [heads * D, H] (or a bias) from rotary halves (i, i + D/2) to neighbouring pairs (2i, 2i + 1)."""
+    """Reorder rows of Q or K [heads * D, H] (or a bias) from rotary halves (i, i + D/2) to pairs (2i, 2i + 1)."""
     parts = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
     return parts.transpose(1, 2).reshape(tensor.shape)
 
@@ -100,7 +101,7 @@ def _head_dim(config: Any) -> int:
 
 
 def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
-    """By what llama3 rope scaling divides each frequency (Llama 3.1's published rule), or None."""
+    """Return what llama3 rope scaling divides each frequency by (Llama 3.1's published rule), or None."""
     rope = config.rope_parameters or {}
     if rope.get("rope_type") != "llama3":
         return None
@@ -112,6 +113,7 @@ def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
 
 
 def _type(gguf: Any, kind: str, name: str, tensor: Tensor) -> Any:
+    """Return the GGML type that a tensor is stored in."""
     kinds = gguf.GGMLQuantizationType
     if tensor.dim() < 2 or "shortconv.conv" in name or kind == "f32":
         return kinds.F32
@@ -217,11 +219,11 @@ def _write_vocabulary(writer: Any, gguf: Any, words: Vocabulary) -> None:
 
 
 def check(path: Path, plan: list[tuple[str, Tensor, Any]]) -> dict[str, float]:
-    """Read the file back: every tensor is there and equals the student's, rounded to its type; q8_0 within half a step."""
+    """Read the file back and check that every tensor equals the student's, rounded to its type; q8_0 within half a step."""
     gguf = package()
-    found = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
+    remaining = {tensor.name: tensor for tensor in gguf.GGUFReader(path).tensors}
     for name, tensor, stored in plan:
-        got = found.pop(name, None)
+        got = remaining.pop(name, None)
         if got is None or got.tensor_type != stored:
             raise VerificationError(f"export: tensor {name} is not in {path.name} as {stored.name}")
         want = tensor.float().cpu().numpy()
@@ -237,6 +239,6 @@ def check(path: Path, plan: list[tuple[str, Tensor, Any]]) -> dict[str, float]:
             raise UserError(f"export: tensor {name} has values that are not finite in {stored.name}")
         if not good:
             raise VerificationError(f"export: tensor {name} differs from the student's after reading {path.name} back")
-    if found:
-        raise VerificationError(f"export: tensor {min(found)} in {path.name} is not part of the student")
+    if remaining:
+        raise VerificationError(f"export: tensor {min(remaining)} in {path.name} is not part of the student")
     return {"tensors": len(plan)}
