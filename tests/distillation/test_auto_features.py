@@ -34,8 +34,8 @@ def test_a_student_made_of_the_teacher_follows_its_states(setting, tmp_path):
     teacher, student, data = setting
     config = TrainConfig()
     assert settle_features(config, student, None, teacher, None).features == AUTO_FEATURES
-    held = hidden_targets(teacher, data, features=range(4))
-    assert settle_features(config, student, held, None, None).features == AUTO_FEATURES
+    targets = hidden_targets(teacher, data, features=range(4))
+    assert settle_features(config, student, targets, None, None).features == AUTO_FEATURES
     write_targets(teacher, data, tmp_path / "t", features=range(4))
     stored = open_targets(tmp_path / "t", data)
     assert settle_features(config, student, stored, None, None).features == AUTO_FEATURES
@@ -46,7 +46,7 @@ def test_a_student_made_of_the_teacher_follows_its_states(setting, tmp_path):
 )
 def test_others_do_not(case, setting):
     teacher, student, data = setting
-    config, known, regime = TrainConfig(), None, None
+    config, targets, regime = TrainConfig(), None, None
     if case == "plain model":
         student = student.model
     if case == "own checkpoint":
@@ -54,14 +54,14 @@ def test_others_do_not(case, setting):
     if case == "narrower":
         student = build_student(teacher, "25%", data, init="select")
     if case == "states not held":
-        known = hidden_targets(teacher, data, features=range(3))
+        targets = hidden_targets(teacher, data, features=range(3))
     if case == "hard labels":
         config = TrainConfig(alpha=1.0)
     if case == "own text":
         regime = Brings()
     if case == "nothing":
         teacher = None
-    assert settle_features(config, student, known, teacher, regime).features == ""
+    assert settle_features(config, student, targets, teacher, regime).features == ""
 
 
 def test_what_is_asked_for_stays(setting):
@@ -76,12 +76,12 @@ def test_the_loss_counts_the_states(setting):
     import copy
 
     teacher, student, data = setting
-    found = {}
+    weights = {}
     for features in ("auto", ""):
         copied = copy.deepcopy(student)
         distill(copied, teacher, data, config=TrainConfig(features=features, batch=19, save_every=99, eval_every=99))
-        found[features] = [p.detach() for p in copied.model.parameters()]
-    assert any(not torch.equal(a, b) for a, b in zip(*found.values(), strict=True))
+        weights[features] = [p.detach() for p in copied.model.parameters()]
+    assert any(not torch.equal(a, b) for a, b in zip(*weights.values(), strict=True))
 
 
 def test_the_store_of_a_run_holds_them(setting, root):

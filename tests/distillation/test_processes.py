@@ -190,7 +190,7 @@ def test_accelerates_own_fsdp2_launch(tmp_path):
         "--fsdp_transformer_layer_cls_to_wrap",
         "MistralDecoderLayer",
     ]
-    found = []
+    results = []
     for world, flags in (("1", []), ("2", ["--use_fsdp", "--fsdp_version", "2", *wrap])):
         out = tmp_path / world
         launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", world, *flags]
@@ -198,6 +198,6 @@ def test_accelerates_own_fsdp2_launch(tmp_path):
         subprocess.run([*launch, str(script), str(out), world], check=True, timeout=300, env=environment)
         model = make_student()
         Checkpoints(out / "checkpoints").load_weights(model)
-        found.append(model.state_dict())
-    for name, value in found[0].items():
-        torch.testing.assert_close(found[1][name], value, rtol=2e-2, atol=2e-2, msg=name)
+        results.append(model.state_dict())
+    for name, value in results[0].items():
+        torch.testing.assert_close(results[1][name], value, rtol=2e-2, atol=2e-2, msg=name)

@@ -84,8 +84,8 @@ class _Logits:
     def batch(self, rows):
         from moe2dense.losses.teacher_rows import LogitRows
 
-        found = self.targets.batch(rows)
-        return LogitRows(found.head.logits(found.hidden))
+        rows_of = self.targets.batch(rows)
+        return LogitRows(rows_of.head.logits(rows_of.hidden))
 
 
 def test_settings():

@@ -108,17 +108,17 @@ def test_equals_a_hand_written_loop():
 
 
 def test_micro_batches_do_not_change_the_step():
-    teacher, found = make_teacher(torch.float64), []
+    teacher, results = make_teacher(torch.float64), []
     mask = torch.ones(24, 12, dtype=torch.bool)
     mask[::3, 7:] = False
     mask[5] = False
     for micro in (1, 3, 4):
         student = make_student(torch.float64)
         distill(student, teacher, make_blocks(attention_mask=mask), config=settings(micro_batch=micro, alpha=0.2))
-        found.append(weights(student))
-    for other in found[1:]:
+        results.append(weights(student))
+    for other in results[1:]:
         for k in other:
-            torch.testing.assert_close(other[k], found[0][k], rtol=1e-8, atol=1e-10)
+            torch.testing.assert_close(other[k], results[0][k], rtol=1e-8, atol=1e-10)
 
 
 def test_validation_and_history(straight, teacher):
@@ -137,18 +137,18 @@ def test_validation_and_history(straight, teacher):
     assert [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] == result.history
     assert result.steps == 12 and result.tokens == 576 and result.unique == 288
     assert {"lr", "grad_norm", "tokens_per_second", "memory", "seconds"} <= rest[0].keys()
-    kept = sorted(p.name for p in (folder / "checkpoints").iterdir())
-    assert kept == sorted({f"step-{result.best_step:06d}", "step-000012"})
+    keys = sorted(p.name for p in (folder / "checkpoints").iterdir())
+    assert keys == sorted({f"step-{result.best_step:06d}", "step-000012"})
 
 
 def test_rare_tokens_are_measured_apart(teacher):
     ids = torch.zeros(6, 12, dtype=torch.int64)
     ids[:, [3, 8]] = 7  # the only other token: rare
     train, student = Blocks(ids), make_student()
-    found = distill(student, teacher, train, valid=train[:2], config=settings(lr=1e-30, batch=72)).history[0]
+    record = distill(student, teacher, train, valid=train[:2], config=settings(lr=1e-30, batch=72)).history[0]
     with torch.no_grad():
         p, q = (m(ids[:2]).logits.log_softmax(-1) for m in (teacher, student))
-    assert found["valid_rare_kl"] == pytest.approx((p.exp() * (p - q)).sum(-1)[:, [2, 7]].mean().item(), rel=1e-4)
+    assert record["valid_rare_kl"] == pytest.approx((p.exp() * (p - q)).sum(-1)[:, [2, 7]].mean().item(), rel=1e-4)
 
 
 class Stop(Exception):
@@ -169,8 +169,8 @@ def test_resumed_run_is_bit_exact(straight, teacher, tmp_path, stop_at):
     student = make_student()
     result = distill(student, teacher, make_blocks(), resume=True, **options)
     assert same(weights(student), expected) and result.best_step == whole.best_step
-    kept = ("step", "loss", "valid_kl", "valid_nll", "lr", "grad_norm")
-    assert [[r.get(k) for k in kept] for r in result.history] == [[r.get(k) for k in kept] for r in whole.history]
+    keys = ("step", "loss", "valid_kl", "valid_nll", "lr", "grad_norm")
+    assert [[r.get(k) for k in keys] for r in result.history] == [[r.get(k) for k in keys] for r in whole.history]
     again = make_student()
     distill(again, teacher, make_blocks(), resume=True, **options)  # finished already
     assert same(weights(again), expected)
@@ -273,9 +273,9 @@ def test_nan_names_the_block_after_one_retry(teacher, tmp_path, saved):
     targets = hidden_targets(teacher, blocks)
     guilty = step_blocks(24, 4, 4, 0)[2]
     targets.hidden[guilty, 3] = float("nan")
-    with pytest.raises(UserError, match=f"step 5 of 6.*block {guilty} .domain 'domain {guilty % 3}'") as found:
+    with pytest.raises(UserError, match=f"step 5 of 6.*block {guilty} .domain 'domain {guilty % 3}'") as results:
         distill(make_student(), data=blocks, targets=targets, config=settings(), out=tmp_path if saved else None)
-    assert ("going back" in str(found.value)) == saved and blocks[[guilty]].keys()[0] in str(found.value)
+    assert ("going back" in str(results.value)) == saved and blocks[[guilty]].keys()[0] in str(results.value)
 
 
 def test_a_passing_fault_is_survived(teacher, tmp_path, straight):
@@ -307,24 +307,24 @@ def test_worse_than_before_is_loud(teacher):
 
 
 def test_targets_of_every_kind_train_alike(teacher):
-    blocks, found = make_blocks(), []
+    blocks, results = make_blocks(), []
     once = hidden_targets(teacher, blocks, batch=5)
     for targets in (once, ResidentTargets(teacher, blocks), HiddenTargets(once.hidden, once.head)):
         student = make_student()
         distill(student, data=blocks, targets=targets, config=settings())
-        found.append(weights(student))
-    for other in found[1:]:
+        results.append(weights(student))
+    for other in results[1:]:
         for k in other:
-            torch.testing.assert_close(other[k], found[0][k], rtol=1e-4, atol=1e-6)
+            torch.testing.assert_close(other[k], results[0][k], rtol=1e-4, atol=1e-6)
     with pytest.raises(UserError, match="24 blocks but the data has 7"):
         distill(make_student(), data=blocks[:7], targets=once)
 
 
 def test_text_alone_trains_on_hard_labels():
     student, blocks = make_student(), make_blocks(4)
-    found = distill(student, data=blocks, config=settings(alpha=1.0, epochs=40.0, lr=1e-2))
-    assert found.history[-1]["parts"].keys() == {"ce"}
-    assert found.history[-1]["loss"] < 0.5 < math.log(61) - 0.5 < found.history[0]["loss"]
+    results = distill(student, data=blocks, config=settings(alpha=1.0, epochs=40.0, lr=1e-2))
+    assert results.history[-1]["parts"].keys() == {"ce"}
+    assert results.history[-1]["loss"] < 0.5 < math.log(61) - 0.5 < results.history[0]["loss"]
     with pytest.raises(UserError, match="needs a teacher"):
         distill(student, data=blocks)
 
@@ -382,18 +382,18 @@ def test_adapters_are_trained_and_merged(teacher, tmp_path, dora):
 
 
 def test_gradient_checkpointing_gives_the_same_weights(teacher):
-    found = []
+    results = []
     for on in (False, True):
         student = make_student()
         distill(student, teacher, make_blocks(), config=settings(gradient_checkpointing=on))
-        found.append(weights(student))
-    assert all(torch.allclose(found[0][k], found[1][k], rtol=1e-5, atol=1e-7) for k in found[0])
+        results.append(weights(student))
+    assert all(torch.allclose(results[0][k], results[1][k], rtol=1e-5, atol=1e-7) for k in results[0])
 
 
 def test_tied_embeddings_and_alpha_schedule(teacher):
     student = make_student(tie_word_embeddings=True)
-    found = distill(student, teacher, make_blocks(), config=settings(alpha_schedule="step:1:0"))
-    assert [sorted(r["parts"]) for r in found.history] == [["ce"]] * 3 + [["kd"]] * 3
+    results = distill(student, teacher, make_blocks(), config=settings(alpha_schedule="step:1:0"))
+    assert [sorted(r["parts"]) for r in results.history] == [["ce"]] * 3 + [["kd"]] * 3
     assert student.lm_head.weight is student.model.embed_tokens.weight
 
 
@@ -467,11 +467,11 @@ class TestFeatures:
     @staticmethod
     def before_norm(model, ids):
         """The last layer's output, which transformers shows only after the final norm."""
-        found = []
-        handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: found.append(inputs[0]))
+        results = []
+        handle = model.model.norm.register_forward_pre_hook(lambda _, inputs: results.append(inputs[0]))
         model(ids)
         handle.remove()
-        return found[0]
+        return results[0]
 
     @pytest.mark.parametrize("features", ["cosine:uniform", "mse:learned"])
     def test_projectors_train_resume_and_stay_out_of_the_student(self, teacher, tmp_path, features):
@@ -495,7 +495,7 @@ class TestFeatures:
         from moe2dense.distillation.targets.store import open_targets
         from moe2dense.distillation.targets.write import write_targets
 
-        blocks, found = make_blocks(), []
+        blocks, results = make_blocks(), []
         write_targets(teacher, blocks, tmp_path, features=[0, 1])
         sources = (
             hidden_targets(teacher, blocks, features=[0, 1]),
@@ -504,11 +504,11 @@ class TestFeatures:
         )
         for targets in sources:
             history = distill(make_student(), data=blocks, targets=targets, config=settings(features="mse")).history
-            found.append([r["parts"]["features"] for r in history])
-        assert found[1] == pytest.approx(found[0], rel=1e-4) and found[2] == pytest.approx(found[0], rel=2e-2)
+            results.append([r["parts"]["features"] for r in history])
+        assert results[1] == pytest.approx(results[0], rel=1e-4) and results[2] == pytest.approx(results[0], rel=2e-2)
         with pytest.raises(UserError, match="hidden-1 is missing"):
-            held = hidden_targets(teacher, blocks, features=[0])
-            distill(make_student(), data=blocks, targets=held, config=settings(features="mse:uniform"))
+            held_out = hidden_targets(teacher, blocks, features=[0])
+            distill(make_student(), data=blocks, targets=held_out, config=settings(features="mse:uniform"))
         with pytest.raises(UserError, match="need targets that hold them"):
             distill(
                 make_student(), data=blocks, targets=hidden_targets(teacher, blocks), config=settings(features="mse")
@@ -523,18 +523,23 @@ def test_temperature_is_chosen_by_held_out_kl(teacher):
 
     blocks, valid = make_blocks(), make_blocks(5, seed=9)
     batches = Batches(blocks, hidden_targets(teacher, blocks))
-    held = Batches(valid, hidden_targets(teacher, valid))
+    held_out = Batches(valid, hidden_targets(teacher, valid))
     student, before = make_student(), weights(make_student())
     config = settings(epochs=10.0, lr=1e-2)
-    best, table = choose_temperature(student, batches, held, config, candidates=(1.0, 50.0))
+    best, table = choose_temperature(student, batches, held_out, config, candidates=(1.0, 50.0))
     assert best == min(table, key=lambda t: table[t]) or table[best] >= 0.99 * table[1.0]
     assert same(weights(student), before)
     short = make_student()
     alone = distill(
-        short, data=blocks, targets=batches.targets, valid=valid, valid_targets=held.targets, config=settings(lr=1e-2)
+        short,
+        data=blocks,
+        targets=batches.targets,
+        valid=valid,
+        valid_targets=held_out.targets,
+        config=settings(lr=1e-2),
     )
     assert table[1.0] == pytest.approx(alone.history[-1]["valid_kl"], rel=1e-4)  # a tenth of 60 steps
-    still, _ = choose_temperature(make_student(), batches, held, settings(lr=1e-30), candidates=(2.0, 1.0))
+    still, _ = choose_temperature(make_student(), batches, held_out, settings(lr=1e-30), candidates=(2.0, 1.0))
     assert still == 1.0  # nothing is learnt, so it does not matter
     auto = distill(make_student(), teacher, blocks, valid=valid, config=settings(temperature_schedule="auto"))
     assert auto.steps == 6

@@ -69,14 +69,14 @@ def endpoint(server, **options):
 def test_answers_come_in_the_order_of_the_prompts(tmp_path, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "k")
     with Server(lambda h, n, b: answer(h, b)) as server:
-        found = collect(endpoint(server, max_tokens=7), PROMPTS, tmp_path, "p")
-        assert [r["completion"] for r in found] == [f" an answer to Question {i}:" for i in range(10)]
-        assert found[0]["domain"] == "talk"
+        answers = collect(endpoint(server, max_tokens=7), PROMPTS, tmp_path, "p")
+        assert [r["completion"] for r in answers] == [f" an answer to Question {i}:" for i in range(10)]
+        assert answers[0]["domain"] == "talk"
         path, body, key = server.requests[0]
         assert (path, body["model"], body["max_tokens"], key) == ("/v1/completions", "m", 7, "Bearer k")
         talk = [Prompt([5], "x", messages=[{"role": "user", "content": "Hello?"}])]
-        found = collect(endpoint(server), talk, tmp_path / "chat", "p")
-        assert found[0]["messages"][-1] == {"role": "assistant", "content": " an answer to Hello?"}
+        answers = collect(endpoint(server), talk, tmp_path / "chat", "p")
+        assert answers[0]["messages"][-1] == {"role": "assistant", "content": " an answer to Hello?"}
         assert server.requests[-1][0] == "/v1/chat/completions"
         whole = Endpoint(server.url + "/chat/completions", "m")
         assert "messages" not in collect(whole, PROMPTS[:1], tmp_path / "forced", "p")[0]
@@ -131,11 +131,11 @@ def test_what_goes_wrong_is_one_sentence_and_nothing_is_lost(fault, message, tmp
             collect(endpoint(server), PROMPTS, tmp_path, "p")
         text = str(caught.value)
         assert message in text and "3 times" in text and "\n" not in text and "--resume" in text
-        kept = len((tmp_path / "answers.jsonl").read_text().splitlines())
-        assert kept >= 4 and f"{kept} answers are kept" in text
+        stored = len((tmp_path / "answers.jsonl").read_text().splitlines())
+        assert stored >= 4 and f"{stored} answers are kept" in text
         ill, before = False, len(server.requests)
         assert len(collect(endpoint(server), PROMPTS, tmp_path, "p")) == 10
-        assert len(server.requests) - before == 10 - kept  # asked for only once
+        assert len(server.requests) - before == 10 - stored  # asked for only once
 
 
 def test_a_fault_that_passes_is_tried_again(tmp_path):
@@ -170,8 +170,8 @@ def test_a_damaged_line_loses_no_other(tmp_path):
         file = tmp_path / "answers.jsonl"
         lines = file.read_text().splitlines()
         file.write_text("\n".join([lines[0], lines[1][: len(lines[1]) // 2], '{"number": "x"}', *lines[2:]]) + "\n")
-        found = collect(endpoint(server), PROMPTS[:4], tmp_path, "p")
-        assert [r["completion"] for r in found] == [f" an answer to Question {i}:" for i in range(4)]
+        answers = collect(endpoint(server), PROMPTS[:4], tmp_path, "p")
+        assert [r["completion"] for r in answers] == [f" an answer to Question {i}:" for i in range(4)]
         assert len(server.requests) == 5
         (tmp_path / "endpoint.json").write_text("{")
         with pytest.raises(UserError, match="endpoint.json cannot be read"):
@@ -181,9 +181,9 @@ def test_a_damaged_line_loses_no_other(tmp_path):
 def test_half_a_character_is_kept_as_a_question_mark(tmp_path):
     """As servers send that cut a text after a number of tokens."""
     with Server(lambda h, n, b: send(h, b'{"choices": [{"text": " so \\ud83d"}]}')) as server:
-        found = collect(endpoint(server), PROMPTS[:2], tmp_path, "p")
-        assert [r["completion"] for r in found] == [" so ?"] * 2
-        assert collect(endpoint(server), PROMPTS[:2], tmp_path, "p") == found and len(server.requests) == 2
+        answers = collect(endpoint(server), PROMPTS[:2], tmp_path, "p")
+        assert [r["completion"] for r in answers] == [" so ?"] * 2
+        assert collect(endpoint(server), PROMPTS[:2], tmp_path, "p") == answers and len(server.requests) == 2
 
 
 def test_only_empty_answers(tmp_path):
@@ -225,8 +225,8 @@ def test_loss_is_on_the_answers(tokenizer, tmp_path):
         {"prompt": "The king of France said to ", "completion": f"his {n} old friends that they should go"}
         for n in range(80)
     ]
-    train, held = answer_blocks(records, tokenizer, 32, None, 0)
-    assert held is not None and train.labels_mask is not None
+    train, held_out = answer_blocks(records, tokenizer, 32, None, 0)
+    assert held_out is not None and train.labels_mask is not None
     learnt = tokenizer.decode(train.input_ids[0][train.labels_mask[0]])
     assert "friends" in learnt and "France" not in learnt
 
@@ -273,9 +273,9 @@ def test_distill_from_completions(student, tmp_path, capsys):
     assert "400 completions, learnt as hard labels" in shown and "nats per token before training" in shown
     from transformers import AutoTokenizer
 
-    _, held = answer_blocks(rows, AutoTokenizer.from_pretrained(student), 64, None, 0)
-    assert held is not None
-    before, after = (answer_nll(open_student(str(p)).model, held) for p in (student, tmp_path / "o" / "model"))
+    _, held_out = answer_blocks(rows, AutoTokenizer.from_pretrained(student), 64, None, 0)
+    assert held_out is not None
+    before, after = (answer_nll(open_student(str(p)).model, held_out) for p in (student, tmp_path / "o" / "model"))
     assert after < before - 1
 
 

@@ -34,9 +34,9 @@ def records(folder):
 
 def test_written_text_is_read_like_any_other(teacher, text, tokenizer, tmp_path):
     folder = write_text(teacher, tmp_path / "w", text, SMALL, 700, block=64)
-    rows, about = records(folder), json.loads((folder / "writing.json").read_text())
+    rows, manifest = records(folder), json.loads((folder / "writing.json").read_text())
     assert summary(folder)["tokens"] >= 700 and summary(folder)["texts"] == len(rows)
-    assert about["settings"]["top_p"] == 0.9 and len(about["teacher"]) == 32
+    assert manifest["settings"]["top_p"] == 0.9 and len(manifest["teacher"]) == 32
     assert all(r["prompt"] and r["completion"].strip() and r["nll"] > 0 for r in rows)
     blocks = load_blocks(folder, tokenizer, 64, "train")
     assert blocks.labels_mask is not None and blocks.document_ids is not None
@@ -165,9 +165,9 @@ def test_prompts_of_a_mixture_come_in_proportion(tokenizer, tmp_path):
         rows = [{"prompt": f"{name} question {i}"} for i in range(60)]
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     mixture = f"{tmp_path / 'a.jsonl'}=0.75,{tmp_path / 'b.jsonl'}=0.25"
-    found = [p.text[0] for p in islice(read_prompts(mixture, tokenizer, "train", 0, 8, 8), 40)]
-    assert (found.count("a"), found.count("b")) == (30, 10)
-    assert found[:8].count("b") in (1, 2)
+    prompts = [p.text[0] for p in islice(read_prompts(mixture, tokenizer, "train", 0, 8, 8), 40)]
+    assert (prompts.count("a"), prompts.count("b")) == (30, 10)
+    assert prompts[:8].count("b") in (1, 2)
 
 
 def test_beginnings_of_passages(tokenizer, tmp_path):
@@ -178,9 +178,9 @@ def test_beginnings_of_passages(tokenizer, tmp_path):
         json.dumps({"text": words, "domain": "x"}) + "\n" + json.dumps({"text": " "}) + "\n"
     )
     ids = tokenizer(words, add_special_tokens=False)["input_ids"]
-    found = [p for split in ("train", "valid", "test") for p in _prompts(tmp_path / "t.jsonl", tokenizer, split)]
-    assert [p.ids for p in found] == [ids[a : a + 6] for a in range(0, len(ids), 20) if len(ids) - a >= 4]
-    assert found[0].domain == "x" and words.startswith(found[0].text)
+    prompts = [p for split in ("train", "valid", "test") for p in _prompts(tmp_path / "t.jsonl", tokenizer, split)]
+    assert [p.ids for p in prompts] == [ids[a : a + 6] for a in range(0, len(ids), 20) if len(ids) - a >= 4]
+    assert prompts[0].domain == "x" and words.startswith(prompts[0].text)
     (tmp_path / "u.jsonl").write_text(json.dumps({"text": " "}) + "\n")
     with pytest.raises(UserError, match="no text to continue"):
         list(read_prompts(tmp_path / "u.jsonl", tokenizer, "train", 0, 6, 20))

@@ -26,13 +26,13 @@ def test_near_duplicates_are_those_of_brute_force():
         for _ in range(rng.randrange(4)):
             words[rng.randrange(30)] = rng.choice("xyz")
         texts.append(" ".join(words))
-    kept: list[str] = []
+    passed: list[str] = []
     index = NearDuplicates(0.5)
     for text in texts:
-        wanted = all(jaccard(text, other) < 0.5 for other in kept)
+        wanted = all(jaccard(text, other) < 0.5 for other in passed)
         assert index.add(text) == wanted
-        kept += [text] if wanted else []
-    assert 6 < len(kept) < 40
+        passed += [text] if wanted else []
+    assert 6 < len(passed) < 40
 
 
 def test_short_texts_can_be_duplicates():

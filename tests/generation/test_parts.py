@@ -28,9 +28,9 @@ def worker(rank, world, port, tiny, text, folder, dies, queue):
     def noted(*args, **options):
         if rank == dies[0] and len(wrote) == dies[1]:
             os._exit(9)
-        found = real(*args, **options)
+        results = real(*args, **options)
         wrote.append((options["first"], len(args[1])))
-        return found
+        return results
 
     dataset.generate = noted
     error = ""
@@ -50,10 +50,10 @@ def launch(tiny, text, folder, dies=(-1, 0), answers=2):
     processes = [context.Process(target=worker, args=(r, 2, port, tiny, text, folder, dies, queue)) for r in range(2)]
     for p in processes:
         p.start()
-    found = {rank: (wrote, error) for rank, wrote, error in (queue.get(timeout=100) for _ in range(answers))}
+    results = {rank: (wrote, error) for rank, wrote, error in (queue.get(timeout=100) for _ in range(answers))}
     for p in processes:
         p.join(60)
-    return found
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +63,9 @@ def one(tiny, text, tmp_path_factory):
 
 
 def equal(folder, one):
-    mine, theirs = records(folder), records(one)
-    assert [r.pop("nll") for r in mine] == pytest.approx([r.pop("nll") for r in theirs], abs=2e-4)
-    assert mine == theirs and len(mine) > 10
+    written, expected = records(folder), records(one)
+    assert [r.pop("nll") for r in written] == pytest.approx([r.pop("nll") for r in expected], abs=2e-4)
+    assert written == expected and len(written) > 10
     shards = [json.loads((f / "writing.json").read_text())["shards"] for f in (folder, one)]
     assert len(shards[0]) > 1
     keys = ("file", "from", "to", "texts", "tokens", "dropped")
@@ -74,9 +74,9 @@ def equal(folder, one):
 
 
 def test_two_processes_write_the_text_of_one(tiny, text, one, tmp_path):
-    found = launch(tiny, text, tmp_path / "w")
+    results = launch(tiny, text, tmp_path / "w")
     equal(tmp_path / "w", one)
-    first, second = (found[r][0] for r in (0, 1))
+    first, second = (results[r][0] for r in (0, 1))
     assert first[0] == (0, 8) and second[0] == (8, 8) and len(first) > 1
 
 
@@ -85,14 +85,16 @@ def test_two_processes_write_the_text_of_one(tiny, text, one, tmp_path):
 def test_a_killed_process_loses_its_own_share_at_most(tiny, text, one, tmp_path, dead, together):
     """Killed in the second round, when the other's share is whole; two processes, or one alone, go on."""
     folder = tmp_path / "w"
-    found = launch(tiny, text, folder, (dead, 1), answers=1)
+    results = launch(tiny, text, folder, (dead, 1), answers=1)
     alive = 1 - dead
-    assert found[alive][1] and len(found[alive][0]) == 2
+    assert results[alive][1] and len(results[alive][0]) == 2
     assert len(json.loads((folder / "writing.json").read_text())["shards"]) == 1
     assert len(list(folder.glob("parts/*.json"))) == 1
     if together:
         again = launch(tiny, text, folder)
-        assert again[alive][0] == [] or again[alive][0][0][0] > found[alive][0][1][0]  # its share is not written again
+        assert (
+            again[alive][0] == [] or again[alive][0][0][0] > results[alive][0][1][0]
+        )  # its share is not written again
         assert again[dead][0]
     else:
         write_text(load_teacher(tiny, memory="300MB"), folder, text, SETTINGS, TOKENS, block=64)

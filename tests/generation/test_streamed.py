@@ -21,9 +21,9 @@ def teacher(tiny):
 
 @pytest.fixture(scope="module")
 def model(tiny):
-    found = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
-    found.set_experts_implementation("eager")
-    return found.requires_grad_(False)
+    model = AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32).eval()
+    model.set_experts_implementation("eager")
+    return model.requires_grad_(False)
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,8 @@ def by_transformers(model, prompts, **options):
 
 def test_greedy_is_transformers_greedy(teacher, model, prompts):
     expected = by_transformers(model, prompts, do_sample=False)
-    found = generate(teacher, prompts, NEW, [2], Sampling(temperature=0))
-    for answer, wanted in zip(found, expected, strict=True):
+    completions = generate(teacher, prompts, NEW, [2], Sampling(temperature=0))
+    for answer, wanted in zip(completions, expected, strict=True):
         end = wanted.index(2) if 2 in wanted else NEW
         assert answer.ids == wanted[:end]
         assert answer.stopped == (2 in wanted)
@@ -66,19 +66,19 @@ def test_nll_is_the_teachers(teacher, model, prompts):
 
 def test_beams_are_transformers_beams(teacher, model, prompts):
     expected = by_transformers(model, prompts, num_beams=3, do_sample=False, min_new_tokens=NEW)
-    found = generate(teacher, prompts, NEW, [], Sampling(temperature=0, beams=3))
+    completions = generate(teacher, prompts, NEW, [], Sampling(temperature=0, beams=3))
     greedy = generate(teacher, prompts, NEW, [], Sampling(temperature=0))
-    assert [a.ids for a in found if 2 not in a.ids] == [
-        w for a, w in zip(found, expected, strict=True) if 2 not in a.ids
+    assert [a.ids for a in completions if 2 not in a.ids] == [
+        w for a, w in zip(completions, expected, strict=True) if 2 not in a.ids
     ]
-    assert all(b.nll <= g.nll + 1e-5 for b, g in zip(found, greedy, strict=True))
-    assert any(b.ids != g.ids for b, g in zip(found, greedy, strict=True))
+    assert all(b.nll <= g.nll + 1e-5 for b, g in zip(completions, greedy, strict=True))
+    assert any(b.ids != g.ids for b, g in zip(completions, greedy, strict=True))
 
 
 def test_beams_end_where_the_teacher_ends(teacher, prompts):
     common = generate(teacher, prompts[:1], NEW, [], Sampling(temperature=0, beams=2))[0].ids[3]
-    found = generate(teacher, prompts[:1], NEW, [common], Sampling(temperature=0, beams=2))[0]
-    assert common not in found.ids
+    completion = generate(teacher, prompts[:1], NEW, [common], Sampling(temperature=0, beams=2))[0]
+    assert common not in completion.ids
 
 
 def test_draws_depend_on_seed_and_number_alone(tiny, teacher, prompts, monkeypatch):

@@ -114,10 +114,10 @@ def test_heads_learn_to_look_ahead():
     blocks.input_ids = ids
     teacher = make_student()
     distill(teacher, data=blocks, config=settings(alpha=1.0, epochs=60.0, lr=1e-2))
-    found = distill(
+    result = distill(
         make_student(), teacher, blocks, config=settings(epochs=60.0, lr=1e-2), regime=mtp(head_weight="1", trunk="1")
     )
-    first, last = found.history[0], found.history[-1]
+    first, last = result.history[0], result.history[-1]
     assert last["head_1"] < 0.2 * first["head_1"] and last["head_2"] < 0.2 * first["head_2"]
 
 

@@ -33,8 +33,8 @@ def regime(teacher, **options):
 def test_continuations_equal_the_model_read_from_the_start_each_time(sampling):
     """No cache, one row at a time, the same random numbers."""
     model, ids, numbers = make_student(torch.float64), make_blocks(5, 11).input_ids, [7, 0, 123456, 3, 2]
-    found = continued(model.train(), ids, 4, sampling, numbers)
-    assert model.training and torch.equal(found[:, :4], ids[:, :4])
+    written = continued(model.train(), ids, 4, sampling, numbers)
+    assert model.training and torch.equal(written[:, :4], ids[:, :4])
     model.eval()
     for row, number in enumerate(numbers):
         text, drawn = ids[row, :4].tolist(), uniforms(sampling.seed, number, 7)
@@ -46,9 +46,9 @@ def test_continuations_equal_the_model_read_from_the_start_each_time(sampling):
                 continue
             p = nucleus((logits / sampling.temperature).softmax(-1)[None], sampling.top_p)[0]
             text.append(int((p.cumsum(0) > u * p.sum()).nonzero()[0]))
-        assert found[row].tolist() == text
+        assert written[row].tolist() == text
     alone = continued(model, ids[2:3], 4, sampling, numbers[2:3])
-    assert torch.equal(alone[0], found[2])
+    assert torch.equal(alone[0], written[2])
 
 
 @pytest.mark.parametrize(
@@ -56,21 +56,21 @@ def test_continuations_equal_the_model_read_from_the_start_each_time(sampling):
     [("0", 5, 0), ("1", 5, 5), ("0.5", 8, 4), ("0.25", 8, 2), ("linear:0:1", 101, 50), ("step:0:1", 10, 5)],
 )
 def test_share_of_steps_on_own_words(share, steps, expected):
-    found = own_steps(share, steps)
-    assert sum(found) == expected and len(found) == steps
+    own = own_steps(share, steps)
+    assert sum(own) == expected and len(own) == steps
     if share == "0.5":
-        assert found == [False, True] * 4
+        assert own == [False, True] * 4
     if share.startswith("linear"):
-        assert sum(found[:50]) < sum(found[50:]) / 2
+        assert sum(own[:50]) < sum(own[50:]) / 2
     if share.startswith("step"):
-        assert not any(found[:5]) and all(found[5:])
+        assert not any(own[:5]) and all(own[5:])
 
 
 def test_targets_are_the_teachers_on_the_text_that_was_written():
     """Every batches of a run, against the teacher's own forward, the student's continuation at the window's start, and its loss."""
     teacher, student, blocks = make_teacher(torch.float64), make_student(torch.float64), make_blocks()
-    found = regime(teacher)
-    asked, plain, at_start, prompt = [], found.batches_for, {}, 4
+    on_policy = regime(teacher)
+    asked, plain, at_start, prompt = [], on_policy.batches_for, {}, 4
 
     def look(step, batches, plan):
         if step % 3 == 0:
@@ -80,9 +80,9 @@ def test_targets_are_the_teachers_on_the_text_that_was_written():
         asked.append((step, batches, plan))
         return batches, plan
 
-    found.batches_for = look
+    on_policy.batches_for = look
     config = settings(alpha=0.25, epochs=1.0)
-    result = distill(student, data=blocks, config=config, seed=5, regime=found)
+    result = distill(student, data=blocks, config=config, seed=5, regime=on_policy)
     assert result.steps == 6 and [r["own_words"] for r in result.history] == [0, 1, 0, 1, 0, 1]
     for step, batches, plan in asked:
         text = blocks.input_ids[step_blocks(24, 4, step, 5)]
@@ -118,10 +118,10 @@ def test_the_loss_is_the_generalised_jsd_on_generated_positions():
 
 def test_the_whole_block_carries_loss_where_asked():
     teacher, blocks = make_teacher(), make_blocks(4)
-    found = regime(teacher, share="1", generated_only=False)
-    seen, plain = [], found.batches_for
-    found.batches_for = lambda *a: seen.append(plain(*a)) or seen[-1]
-    distill(make_student(), data=blocks, config=settings(), regime=found)
+    on_policy = regime(teacher, share="1", generated_only=False)
+    seen, plain = [], on_policy.batches_for
+    on_policy.batches_for = lambda *a: seen.append(plain(*a)) or seen[-1]
+    distill(make_student(), data=blocks, config=settings(), regime=on_policy)
     assert seen[0][0].mask.all()
 
 
@@ -130,10 +130,10 @@ def test_chats_end_where_the_student_closes_its_turn():
     student.config.eos_token_id = 3
     learnt = torch.ones(8, 12, dtype=torch.bool)
     blocks = Blocks(torch.zeros(8, 12, dtype=torch.int64), labels_mask=learnt)
-    found = regime(teacher, share="1", prompt=0.25)
-    distill(student, data=blocks, config=settings(batch=96), regime=found)
+    on_policy = regime(teacher, share="1", prompt=0.25)
+    distill(student, data=blocks, config=settings(batch=96), regime=on_policy)
     text = torch.tensor([[0, 0, 0, 9, 3, 5, 3, 1, 1, 1, 1, 1], [3, 0, 0, 1, 1, 1, 1, 1, 1, 1, 1, 1]])
-    mask = found._with_learnt_words(Blocks(text, labels_mask=learnt[:2])).labels_mask
+    mask = on_policy._with_learnt_words(Blocks(text, labels_mask=learnt[:2])).labels_mask
     assert mask[0].tolist() == [False] * 3 + [True] * 2 + [False] * 7
     assert mask[1].tolist() == [False] * 3 + [True] * 9
 
@@ -167,8 +167,8 @@ def test_resumed_in_the_middle_of_a_rollout_is_bit_exact(straight, tmp_path, sto
     student = make_student()
     result = distill(student, make_teacher(), make_blocks(), resume=True, **run_options(tmp_path))
     assert same(weights(student), straight[0])
-    kept = ("step", "loss", "valid_kl", "own_words")
-    assert [[r.get(k) for k in kept] for r in result.history] == [[r.get(k) for k in kept] for r in straight[1].history]
+    keys = ("step", "loss", "valid_kl", "own_words")
+    assert [[r.get(k) for k in keys] for r in result.history] == [[r.get(k) for k in keys] for r in straight[1].history]
     assert result.unique == result.tokens == 12 * 48
 
 

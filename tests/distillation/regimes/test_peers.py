@@ -13,6 +13,7 @@ from moe2dense.config.training import RegimeConfig
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
 from moe2dense.distillation.regimes.make import make_regime
+from moe2dense.distillation.regimes.multiview import scaled_embeddings
 from moe2dense.distillation.targets.memory import HiddenTargets, hidden_targets
 from moe2dense.distillation.targets.mixture import MixedRows
 from moe2dense.errors import UserError
@@ -59,6 +60,10 @@ def close(model, other, rtol=1e-6, atol=1e-8):
         torch.testing.assert_close(a, b, rtol=rtol, atol=atol, msg=name)
 
 
+class Stop(Exception):
+    pass
+
+
 class TestMixture:
     def rows(self, shares, n=7, v=13):
         torch.manual_seed(0)
@@ -89,8 +94,8 @@ class TestMixture:
     def test_only_ids_that_all_parts_know_count(self):
         rows = MixedRows([(0.5, LogitRows(torch.randn(3, 9))), (0.5, LogitRows(torch.randn(3, 11)))])
         assert rows.vocabulary == 9 and len(rows.select(torch.tensor([2]))) == 1
-        found = distillation_loss(torch.randn(3, 11, requires_grad=True), None, rows)
-        assert torch.autograd.grad(found.total, found.total)[0] == 1 and found.total.isfinite()
+        loss = distillation_loss(torch.randn(3, 11, requires_grad=True), None, rows)
+        assert torch.autograd.grad(loss.total, loss.total)[0] == 1 and loss.total.isfinite()
 
     def test_compressed_targets_are_refused(self, tmp_path):
         from moe2dense.distillation.targets.store import open_targets
@@ -159,7 +164,7 @@ def test_online_teacher_learns_the_text_and_the_student_follows():
 
 def test_averaged_weights_have_their_closed_form_and_teach():
     """After k steps the average is d^k w0 + (1 - d) sum_i d^(k-i) w_i."""
-    student, blocks, path, found = make_student(DOUBLE), make_blocks(), [], []
+    student, blocks, path, mixtures = make_student(DOUBLE), make_blocks(), [], []
     path.append(weights(student))
     regime = make_regime("ema", RegimeConfig(share="0.3", decay=0.8))
     after, batches = regime.after_step, regime.batches_for
@@ -170,9 +175,9 @@ def test_averaged_weights_have_their_closed_form_and_teach():
         return {}
 
     def look_at_batches(step, given, plan):
-        made = batches(step, given, plan)
-        found.append((plan.indices, made[0].targets.batch(plan.indices)))
-        return made
+        mixed = batches(step, given, plan)
+        mixtures.append((plan.indices, mixed[0].targets.batch(plan.indices)))
+        return mixed
 
     regime.after_step, regime.batches_for = look, look_at_batches
     teacher = make_teacher(DOUBLE)
@@ -183,7 +188,7 @@ def test_averaged_weights_have_their_closed_form_and_teach():
             average = {k: v + 0.2 * 0.8 ** (step - i) * path[i][k] for k, v in average.items()}
         model = make_student(DOUBLE)
         model.load_state_dict(average)
-        indices, rows = found[step]
+        indices, rows = mixtures[step]
         (w, given), (own, ours) = rows.parts
         assert (w, own) == pytest.approx((0.7, 0.3))
         with torch.no_grad():
@@ -216,6 +221,14 @@ class TestViews:
         close(student, other)
         assert student(blocks.input_ids[:1]).logits.equal(student(blocks.input_ids[:1]).logits)  # nothing stays hooked
 
+    def test_a_view_ends_with_its_pass(self):
+        student, ids = make_student(), make_blocks().input_ids[:2]
+        plain = student(ids).logits
+        with pytest.raises(Stop), scaled_embeddings(student, torch.zeros(2, 12, 24)):
+            assert not student(ids).logits.equal(plain)
+            raise Stop
+        assert student(ids).logits.equal(plain)
+
     def test_masks_drop_their_share_and_differ(self):
         student = make_student()
         regime = make_regime("multiview", RegimeConfig(dropout=0.25, share="1"))
@@ -232,21 +245,17 @@ class TestViews:
         assert history[0]["loss"] == pytest.approx(0, abs=1e-12)
 
     def test_validation_sees_no_mask(self):
-        held = make_blocks(5, seed=9)
+        held_out = make_blocks(5, seed=9)
         regime = make_regime("multiview", RegimeConfig(dropout=0.4))
         student = make_student()
-        found = distill(
-            student, make_teacher(), make_blocks(), valid=held, config=settings(eval_every=2), regime=regime
+        result = distill(
+            student, make_teacher(), make_blocks(), valid=held_out, config=settings(eval_every=2), regime=regime
         )
         with torch.no_grad():
-            p = make_teacher()(held.input_ids).logits.softmax(-1)
-            assert found.history[-1]["valid_kl"] == pytest.approx(
-                kl(p, student(held.input_ids).logits).item(), rel=1e-4
+            p = make_teacher()(held_out.input_ids).logits.softmax(-1)
+            assert result.history[-1]["valid_kl"] == pytest.approx(
+                kl(p, student(held_out.input_ids).logits).item(), rel=1e-4
             )
-
-
-class Stop(Exception):
-    pass
 
 
 LOSSES = {"policy-gradient": "reverse_kl"}
@@ -275,10 +284,10 @@ def test_resumed_runs_are_bit_exact(tmp_path, name):
     expected = run(name, tmp_path / "whole", whole)
     with pytest.raises(Stop):
         run(name, tmp_path / "part", make_student(), progress=stop)
-    found = run(name, tmp_path / "part", resumed, resume=True)
+    result = run(name, tmp_path / "part", resumed, resume=True)
     assert same(weights(whole), weights(resumed))
-    kept = ("step", "loss", "valid_kl", "peer_loss", "teacher_ce", "reward", "head_1")
-    assert [[r.get(k) for k in kept] for r in found.history] == [[r.get(k) for k in kept] for r in expected.history]
+    keys = ("step", "loss", "valid_kl", "peer_loss", "teacher_ce", "reward", "head_1")
+    assert [[r.get(k) for k in keys] for r in result.history] == [[r.get(k) for k in keys] for r in expected.history]
 
 
 def to_the_end(name, out, final, progress):

@@ -69,8 +69,8 @@ def test_its_expectation_over_all_texts_is_the_gradient_of_their_reverse_kl():
         (own[a].sum() + own[b].sum()).exp() * estimated([a, b], True) for a, b in itertools.product(texts, repeat=2)
     )
     for estimate in (alone, pairs):
-        found = torch.autograd.grad(estimate, list(q.values()))
-        for a, b in zip(found, expected, strict=True):
+        gradient = torch.autograd.grad(estimate, list(q.values()))
+        for a, b in zip(gradient, expected, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-14)
     single = sum(
         own[t].sum().exp()
@@ -94,17 +94,17 @@ def test_rows_equal_autograd_when_the_student_has_moved_on(clip):
     word = log_q.gather(1, ids[:, None])[:, 0]
     old = word.detach() + 0.3 * torch.randn(n, generator=generator, dtype=DOUBLE)
     ratio = (word - old).exp()
-    held = ratio.clamp(1 - clip, 1 + clip) if clip else ratio
+    clipped = ratio.clamp(1 - clip, 1 + clip) if clip else ratio
     kl = (log_q.exp() * (log_q - taught.log_softmax(-1))).sum(-1)
-    per_word = weight * kl - torch.minimum(ratio * gain, held * gain)
+    per_word = weight * kl - torch.minimum(ratio * gain, clipped * gain)
     expected = per_word[mask].sum() / 7
     (slope,) = torch.autograd.grad(expected, logits, retain_graph=True)
     rows = PolicyRows(LogitRows(taught), ids, old, weight, gain, clip)
-    found = distillation_loss(logits, None, rows, mask=mask, loss="reverse_kl", denominator=7.0, tile_bytes=13 * 8 * 10)
-    torch.testing.assert_close(found.total, expected.detach(), rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(torch.autograd.grad(found.total, logits)[0], slope, rtol=1e-10, atol=1e-14)
+    loss = distillation_loss(logits, None, rows, mask=mask, loss="reverse_kl", denominator=7.0, tile_bytes=13 * 8 * 10)
+    torch.testing.assert_close(loss.total, expected.detach(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(loss.total, logits)[0], slope, rtol=1e-10, atol=1e-14)
     if clip:
-        assert not torch.equal(ratio, held)
+        assert not torch.equal(ratio, clipped)
 
 
 def test_a_word_earns_the_mean_of_what_follows_it_in_its_text():
@@ -140,10 +140,10 @@ def test_words_are_drawn_from_the_mixture_and_their_odds_kept(tmp_path, streamed
         p, q = (m(text).logits[:, 3:-1, :50].double() for m in (taught.eval(), student.eval()))
     sharp = (q / 0.8).softmax(-1)
     order = sharp.sort(-1, descending=True)
-    kept = torch.zeros_like(sharp).scatter_(
+    nucleus_p = torch.zeros_like(sharp).scatter_(
         -1, order.indices, order.values * (order.values.cumsum(-1) - order.values < 0.9)
     )
-    b = 0.4 * p.softmax(-1) + 0.6 * kept / kept.sum(-1, keepdim=True)
+    b = 0.4 * p.softmax(-1) + 0.6 * nucleus_p / nucleus_p.sum(-1, keepdim=True)
     words = text[:, 4:, None]
     close = {"rtol": 1e-4, "atol": 1e-5} if streamed else {"rtol": 1e-9, "atol": 1e-9}
     torch.testing.assert_close(draws.log_b[:, 4:], b.gather(-1, words)[..., 0].log(), **close)
@@ -168,7 +168,9 @@ def test_the_loss_of_a_run_is_the_papers():
         return plain(step, batches, plan)
 
     regime.batches_for = look
-    found = distill(student, data=blocks, config=settings(loss="reverse_kl", alpha=1.0), seed=5, regime=regime).history
+    history = distill(
+        student, data=blocks, config=settings(loss="reverse_kl", alpha=1.0), seed=5, regime=regime
+    ).history
     for step, (text, state) in enumerate(zip(seen, moved, strict=True)):
         assert torch.equal(text[:, :4], blocks.input_ids[step_blocks(8, 4, step, 5)][:, :4])
         now = make_student(DOUBLE)
@@ -185,32 +187,32 @@ def test_the_loss_of_a_run_is_the_papers():
             for t in range(8):
                 gain = r[:, t + 1 :].mean(1) if t < 7 else torch.zeros(4, dtype=DOUBLE)
                 total += (weight[:, t] * (kl[:, t] - moves[:, t] * gain)).sum() / 32
-        assert found[step]["loss"] == pytest.approx(total.item(), rel=1e-8)
-        assert found[step]["reward"] == pytest.approx((weight * r).mean().item(), rel=1e-8)
+        assert history[step]["loss"] == pytest.approx(total.item(), rel=1e-8)
+        assert history[step]["reward"] == pytest.approx((weight * r).mean().item(), rel=1e-8)
 
 
 def test_steps_between_learn_the_texts_own_words():
     blocks, student = make_blocks(8), make_student(DOUBLE)
     with torch.no_grad():
         logits = student(blocks.input_ids[step_blocks(8, 4, 0, 5)]).logits[:, :-1]
-    found = distill(
+    history = distill(
         student, data=blocks, config=settings(loss="reverse_kl", alpha=1.0), seed=5,
         regime=policy(make_teacher(DOUBLE), share="step:0:1"),
     ).history  # fmt: skip
     words = blocks.input_ids[step_blocks(8, 4, 0, 5)][:, 1:]
     nll = -logits.log_softmax(-1).gather(-1, words[..., None]).mean()
-    assert found[0]["loss"] == pytest.approx(nll.item(), rel=1e-8)
-    assert found[0]["own_words"] == 0 and found[1]["own_words"] == 1
+    assert history[0]["loss"] == pytest.approx(nll.item(), rel=1e-8)
+    assert history[0]["own_words"] == 0 and history[1]["own_words"] == 1
 
 
 def test_it_brings_the_student_nearer():
     teacher, student = make_teacher(), make_student()
     config = settings(loss="reverse_kl", epochs=8.0, lr=1e-2, eval_every=100)
-    found = distill(
+    history = distill(
         student, teacher, make_blocks(), valid=make_blocks(5, seed=9), config=config,
         regime=policy(teacher, teacher_mix=0.1, rollout_steps=2),
     ).history  # fmt: skip
-    assert found[-1]["valid_kl"] < 0.93 * found[0]["valid_kl"]
+    assert history[-1]["valid_kl"] < 0.93 * history[0]["valid_kl"]
 
 
 @pytest.mark.parametrize(

@@ -25,9 +25,9 @@ from moe2dense.teacher.load import load_teacher
 @pytest.fixture(scope="module")
 def other(text):
     """A byte-level BPE of 500 tokens, trained on the example text."""
-    made = Tokenizer(models.BPE())
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     lines = [json.loads(line)["text"] for line in (text / "train.jsonl").read_text().splitlines()[:40]]
     trainer = trainers.BpeTrainer(
         vocab_size=500,
@@ -35,15 +35,15 @@ def other(text):
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    made.train_from_iterator(lines, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="<end>", pad_token="<end>")
+    tokenizer.train_from_iterator(lines, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>", pad_token="<end>")
 
 
 def test_boundaries_are_those_of_brute_force():
     a, b = [1, 3, 3, 6, 10, 12], [2, 3, 4, 6, 6, 12]
-    found = common_boundaries(a, b)
-    assert found == [(1, 1), (3, 3), (5, 5)]
-    assert all(a[i] == b[j] for i, j in found)
+    boundaries = common_boundaries(a, b)
+    assert boundaries == [(1, 1), (3, 3), (5, 5)]
+    assert all(a[i] == b[j] for i, j in boundaries)
 
 
 def test_uld_is_its_definition_in_float64():
@@ -75,8 +75,8 @@ def test_the_objective_in_float64(form):
     n, h, w, v, temperature = 6, 4, 9, 13, 1.5
     head = Head(torch.randn(w, h, dtype=torch.float64))
     hidden, known = torch.randn(n, h, dtype=torch.float64), torch.tensor([1, 0, 1, 1, 0, 1]).bool()
-    own, theirs = torch.tensor([0, 2, 5, 12]), torch.tensor([3, 1, 0, 8])
-    rows = CrossRows(hidden, known, head, form, (own, theirs), n / 4)
+    student_ids, teacher_ids = torch.tensor([0, 2, 5, 12]), torch.tensor([3, 1, 0, 8])
+    rows = CrossRows(hidden, known, head, form, (student_ids, teacher_ids), n / 4)
     z = torch.randn(n, v, dtype=torch.float64, requires_grad=True)
     got = distillation_loss(z, None, rows, temperature=temperature, tile_bytes=2 * v * 8)
     (grad,) = torch.autograd.grad(got.total, z)
@@ -85,7 +85,7 @@ def test_the_objective_in_float64(form):
     if form == "uld":
         each = torch.stack([abs_sorted(p[i], q[i]) for i in range(n)])
     else:
-        p_k, q_k = p[:, theirs], q[:, own]
+        p_k, q_k = p[:, teacher_ids], q[:, student_ids]
         p_all = torch.cat([p_k, 1 - p_k.sum(-1, keepdim=True)], 1)
         q_all = torch.cat([q_k, 1 - q_k.sum(-1, keepdim=True)], 1)
         each = (p_all * (p_all / q_all).log()).sum(-1)
@@ -109,11 +109,11 @@ def test_one_tokenizer_is_the_ordinary_loss(tiny, text, tokenizer):
     mask = blocks.attention_mask.flatten()
     torch.testing.assert_close(rows.hidden[mask], hidden.flatten(0, 1)[mask], rtol=1e-4, atol=1e-4)
     student = torch.randn(int(mask.sum()), 4096)
-    kept = mask.nonzero()[:, 0]
-    found = distillation_loss(student, None, rows.select(kept)).kd
-    log_p = teacher.head.logits(hidden.flatten(0, 1)[kept]).log_softmax(-1)
+    counted = mask.nonzero()[:, 0]
+    loss = distillation_loss(student, None, rows.select(counted)).kd
+    log_p = teacher.head.logits(hidden.flatten(0, 1)[counted]).log_softmax(-1)
     wanted = (log_p.exp() * (log_p - student.log_softmax(-1))).sum(-1).mean()
-    assert float(found) == pytest.approx(float(wanted), rel=1e-3)
+    assert float(loss) == pytest.approx(float(wanted), rel=1e-3)
 
 
 def test_two_tokenizers_meet(tiny, text, tokenizer, other):
@@ -123,8 +123,11 @@ def test_two_tokenizers_meet(tiny, text, tokenizer, other):
     row = targets.place[0]
     at = [i for i in range(len(row)) if row[i] >= 0]
     assert all(int(row[a]) < int(row[b]) for a, b in itertools.pairwise(at))
-    own, theirs = shared_tokens(other, tokenizer)
-    assert len(own) > 100 and (int(own[-1]), int(theirs[-1])) == (other.eos_token_id, tokenizer.eos_token_id)
+    student_ids, teacher_ids = shared_tokens(other, tokenizer)
+    assert len(student_ids) > 100 and (int(student_ids[-1]), int(teacher_ids[-1])) == (
+        other.eos_token_id,
+        tokenizer.eos_token_id,
+    )
 
 
 class Words:
@@ -147,16 +150,16 @@ def test_vocabularies_are_compared_by_contents():
 
 def test_a_vocabulary_of_the_same_size_with_other_contents_is_another(tiny, text, tmp_path, monkeypatch, capsys):
     """Two tokens exchanged: the teacher's logits are not used, and the user is told which id differs."""
-    import moe2dense.cli.distill_sources as answers
+    import moe2dense.cli.actions.distill_sources as sources
 
     for name in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors"):
         if (tiny / name).exists():
             (tmp_path / name).write_bytes((tiny / name).read_bytes())
-    about = json.loads((tmp_path / "tokenizer.json").read_text())
-    words = about["model"]["vocab"]
+    contents = json.loads((tmp_path / "tokenizer.json").read_text())
+    words = contents["model"]["vocab"]
     a, b = list(words)[300:302]
     words[a], words[b] = words[b], words[a]
-    (tmp_path / "tokenizer.json").write_text(json.dumps(about))
+    (tmp_path / "tokenizer.json").write_text(json.dumps(contents))
     dense = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
@@ -164,10 +167,10 @@ def test_a_vocabulary_of_the_same_size_with_other_contents_is_another(tiny, text
     )
     dense.save_pretrained(tmp_path)
 
-    def stop(say, *_):
-        raise UserError(say)
+    def stop(setting, teacher, train, difference):
+        raise UserError(difference)
 
-    monkeypatch.setattr(answers, "across", stop)
+    monkeypatch.setattr(sources, "_across_tokenizers", stop)
     call = ["distill", str(tmp_path), "--teacher", str(tiny), "--data", str(text), "--out", str(tmp_path / "o")]
     assert main([*call, "--tokens", "1500", "--block", "64", "--memory", "300MB"]) == 2
     said = " ".join(capsys.readouterr().err.split())

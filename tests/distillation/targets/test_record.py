@@ -96,9 +96,12 @@ def brute_force(model, ids):
 
 def test_routing_against_brute_force(pair, text, tmp_path):
     model, teacher = pair
-    expected, found = brute_force(model, text.input_ids), hidden_targets(teacher, text, routing=TOKEN_WEIGHTS).routing
+    expected, recorded = (
+        brute_force(model, text.input_ids),
+        hidden_targets(teacher, text, routing=TOKEN_WEIGHTS).routing,
+    )
     for name in TOKEN_WEIGHTS:
-        torch.testing.assert_close(found[name].double(), expected[name], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(recorded[name].double(), expected[name], rtol=1e-4, atol=1e-5)
     write_targets(teacher, text, tmp_path, "sampled", routing=["expert-saliency"])
     stored = open_targets(tmp_path, text[[6, 1]])
     torch.testing.assert_close(
@@ -110,9 +113,9 @@ def test_routing_against_brute_force(pair, text, tmp_path):
 
 def test_token_weights_have_mean_one_where_they_count():
     values, mask = torch.tensor([[1.0, 2.0, 9.0], [3.0, 4.0, 0.0]]), torch.tensor([[1, 1, 0], [1, 1, 1]]).bool()
-    found = normalized(values, mask)
-    assert found[mask].mean().item() == pytest.approx(1) and found[0, 2] == 0
-    assert (found[1, 1] / found[0, 0]).item() == pytest.approx(4)
+    weights = normalized(values, mask)
+    assert weights[mask].mean().item() == pytest.approx(1) and weights[0, 2] == 0
+    assert (weights[1, 1] / weights[0, 0]).item() == pytest.approx(4)
     with pytest.raises(UserError, match="0 on every token"):
         normalized(torch.zeros(2, 3), mask)
 

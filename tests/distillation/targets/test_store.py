@@ -52,9 +52,9 @@ def test_exact_formats_equal_the_teacher(teacher, tmp_path, format, loss):
         open_targets(write_targets(teacher, blocks, tmp_path, format), blocks),
     )
     picked = [5, 0, 3]
-    expected, found = (student_loss(t.batch(picked), loss=loss, temperature=2.0) for t in (memory, stored))
-    assert found[0] == pytest.approx(expected[0], rel=5e-3)
-    assert (found[1] - expected[1]).norm() < 1e-2 * expected[1].norm()
+    expected, stored_loss = (student_loss(t.batch(picked), loss=loss, temperature=2.0) for t in (memory, stored))
+    assert stored_loss[0] == pytest.approx(expected[0], rel=5e-3)
+    assert (stored_loss[1] - expected[1]).norm() < 1e-2 * expected[1].norm()
 
 
 def test_top_k_keeps_the_likeliest(teacher, tmp_path):
@@ -80,8 +80,8 @@ def test_samples_follow_the_distribution(teacher, tmp_path):
         total.scatter_add_(1, rows.ids, rows.weights * 200)
         draws += 200
     expected = p * draws
-    kept = expected > 5
-    chi2 = ((total - expected).square() / expected)[kept].sum() / kept.sum()
+    frequent = expected > 5
+    chi2 = ((total - expected).square() / expected)[frequent].sum() / frequent.sum()
     assert 0.6 < chi2 < 1.5
 
 
@@ -194,8 +194,8 @@ def test_a_store_trains_without_the_teacher(teacher, tmp_path, format):
     blocks = make_blocks(16)
     store = open_targets(write_targets(teacher, blocks, tmp_path, format), blocks)
     config = TrainConfig(batch=36, lr=1e-2, epochs=20.0)
-    found = distill(
+    result = distill(
         student, data=blocks, targets=store, valid=blocks, valid_targets=hidden_targets(teacher, blocks), config=config
     )
-    kls = [r["valid_kl"] for r in found.history if "valid_kl" in r]
+    kls = [r["valid_kl"] for r in result.history if "valid_kl" in r]
     assert kls[-1] < 0.5 * kls[0]

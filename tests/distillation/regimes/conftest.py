@@ -1,1 +1,0 @@
-"""The small models of tests/test_training.py serve here too."""

@@ -1,1 +1,0 @@
-"""The launcher of tests/test_distributed.py serves here too."""
