@@ -33,14 +33,15 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from moe2dense.config.schedules import learning_rate
-from moe2dense.config.schema import TrainConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
-from moe2dense.distillation.targets.formats import FORMATS
 from moe2dense.distillation.targets.memory import ResidentTargets, hidden_targets
-from moe2dense.distillation.targets.store import open_targets, write_targets
+from moe2dense.distillation.targets.registry import TARGET_FORMATS
+from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.write import write_targets
 
 ROOT = Path(__file__).parent.parent
 
@@ -49,7 +50,7 @@ PER_STEP = 8
 
 def make_student(teacher):
     """The teacher's attention, embeddings and head, with random dense FFNs."""
-    kept = (
+    names = (
         "vocab_size",
         "hidden_size",
         "num_hidden_layers",
@@ -58,7 +59,7 @@ def make_student(teacher):
         "rms_norm_eps",
     )
     config = MistralConfig(
-        **{k: getattr(teacher.config, k) for k in kept}, intermediate_size=512, max_position_embeddings=256,
+        **{k: getattr(teacher.config, k) for k in names}, intermediate_size=512, max_position_embeddings=256,
         rope_parameters=teacher.config.rope_parameters, sliding_window=None, tie_word_embeddings=False,
     )  # fmt: skip
     torch.manual_seed(0)
@@ -162,9 +163,9 @@ def speed(teacher, blocks: Blocks, steps: int, rounds: int) -> None:
             for name, run in runs.items():
                 seconds[name].append(run())
     print(f"\n{steps} steps of {PER_STEP} x 256 tokens, best of {rounds}\n")
-    for name, found in seconds.items():
-        print(f"{name:40s} {steps * PER_STEP * 256 / min(found):8.0f} tokens/s")
-    best = {name: min(found) for name, found in seconds.items()}
+    for name, rounds_seconds in seconds.items():
+        print(f"{name:40s} {steps * PER_STEP * 256 / min(rounds_seconds):8.0f} tokens/s")
+    best = {name: min(rounds_seconds) for name, rounds_seconds in seconds.items()}
     print(
         f"\ndistill() online / bare loop  {best['online, bare PyTorch loop'] / best['online, distill()']:.3f}  (goal >= 0.97)"
     )
@@ -190,10 +191,10 @@ class WithoutTail:
 
 def formats(teacher, blocks: Blocks, valid: Blocks, tokens: int) -> None:
     """Bytes a token, and the validation KL after training on each format."""
-    held = hidden_targets(teacher, valid)
+    valid_targets = hidden_targets(teacher, valid)
     print(f"\n{'targets':20s} {'bytes/token':>12s}" + (f" {f'KL after {tokens} tokens':>26s}" if tokens else ""))
     small = blocks[: max(16, tokens // 256)]
-    for name in (*FORMATS, "topk without tail", "hard labels"):
+    for name in (*TARGET_FORMATS, "topk without tail", "hard labels"):
         with tempfile.TemporaryDirectory() as folder:
             size, store, alpha = 0.0, None, 1.0
             if name != "hard labels":
@@ -204,7 +205,12 @@ def formats(teacher, blocks: Blocks, valid: Blocks, tokens: int) -> None:
                 config = TrainConfig(alpha=alpha, features="", eval_every=10**9)
                 store = WithoutTail(store) if "without" in name else store
                 run = distill(
-                    make_student(teacher), data=small, targets=store, valid=valid, valid_targets=held, config=config
+                    make_student(teacher),
+                    data=small,
+                    targets=store,
+                    valid=valid,
+                    valid_targets=valid_targets,
+                    config=config,
                 )
                 line += f" {run.history[-1]['valid_kl']:26.4f}"
             print(line, flush=True)
@@ -220,8 +226,8 @@ FEATURES = (
 
 def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folder: str) -> None:
     """Validation KL after training with each feature loss, from the same build student."""
-    from moe2dense.distillation.targets.record import TOKEN_WEIGHTS
-    from moe2dense.losses.feature_match import teacher_features
+    from moe2dense.distillation.targets.token_weights import TOKEN_WEIGHTS
+    from moe2dense.losses.feature_spec import teacher_features
     from moe2dense.student.build.api import build_student
     from moe2dense.student.store import load_student
     from moe2dense.teacher.load import load_teacher
@@ -231,14 +237,16 @@ def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folde
     layers = teacher.config.num_hidden_layers
     names = teacher_features("+".join(o["features"] for o in rows if o.get("features")), layers, layers)
     used = blocks[: tokens // 256]
-    known = hidden_targets(teacher, used, features=names, routing=TOKEN_WEIGHTS)
-    held = hidden_targets(teacher, valid)
+    targets = hidden_targets(teacher, used, features=names, routing=TOKEN_WEIGHTS)
+    valid_targets = hidden_targets(teacher, valid)
     print(f"\n{'features, token weights':28s} {'KL before':>10s} {f'KL after {tokens} tokens':>26s} {'seconds':>9s}")
     for options in rows:
         kls, clock = [], time.perf_counter()
         for seed in range(seeds):
             student, config = copy.deepcopy(start), TrainConfig(eval_every=10**9, **({"features": ""} | options))
-            run = distill(student, data=used, targets=known, valid=valid, valid_targets=held, config=config, seed=seed)
+            run = distill(
+                student, data=used, targets=targets, valid=valid, valid_targets=valid_targets, config=config, seed=seed
+            )
             kls.append(run.history[-1]["valid_kl"])
         shown = " ".join(f"{kl:.4f}" for kl in kls)
         seconds = (time.perf_counter() - clock) / seeds

@@ -23,10 +23,12 @@ import torch
 from scipy import stats
 
 import moe2dense as m2d
-from moe2dense.config.schema import BuildConfig, RegimeConfig, TrainConfig
+from moe2dense.config.schema import BuildConfig
+from moe2dense.config.training import RegimeConfig, TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
-from moe2dense.distillation.regimes.registry import make_regime, trainable
+from moe2dense.distillation.regimes.make import make_regime
+from moe2dense.distillation.regimes.online import trainable
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.evaluation.reference import reference
 from moe2dense.exporting.api import export
@@ -38,7 +40,7 @@ from moe2dense.student.target.resolve import resolve_target
 ROOT = Path(__file__).parent.parent
 
 TINY = ROOT / "examples" / "tiny-mixtral"
-BLOCK, PROMPT, HELD = 256, 32, 48
+BLOCK, PROMPT, HELD_OUT = 256, 32, 48
 
 
 @dataclass
@@ -56,21 +58,21 @@ class Bench:
         self.teacher = m2d.load_teacher(TINY, memory="2GB")
         tokenizer = self.teacher.tokenizer()
         self.train = load_blocks(self.data, tokenizer, BLOCK, "train", tokens=self.tokens, seed=self.seed)
-        self.held = load_blocks(self.data, tokenizer, BLOCK, "valid", tokens=HELD * BLOCK, seed=0)
-        self.truth = {"valid": reference(self.teacher, self.held)}
+        self.held_out = load_blocks(self.data, tokenizer, BLOCK, "valid", tokens=HELD_OUT * BLOCK, seed=0)
+        self.truth = {"valid": reference(self.teacher, self.held_out)}
         if any(Path(self.data).glob("ood.*")):
-            ood = load_blocks(self.data, tokenizer, BLOCK, "ood", tokens=HELD * BLOCK, seed=0)
+            ood = load_blocks(self.data, tokenizer, BLOCK, "ood", tokens=HELD_OUT * BLOCK, seed=0)
             self.truth["ood"] = reference(self.teacher, ood)
 
     def scores(self, student) -> dict[str, float]:
         """KL on both held-out texts and likelihood."""
-        found = {name: m2d.evaluate(student, truth, seed=0) for name, truth in self.truth.items()}
-        return {f"KL {k}": float(v.kl) for k, v in found.items()} | {"NLL": float(found["valid"].nll)}
+        scores = {name: m2d.evaluate(student, truth, seed=0) for name, truth in self.truth.items()}
+        return {f"KL {k}": float(v.kl) for k, v in scores.items()} | {"NLL": float(scores["valid"].nll)}
 
     @torch.no_grad()
     def own_text(self, model) -> dict[str, float]:
         """The teacher's nats per token on free continuations of 32 tokens by 224, and the share of distinct bigrams."""
-        heads = self.held.input_ids
+        heads = self.held_out.input_ids
         ids = continued(model, heads, PROMPT, Sampling(seed=99), list(range(len(heads))))
         logits = self.teacher.run(ids).logits[:, PROMPT - 1 : -1].log_softmax(-1)
         nll = -logits.gather(2, ids[:, PROMPT:, None])[..., 0]
@@ -87,36 +89,41 @@ def progressive(bench: Bench, tmp: Path) -> dict[str, dict[str, float]]:
     """Both routes to 40%, each of bench.tokens positions in all."""
     config, rows = TrainConfig(), {}
     large, small = (resolve_target(to, bench.teacher.config, bench.teacher.card) for to in ("47%", "40%"))
-    begun = time.perf_counter()
+    start_time = time.perf_counter()
     student = build(bench, bench.teacher, small, bench.train)
     m2d.distill(student, bench.teacher, bench.train, config=config, seed=bench.seed)
-    rows["direct, 40%"] = bench.scores(student) | {"seconds": time.perf_counter() - begun}
-    begun, half = time.perf_counter(), len(bench.train) // 2
+    rows["direct, 40%"] = bench.scores(student) | {"seconds": time.perf_counter() - start_time}
+    start_time, half = time.perf_counter(), len(bench.train) // 2
     first = build(bench, bench.teacher, large, bench.train[:half])
     m2d.distill(first, bench.teacher, bench.train[:half], config=config, seed=bench.seed)
     export(first, tmp / str(bench.seed), tokenizer=str(TINY), dtype="float32", overwrite=True)
     intermediate_teacher = m2d.load_teacher(tmp / str(bench.seed), memory="2GB")
     student = build(bench, intermediate_teacher, target_from(intermediate_teacher, small), bench.train[half:])
     m2d.distill(student, intermediate_teacher, bench.train[half:], config=config, seed=bench.seed)
-    rows["47%, then 40%"] = bench.scores(student) | {"seconds": time.perf_counter() - begun}
+    rows["47%, then 40%"] = bench.scores(student) | {"seconds": time.perf_counter() - start_time}
     return rows
 
 
 def compared(bench: Bench, variants: dict, start, row_of) -> dict[str, dict[str, float]]:
     """Every variant (TrainConfig options, regime, RegimeConfig options) from one student."""
     rows, targets = {}, hidden_targets(bench.teacher, bench.train)
-    for name, (options, regime, chosen) in variants.items():
+    for name, (options, regime, regime_options) in variants.items():
         student, peer = copy.deepcopy(start), None
         if regime == "mutual":
             peer = m2d.build_student(bench.teacher, "40%", bench.train[:96], init="obs+refit", seed=bench.seed + 1)
         source = trainable(bench.teacher) if regime == "online" else bench.teacher
-        made = make_regime(regime, RegimeConfig(**chosen), source, peer)
-        given = None if made is not None and made.brings_targets else targets
-        begun = time.perf_counter()
+        chosen_regime = make_regime(regime, RegimeConfig(**regime_options), source, peer)
+        fixed_targets = None if chosen_regime is not None and chosen_regime.brings_targets else targets
+        start_time = time.perf_counter()
         m2d.distill(
-            student, data=bench.train, targets=given, config=TrainConfig(**options), seed=bench.seed, regime=made
+            student,
+            data=bench.train,
+            targets=fixed_targets,
+            config=TrainConfig(**options),
+            seed=bench.seed,
+            regime=chosen_regime,
         )
-        rows[name] = row_of(student) | {"seconds": time.perf_counter() - begun}
+        rows[name] = row_of(student) | {"seconds": time.perf_counter() - start_time}
         print(f"seed {bench.seed}: {name}: {rows[name]}", flush=True)
     return rows
 
@@ -189,13 +196,13 @@ def main() -> None:
 
     short = replace(BuildConfig(), local_steps=args.build, heal_epochs=1.0)
     run = {"progressive": progressive, "on-policy": on_policy, "peers": peers}[args.what]
-    begun, rows = time.perf_counter(), []
+    start_time, rows = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as tmp:
         for seed in range(args.seeds):
             rows.append(run(Bench(args.data, args.tokens, seed, short), Path(tmp)))
             print(f"seed {seed}: {rows[-1]}", flush=True)
     table(rows)
-    print(f"\n{args.seeds} seeds, {args.tokens} teacher positions each, {time.perf_counter() - begun:.0f} s")
+    print(f"\n{args.seeds} seeds, {args.tokens} teacher positions each, {time.perf_counter() - start_time:.0f} s")
 
 
 if __name__ == "__main__":
