@@ -1,4 +1,4 @@
-"""Blocks of tokens with their masks, documents and domains, and what is read from them: labels and positions that count."""
+"""Hold blocks of tokens with their masks, documents and domains; derive labels and the positions that count."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -42,11 +42,11 @@ class Blocks:
 
     @property
     def tokens(self) -> int:
-        """How many real tokens there are."""
+        """Return how many real tokens there are."""
         return self.input_ids.numel() if self.attention_mask is None else int(self.attention_mask.sum())
 
     def labels(self) -> Tensor:
-        """[N, S] int64: the token that follows each position, -100 where there is none or it is not to be learnt."""
+        """Return [N, S] int64: the token that follows each position, -100 where there is none or it is not to be learnt."""
         labels = torch.full_like(self.input_ids, -100)
         labels[:, :-1] = self.input_ids[:, 1:]
         if self.document_ids is not None:
@@ -57,7 +57,7 @@ class Blocks:
         return labels
 
     def loss_mask(self) -> Tensor:
-        """[N, S] bool: the positions whose next-token distribution is distilled.
+        """Return [N, S] bool: the positions whose next-token distribution is distilled.
 
         Every real token's, also a block's last, which has no label; in a chat those that predict the assistant's words.
         """
@@ -66,13 +66,13 @@ class Blocks:
         return torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
 
     def keys(self) -> list[str]:
-        """A content hash per block: of its tokens and, where given, its masks."""
+        """Return a content hash per block: of its tokens and, where given, its masks."""
         parts = [x.numpy() for x in (self.input_ids, self.attention_mask, self.document_ids) if x is not None]
         return [xxhash.xxh3_128_hexdigest(b"".join(p[i].tobytes() for p in parts)) for i in range(len(self))]
 
 
 def right_padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tuple[Tensor, Tensor]:
-    """(ids [N, W] int64, mask [N, W] bool) of rows of token ids, filled up with 0 to the longest or to `width`."""
+    """Return (ids [N, W] int64, mask [N, W] bool) of rows of token ids, filled up with 0 to the longest or to `width`."""
     width = max(map(len, rows), default=0) if width is None else width
     ids, mask = torch.zeros(len(rows), width, dtype=torch.int64), torch.zeros(len(rows), width, dtype=torch.bool)
     for i, row in enumerate(rows):
@@ -82,14 +82,14 @@ def right_padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tup
 
 
 def join_blocks(parts: list[Blocks]) -> Blocks:
-    """Several sets of blocks of one length as one; a mask that only some have is filled in for the others."""
+    """Join several sets of blocks of one length; a mask that only some have is filled in for the others."""
     ids = torch.cat([p.input_ids for p in parts])
 
     def together(name: str, default: int | bool, dtype: torch.dtype) -> Tensor | None:
-        found = [getattr(p, name) for p in parts]
-        if all(x is None for x in found):
+        masks = [getattr(p, name) for p in parts]
+        if all(x is None for x in masks):
             return None
-        rows = zip(found, parts, strict=True)
+        rows = zip(masks, parts, strict=True)
         return torch.cat([torch.full(p.input_ids.shape, default, dtype=dtype) if x is None else x for x, p in rows])
 
     return Blocks(

@@ -1,14 +1,15 @@
-"""Text as blocks of tokens: passages tokenised, joined with the end-of-text token and cut to one length."""
+"""Turn text into blocks of tokens: passages tokenised, joined with the end-of-text token and cut to one length."""
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.data.blocks import Blocks, join_blocks
 from moe2dense.data.chat import chat_tokens, completion_tokens
@@ -20,14 +21,14 @@ from moe2dense.errors import UserError
 
 def load_blocks(
     path: str | Path | dict[str, float],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     block: int,
     split: str = "train",
     tokens: int | None = None,
     seed: int = 0,
     document_masks: str = "auto",
 ) -> Blocks:
-    """Blocks of exactly `block` tokens of one split, about `tokens` of them (None = all there is), in a seeded order.
+    """Read blocks of exactly `block` tokens of one split, about `tokens` of them (None = all there is), in a seeded order.
 
     path: a folder of {train,valid,test,ood}.{jsonl,jsonl.gz,json,txt,parquet,arrow}, one such file (split by a hash of
     each passage), a hub id (`owner/name` or `owner/name:configuration`), or a mixture {path: weight}, also written
@@ -64,25 +65,26 @@ def _source_name(path: str | Path, split: str) -> str:
 
 def blocks_of(
     rows: Iterable[dict[str, Any]],
-    tokenizer: Any,
+    tokenizer: PreTrainedTokenizerBase,
     block: int,
     what: str,
     tokens: int | None = None,
     document_masks: str = "auto",
 ) -> Blocks:
-    """Records as blocks of exactly `block` tokens, in their order; see `load_blocks`. what: how errors call the data."""
+    """Turn records into blocks of exactly `block` tokens, in their order; see `load_blocks`. what: how errors call the data."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token), which separates passages in a block")
     limit = None if tokens is None else max(1, tokens // block)
     documents = _documents(iter(rows), tokenizer, what)
-    blocks = _pack(documents, block, limit, document_masks, tokenizer.eos_token_id)
+    blocks = _pack(documents, block, limit, document_masks, cast(int, tokenizer.eos_token_id))
     if isinstance(blocks, int):
-        found = f"{blocks} tokens, fewer than one block of {block}" if blocks else "no text"
-        raise UserError(f"data {what} has {found}; {_remedy(what, blocks)}")
+        size = f"{blocks} tokens, fewer than one block of {block}" if blocks else "no text"
+        raise UserError(f"data {what} has {size}; {_remedy(what, blocks)}")
     return blocks
 
 
 def _remedy(what: str, tokens: int) -> str:
+    """Return what helps against a text that fills no block."""
     if "held out" in what:
         return "pass --valid with text of its own to hold out, more text, or a smaller --block"
     return "pass more or a smaller --block" if tokens else HOW
@@ -95,8 +97,8 @@ class _Document:
     domain: str
 
 
-def _documents(rows: Iterator[dict[str, Any]], tokenizer: Any, what: str) -> Iterator[_Document]:
-    """Passages as tokens, tokenised in batches. Empty ones are skipped."""
+def _documents(rows: Iterator[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str) -> Iterator[_Document]:
+    """Yield passages as tokens, tokenised in batches. Empty ones are skipped."""
     count = 0
     while batch := list(islice(rows, 64)):
         plain = []
@@ -116,14 +118,14 @@ def _documents(rows: Iterator[dict[str, Any]], tokenizer: Any, what: str) -> Ite
         plain = [row for row in plain if row["text"].strip()]
         if plain:
             ids = tokenizer([row["text"] for row in plain], add_special_tokens=False)["input_ids"]
-            for row, found in zip(plain, ids, strict=True):
-                yield _Document(found, None, str(row.get("domain") or ""))
+            for row, tokens in zip(plain, ids, strict=True):
+                yield _Document(tokens, None, str(row.get("domain") or ""))
 
 
 def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: str, eos: int) -> Blocks | int:
-    """Documents, each closed by `eos`, cut into blocks; the tokens that do not fill one are left out.
+    """Cut documents, each closed by `eos`, into blocks; the tokens that do not fill one are left out.
 
-    Returns the number of tokens found when they fill no block.
+    Return the number of tokens when they fill no block.
     """
     ids: list[int] = []
     learnt: list[bool] = []
@@ -159,26 +161,32 @@ def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: 
 
 
 def parse_mixture(text: str) -> dict[str, float]:
-    """`a.jsonl=0.7,owner/name=0.3` -> {path: weight}. Raises UserError when a part has no weight or is named twice."""
-    found: dict[str, float] = {}
+    """Return {path: weight} for `a.jsonl=0.7,owner/name=0.3`. Raises UserError when a part has no weight or is named twice."""
+    weights: dict[str, float] = {}
     for part in text.split(","):
         path, _, weight = part.strip().rpartition("=")
         try:
             value = float(weight)
         except ValueError:
             value = 0.0
-        if not path or value <= 0 or path in found:
+        if not path or value <= 0 or path in weights:
             raise UserError(
                 f"data mixture {text!r} must be PATH=WEIGHT,PATH=WEIGHT with positive weights; found {part!r}"
             )
-        found[path] = value
-    return found
+        weights[path] = value
+    return weights
 
 
 def _mixture(
-    weights: dict[str, float], tokenizer: Any, block: int, split: str, tokens: int | None, seed: int, masks: str
-):
-    """Blocks of several sources, as many of each as its weight says, in one shuffled order."""
+    weights: dict[str, float],
+    tokenizer: PreTrainedTokenizerBase,
+    block: int,
+    split: str,
+    tokens: int | None,
+    seed: int,
+    masks: str,
+) -> Blocks:
+    """Return blocks of several sources, as many of each as its weight says, in one shuffled order."""
     total = sum(weights.values())
     if not weights or min(weights.values()) <= 0:
         raise UserError(f"the weights of a data mixture must be positive; found {weights}")

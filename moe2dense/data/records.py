@@ -1,4 +1,4 @@
-"""Where passages of text come from: local files, folders of splits, or the hub, all read with `datasets`.
+"""Read passages of text from local files, folders of splits, or the hub, all with `datasets`.
 
 A passage is a dict with `text` (or `messages`, for chat; or `prompt` and `completion`) and perhaps `domain`.
 """
@@ -9,7 +9,10 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import datasets
+import numpy as np
 import xxhash
+from huggingface_hub import constants, dataset_info
 
 from moe2dense.errors import UserError, first_line
 
@@ -23,7 +26,7 @@ HOW = "pass --data with a folder of {train,valid,test}.jsonl, one .jsonl/.txt/.p
 
 
 def passages(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]]:
-    """The passages of one split in a seeded order that is the same on every machine.
+    """Return the passages of one split in a seeded order that is the same on every machine.
 
     A folder gives its `split` file; a single file, or a hub dataset that has only `train`, is split by a hash of
     each passage (90% train, 5% valid, 5% test); the split `all` is a single file as it stands. Raises UserError when the
@@ -52,51 +55,52 @@ def passages(path: str | Path, split: str, seed: int) -> Iterator[dict[str, Any]
 
 
 def _bucket(row: dict[str, Any]) -> str:
+    """Return the split of a passage, by a hash of its text."""
     content = next((row[k] for k in ("text", "prompt") if row.get(k) is not None), None) or repr(row.get("messages"))
     return _BUCKETS.get(xxhash.xxh3_64_intdigest(str(content).encode()) % 20, "train")
 
 
 def _kind(path: Path) -> str | None:
-    """The `datasets` builder for a file name, or None."""
+    """Return the `datasets` builder for a file name, or None."""
     suffixes = path.suffixes[:-1] if path.suffix == ".gz" else path.suffixes
     return _FORMATS.get(suffixes[-1].lower()) if suffixes else None
 
 
 def _split_files(folder: Path, split: str) -> list[Path]:
-    """train.jsonl, or the shards train-00000-of-00004.parquet ..., of `folder`."""
+    """Return train.jsonl, or the shards train-00000-of-00004.parquet ..., of `folder`. Raises UserError without any."""
     data = sorted(p for p in folder.iterdir() if p.is_file() and _kind(p))
-    found = [p for p in data if any(p.name.split(".")[0] == n or p.name.startswith(n + "-") for n in _NAMES[split])]
-    if not found:
-        there = ", ".join(p.name for p in data[:5]) or "no data files"
-        raise UserError(f"data folder {folder} has no {split} file (found {there}); add {split}.jsonl or pass a file")
-    if len({_kind(p) for p in found}) > 1:
+    files = [p for p in data if any(p.name.split(".")[0] == n or p.name.startswith(n + "-") for n in _NAMES[split])]
+    if not files:
+        present = ", ".join(p.name for p in data[:5]) or "no data files"
+        raise UserError(f"data folder {folder} has no {split} file (found {present}); add {split}.jsonl or pass a file")
+    if len({_kind(p) for p in files}) > 1:
         raise UserError(
-            f"data folder {folder} has {split} files of several formats: {', '.join(p.name for p in found)}"
+            f"data folder {folder} has {split} files of several formats: {', '.join(p.name for p in files)}"
         )
-    return found
+    return files
 
 
 @contextlib.contextmanager
-def _quiet():
-    import datasets
-
+def _without_bars() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off within the context."""
     shown = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
-        yield datasets
+        yield
     finally:
         if not shown:
             datasets.enable_progress_bars()
 
 
 def _local(files: list[Path], where: Path, seed: int) -> Iterable[dict[str, Any]]:
+    """Return the passages of files of one format in a seeded order. Raises UserError where they cannot be read."""
     kind = _kind(files[0])
     if kind is None:
         raise UserError(f"data file {where} has an unknown ending; use one of {', '.join(_FORMATS)} (also .gz)")
     if not any(p.stat().st_size for p in files):
         raise UserError(f"data {files[0]} is empty; {HOW}")
     options: dict[str, Any] = {"sample_by": "paragraph"} if kind == "text" else {}
-    with _quiet() as datasets:
+    with _without_bars():
         try:  # memory-mapped: a file larger than RAM is read page by page
             data = datasets.load_dataset(kind, data_files=[str(p) for p in files], split="train", **options)
         except Exception as error:  # the library wraps a reader's errors in many types
@@ -109,24 +113,24 @@ def _local(files: list[Path], where: Path, seed: int) -> Iterable[dict[str, Any]
 
 
 def _joined(paragraphs: Iterable[str]) -> list[dict[str, Any]]:
-    """Consecutive paragraphs gathered into passages, so that a block of plain text keeps its context."""
-    found: list[dict[str, Any]] = []
+    """Gather consecutive paragraphs into passages, so that a block of plain text keeps its context."""
+    joined: list[dict[str, Any]] = []
     part: list[str] = []
     for paragraph in paragraphs:
         part.append(paragraph)
         if sum(map(len, part)) >= _PASSAGE:
-            found.append({"text": "\n\n".join(part)})
+            joined.append({"text": "\n\n".join(part)})
             part = []
-    return [*found, {"text": "\n\n".join(part)}] if part else found
+    return [*joined, {"text": "\n\n".join(part)}] if part else joined
 
 
 def _shuffled(rows: list[dict[str, Any]], seed: int) -> list[dict[str, Any]]:
-    import numpy as np
-
+    """Return the rows in a seeded order."""
     return [rows[i] for i in np.random.default_rng(seed).permutation(len(rows))]
 
 
 def _check_fields(names: list[str], where: Path | str) -> None:
+    """Raise UserError where records have no field that holds text."""
     if not {"text", "messages", "prompt"} & set(names):
         raise UserError(
             f"data {where} has no `text` field (found {', '.join(names) or 'none'}); "
@@ -135,11 +139,12 @@ def _check_fields(names: list[str], where: Path | str) -> None:
 
 
 def _hub(name: str, split: str, seed: int) -> tuple[Iterable[dict[str, Any]], bool]:
-    """A streamed hub dataset, `owner/name` or `owner/name:configuration`, and whether it must be split by hash."""
-    from huggingface_hub import constants, dataset_info
+    """Return a streamed hub dataset, `owner/name` or `owner/name:configuration`, and whether it must be split by hash.
 
+    Raises UserError where it cannot be reached, or has no such split.
+    """
     repository, _, configuration = name.partition(":")
-    with _quiet() as datasets:
+    with _without_bars():
         try:
             if not constants.HF_HUB_OFFLINE:
                 dataset_info(repository, timeout=10)  # fails at once where `datasets` would retry for half a minute

@@ -1,21 +1,26 @@
-"""Whether two tokenizers mean the same by an id, told by their contents: equal sizes prove nothing, and padded ones may differ in size."""
+"""Compare two tokenizers by their contents: equal sizes prove nothing, and padded ones may differ in size."""
 
 from dataclasses import dataclass
-from typing import Any
+
+from transformers import PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """same: every id that both know is the same token; shared: how many ids that is; difference: one sentence when not the same."""
+    """Whether two tokenizers mean the same by an id.
+
+    same: every id that both know is the same token; shared: how many ids that is; difference: one sentence when not the same.
+    """
 
     same: bool
     shared: int
     difference: str = ""
 
 
-def compare_vocabularies(teacher: Any, student: Any) -> Comparison:
-    """Compare two tokenizers token by token. A few special tokens at the end of one of them make no difference, nor does the padding
-    of embeddings (Qwen's 151936 and 152064 rows), which no tokenizer has tokens for.
+def compare_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Comparison:
+    """Compare two tokenizers token by token.
+
+    A few special tokens at the end of one of them make no difference, nor does the padding of embeddings (Qwen's 151936 and 152064 rows), which no tokenizer has tokens for.
     """
     a, b = ({i: t for t, i in tokenizer.get_vocab().items()} for tokenizer in (teacher, student))
     shared = a.keys() & b.keys()

@@ -1,4 +1,4 @@
-"""Ways to run a layer's experts over a macro-batch, chosen by what fits and what is installed.
+"""Run a layer's experts over a macro-batch, in the way that fits and is installed.
 
 streamed: one expert at a time, read from disk or kept in memory; runs everywhere and shows observers every expert.
 grouped_mm: transformers' grouped matrix products over all experts of a layer at once; the teacher must fit in memory.
@@ -28,17 +28,17 @@ _GROUP_TOKENS = 8192  # tokens in one grouped product; each is copied K times
 
 
 def megablocks_available() -> str:
-    """'' when the megablocks backend can be used, else one line that says how to get it."""
+    """Return '' when the megablocks backend can be used, else one line that says how to get it."""
     return "" if find_spec("megablocks") and find_spec("grouped_gemm") else MEGABLOCKS_HELP
 
 
 def _plain_gating(layers: Sequence[Layer]) -> bool:
-    """Whether every expert is silu(gate) * up without biases, the only kind megablocks is given."""
+    """Return whether every expert is silu(gate) * up without biases, the only kind megablocks is given."""
     return all(has_plain_gating(layer.routed) for layer in layers if layer.sparse)
 
 
 def _refusal(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: MemoryPlan, budget: int) -> str:
-    """Why a resident backend cannot run this teacher, or ''."""
+    """Return why a resident backend cannot run this teacher, or ''."""
     card = skeleton.card
     if card is None:
         return "the teacher has no experts"
@@ -62,7 +62,7 @@ def _refusal(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: Me
 
 
 def choose_backend(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: MemoryPlan, budget: int) -> str:
-    """The backend that `experts` means for this teacher. Raises UserError for one that is unknown or cannot run it."""
+    """Return the backend that `experts` means for this teacher. Raises UserError for one that is unknown or cannot run it."""
     if experts not in BACKENDS:
         raise UserError(f"experts must be one of {', '.join(BACKENDS)}; found {experts!r}")
     if experts == "auto":
@@ -82,29 +82,30 @@ class ExpertRuntime:
     resample: Resample | None = None  # draws a token's experts anew
 
 
-def run_experts(runtime: ExpertRuntime, layer: Layer, made: LayerPass, on_expert: OnExpert | None) -> None:
-    """Add sum_e w_te f_e(x_t) of the real tokens to `made.y` [T, H]."""
-    assert made.top_k_index is not None and made.top_k_weights is not None
+def run_experts(runtime: ExpertRuntime, layer: Layer, layer_pass: LayerPass, on_expert: OnExpert | None) -> None:
+    """Add sum_e w_te f_e(x_t) of the real tokens to `layer_pass.y` [T, H]."""
+    assert layer_pass.top_k_index is not None and layer_pass.top_k_weights is not None
     assert layer.experts is not None and layer.card is not None
     if runtime.backend != "streamed" and on_expert is None:
-        return _run_grouped(runtime.backend, layer, made, made.top_k_index, made.top_k_weights)
-    routing = route(made.top_k_index, made.token_mask, len(layer.experts))
+        return _run_grouped(runtime.backend, layer, layer_pass, layer_pass.top_k_index, layer_pass.top_k_weights)
+    routing = route(layer_pass.top_k_index, layer_pass.token_mask, len(layer.experts))
     return run_streamed(
-        layer.experts, made.x, routing, made.top_k_weights, made.y,
+        layer.experts, layer_pass.x, routing, layer_pass.top_k_weights, layer_pass.y,
         input_scaled=layer.card.input_scaled, on_expert=on_expert, budget=runtime.prefetch_bytes,
     )  # fmt: skip
 
 
-def _run_grouped(backend: str, layer: Layer, made: LayerPass, index: Tensor, weights: Tensor) -> None:
+def _run_grouped(backend: str, layer: Layer, layer_pass: LayerPass, index: Tensor, weights: Tensor) -> None:
+    """Run all experts of a layer at once; they are read at the first call and stay in memory."""
     if layer.dropless is None:
         layer.load_experts()
         if backend == "megablocks":
             assert layer.experts is not None
             layer.dropless = megablocks.build(layer.experts, index.shape[1], layer.skeleton.device)
             layer.unload_experts()
-    real = made.token_mask.nonzero()[:, 0]
+    real = layer_pass.token_mask.nonzero()[:, 0]
     for rows in real.split(_GROUP_TOKENS):
-        x = made.x[rows].to(layer.skeleton.device)
+        x = layer_pass.x[rows].to(layer.skeleton.device)
         args = index[rows].to(x.device), weights[rows].to(x.device, x.dtype)
         y = layer.grouped(x, *args) if layer.dropless is None else megablocks.run(layer.dropless, x, *args)
-        made.y[rows] += y.to(made.y.device)
+        layer_pass.y[rows] += y.to(layer_pass.y.device)

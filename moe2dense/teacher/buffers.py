@@ -1,4 +1,4 @@
-"""Buffers for hidden states: in memory while they fit, memory-mapped beyond that, and memory that is used again."""
+"""Hold hidden states: in memory while they fit, memory-mapped beyond that, and in memory that is used again."""
 
 import math
 import mmap
@@ -23,7 +23,7 @@ class SpillFolder:
         self._folder: Path | None = None
 
     def tensor(self, shape: tuple[int, ...], dtype: torch.dtype, what: str) -> "SpilledTensor":
-        """A memory-mapped tensor, its space reserved first so that a full disk is an error here and not a crash later."""
+        """Return a memory-mapped tensor, its space reserved first so that a full disk is an error here and not a crash later."""
         nbytes = math.prod(shape) * dtype.itemsize
         try:
             if self._folder is None:
@@ -71,24 +71,24 @@ class Arena:
         self.budget, self.device, self.spill = budget, device, spill
         self.used = 0
         self.spilled: dict[str, SpilledTensor] = {}
-        self._held: dict[str, Tensor] = {}
+        self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """The buffer `name`, made at first use and reused after that (its contents are whatever was there)."""
-        if name in self._held and self._held[name].shape == shape and self._held[name].dtype == dtype:
-            return self._held[name]
-        assert name not in self._held, f"buffer {name} changed its shape"
+        """Return the buffer `name`, allocated at first use and reused after that (its contents are whatever was there)."""
+        if name in self._buffers and self._buffers[name].shape == shape and self._buffers[name].dtype == dtype:
+            return self._buffers[name]
+        assert name not in self._buffers, f"buffer {name} changed its shape"
         nbytes = math.prod(shape) * dtype.itemsize
         if self.used + nbytes <= self.budget:
             self.used += nbytes
-            self._held[name] = torch.empty(shape, dtype=dtype, device=self.device)
+            self._buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
         else:
             self.spilled[name] = self.spill.tensor(shape, dtype, f"spilling the buffer {name!r}")
-            self._held[name] = self.spilled[name].tensor
-        return self._held[name]
+            self._buffers[name] = self.spilled[name].tensor
+        return self._buffers[name]
 
     def release(self) -> None:
-        """Give back the memory of every spilled buffer's pages."""
+        """Drop every spilled buffer's pages from memory."""
         for item in self.spilled.values():
             item.release()
 
@@ -97,11 +97,11 @@ class Scratch:
     """Memory that is used again and again, by name: fresh memory costs a page fault every 4 KB, a fifth of an expert's time."""
 
     def __init__(self):
-        self._held: dict[str, Tensor] = {}
+        self._memory: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-        """A tensor with whatever was there, over the memory that `name` had before where that is large enough."""
-        n, held = math.prod(shape), self._held.get(name)
-        if held is None or held.numel() < n or held.dtype != dtype or held.device != device:
-            held = self._held[name] = torch.empty(n, dtype=dtype, device=device)
-        return held[:n].view(shape)
+        """Return a tensor with whatever was there, over the memory that `name` had before where that is large enough."""
+        n, memory = math.prod(shape), self._memory.get(name)
+        if memory is None or memory.numel() < n or memory.dtype != dtype or memory.device != device:
+            memory = self._memory[name] = torch.empty(n, dtype=dtype, device=device)
+        return memory[:n].view(shape)

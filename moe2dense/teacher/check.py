@@ -1,4 +1,4 @@
-"""Before anything runs: every parameter has its tensors, in the shape and dtype the model needs. Nothing is read."""
+"""Check before anything runs that every parameter has its tensors, in the shape and dtype the model needs. Nothing is read."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ _METHODS = ("fp8", "mxfp4", "bitsandbytes")
 
 
 def check_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
-    """Raises UserError for a config whose weights are packed in a way that is not read here."""
+    """Raise UserError for a config whose weights are packed in a way that is not read here."""
     if not quantization:
         return
     old = (
@@ -33,7 +33,7 @@ def check_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
 
 
 def check_coverage(skeleton: Skeleton, layers: Sequence[Layer]) -> None:
-    """Raises UserError naming the first parameter, expert or tensor that is missing or does not fit."""
+    """Raise UserError naming the first parameter, expert or tensor that is missing or does not fit."""
     sources = skeleton.weights.map.sources
     for name, want in skeleton.shapes.items():
         if name not in sources:
@@ -52,19 +52,21 @@ def check_coverage(skeleton: Skeleton, layers: Sequence[Layer]) -> None:
 
 
 def _check_dtype(skeleton: Skeleton, source: Source) -> None:
+    """Raise UserError where a tensor is neither floating point nor packed with scales."""
     info = skeleton.checkpoint[source.key]
     packed = info.dtype in (torch.uint8, *_FP8) if source.scale else False
     packed = info.dtype == torch.int8 if source.scale.endswith(".SCB") else packed
     if packed or (info.dtype.is_floating_point and info.dtype not in _FP8):
         return
-    found = str(info.dtype).removeprefix("torch.")
+    dtype = str(info.dtype).removeprefix("torch.")
     raise UserError(
-        f"checkpoint file {info.file}: tensor {source.key!r} has dtype {found}"
+        f"checkpoint file {info.file}: tensor {source.key!r} has dtype {dtype}"
         + (" and no tensor of scales beside it" if info.dtype in (torch.uint8, *_FP8) else ", which is no weight")
     )
 
 
 def _check_shape(skeleton: Skeleton, name: str, source: Source, want: Tensor) -> None:
+    """Raise UserError where a tensor has not the shape of its part of parameter `name`."""
     info = skeleton.checkpoint[source.key]
     shape, wanted = info.shape, tuple(want.shape)
     if source.from_bitsandbytes:
@@ -80,6 +82,7 @@ def _check_shape(skeleton: Skeleton, name: str, source: Source, want: Tensor) ->
 
 
 def _check_experts(skeleton: Skeleton, name: str, experts: int) -> None:
+    """Raise UserError where an expert of parameter `name` has no tensor."""
     sources = skeleton.weights.map.sources[name]
     if sources[0].expert is None:
         return

@@ -58,13 +58,13 @@ class ExpertWeights:
         return self.stored[0].shape[0]
 
     def _spans(self) -> list[slice]:
-        """Slices of the neurons that are worked on at once. Their outputs are added up in the compute dtype, so only in fp32 and above."""
+        """Return slices of the neurons that are worked on at once: several in fp32 and above, where adding up their outputs is exact enough."""
         exact = self.dtype.itemsize >= 4
         step = max(1, _SLICE_BYTES // (self.stored[0].shape[1] * self.dtype.itemsize)) if exact else self.width
         return [slice(a, min(a + step, self.width)) for a in range(0, self.width, step)]
 
     def _converted(self, which: int, span: slice, scratch: Scratch) -> Tensor:
-        """Neurons `span` of gate (0) or up (1) [f, H], or of down (2) [H, f], in the compute dtype."""
+        """Return neurons `span` of gate (0) or up (1) [f, H], or of down (2) [H, f], in the compute dtype."""
         stored = self.stored[which]
         part = stored[:, span] if which == 2 else stored[span]
         if part.dtype == self.dtype:
@@ -72,31 +72,31 @@ class ExpertWeights:
         return scratch.take(f"matrix{which}", tuple(part.shape), self.dtype, part.device).copy_(part)
 
     def _neurons(self, x: Tensor, span: slice, scratch: Scratch) -> Tensor:
-        """Activations [n, f] of some neurons for x [n, H]."""
-        made = []
+        """Return the activations [n, f] of some neurons for x [n, H]."""
+        projections = []
         for which, bias in enumerate((self.gate_bias, self.up_bias)):
             matrix = self._converted(which, span, scratch)
             out = scratch.take(f"neurons{which}", (len(x), len(matrix)), self.dtype, x.device)
             torch.mm(x, matrix.T, out=out)
-            made.append(out if bias is None else out.add_(bias[span]))
-        return self.gating(*made)
+            projections.append(out if bias is None else out.add_(bias[span]))
+        return self.gating(*projections)
 
     def _add_output(self, hidden: Tensor, span: slice, y: Tensor, scratch: Scratch) -> None:
         """Set y [n, H] to what the first neurons contribute, or add what others do."""
         torch.addmm(y, hidden, self._converted(2, span, scratch).T, beta=int(span.start > 0), out=y)
 
     def hidden(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """Neuron activations [n, F] of x [n, H]: silu(gate x) * (up x), or the family's own gating."""
+        """Return the neuron activations [n, F] of x [n, H]: silu(gate x) * (up x), or the family's own gating."""
         if torch.is_grad_enabled() and x.requires_grad:
             return self.gating(linear(x, self.gate, self.gate_bias), linear(x, self.up, self.up_bias))
         scratch = scratch or Scratch()
-        made = scratch.take("hidden", (len(x), self.width), self.dtype, x.device)
+        hidden = scratch.take("hidden", (len(x), self.width), self.dtype, x.device)
         for span in self._spans():
-            made[:, span] = self._neurons(x, span, scratch)
-        return made
+            hidden[:, span] = self._neurons(x, span, scratch)
+        return hidden
 
     def output(self, hidden: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """[n, F] -> [n, H]: the down projection, its bias included."""
+        """Return the down projection [n, H] of activations [n, F], its bias included."""
         if torch.is_grad_enabled() and hidden.requires_grad:
             return linear(hidden, self.down, self.down_bias)
         scratch = scratch or Scratch()
@@ -106,7 +106,7 @@ class ExpertWeights:
         return y if self.down_bias is None else y.add_(self.down_bias)
 
     def __call__(self, x: Tensor, scratch: Scratch | None = None) -> Tensor:
-        """f(x) [n, H] of x [n, H]; neither converted matrices nor activations ever exist whole.
+        """Return f(x) [n, H] of x [n, H]; neither converted matrices nor activations ever exist whole.
 
         With a `scratch` the result lies in its memory and lasts until its next use.
         """
@@ -121,13 +121,13 @@ class ExpertWeights:
         return y if self.down_bias is None else y.add_(self.down_bias)
 
     def to(self, device: torch.device | str) -> "ExpertWeights":
-        """The same expert with its matrices on `device`."""
+        """Return the same expert with its matrices on `device`."""
         g, u, d = (t.to(device) for t in self.stored)
         biases = tuple(None if b is None else b.to(device) for b in (self.gate_bias, self.up_bias, self.down_bias))
         return ExpertWeights(g, u, d, self.gating, self.dtype, biases)  # type: ignore[arg-type]
 
     def resident(self) -> "ExpertWeights":
-        """The same expert with its matrices held in the compute dtype."""
+        """Return the same expert with its matrices in the compute dtype."""
         g, u, d = self.gate.contiguous(), self.up.contiguous(), self.down.contiguous()
         return ExpertWeights(g, u, d, self.gating, self.dtype, (self.gate_bias, self.up_bias, self.down_bias))
 
@@ -153,12 +153,12 @@ class Routing:
     starts: list[int]  # [E + 1]
 
     def of(self, expert: int) -> tuple[Tensor, Tensor]:
-        """(rows [n], slots [n]) of one expert."""
+        """Return (rows [n], slots [n]) of one expert."""
         a, b = self.starts[expert], self.starts[expert + 1]
         return self.rows[a:b], self.slots[a:b]
 
     def hit(self) -> list[int]:
-        """Experts that at least one token chose."""
+        """Return the experts that at least one token chose."""
         return [e for e in range(len(self.starts) - 1) if self.starts[e + 1] > self.starts[e]]
 
 
@@ -174,7 +174,7 @@ def route(index: Tensor, token_mask: Tensor, experts: int) -> Routing:
 
 
 def _halves(both: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
-    """(gate, up) of what holds both along its first axis."""
+    """Return (gate, up) of what holds both along its first axis."""
     return (both[0::2], both[1::2]) if interleaved else both.chunk(2)  # type: ignore[return-value]
 
 
@@ -199,13 +199,13 @@ class LayerExperts:
             return self.keep[expert]
         if self.stacked is not None:
             return self._view(expert)
-        found = self.read(expert).to(self.device)
+        weights = self.read(expert).to(self.device)
         if self.keep is not None:
-            found = self.keep[expert] = found.resident()
-        return found
+            weights = self.keep[expert] = weights.resident()
+        return weights
 
     def _view(self, expert: int) -> ExpertWeights:
-        """One of the stacked experts, sharing their memory."""
+        """Return one of the stacked experts, sharing their memory."""
         both, down = self.stacked.gate_up_proj[expert], self.stacked.down_proj[expert]
         if self.layout.transposed:
             both, down = both.mT, down.mT
@@ -220,7 +220,7 @@ class LayerExperts:
         return (self[e] for e in range(self.count))
 
     def nbytes(self, expert: int) -> int:
-        """Stored bytes of one expert's matrices."""
+        """Return the stored bytes of one expert's matrices."""
         w = self.weights
         return sum(
             w.source_bytes(s, True)
@@ -229,7 +229,7 @@ class LayerExperts:
         )
 
     def read(self, expert: int, buffer: Tensor | None = None) -> ExpertWeights:
-        """One expert from disk; with `buffer` (uint8), its matrices are views of it and last as long as it is left alone."""
+        """Read one expert from disk; with `buffer` (uint8), its matrices are views of it and last as long as it is left alone."""
         w, name = self.weights, self.prefix
         head = sum(w.source_bytes(s, True) for s in w.expert_sources(name + "gate_up_proj", expert))
         first, second = (None, None) if buffer is None else (buffer[:head], buffer[head:])
@@ -244,7 +244,7 @@ class LayerExperts:
 
 
 def prefetch(experts: LayerExperts, wanted: Iterable[int], budget: int) -> Iterator[tuple[int, ExpertWeights]]:
-    """(e, expert) in order, the next ones read by one thread while the caller computes.
+    """Yield (e, expert) in order, the next ones read by one thread while the caller computes.
 
     Two buffers or more, as many as `budget` bytes allow (at most four), are reused; an expert is valid until the next is asked for.
     """

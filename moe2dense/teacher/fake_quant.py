@@ -1,4 +1,4 @@
-"""A teacher whose experts are rounded to few bits as they are read: what a quantised copy would teach, without making one.
+"""Round a teacher's experts to few bits as they are read: what a quantised copy would teach, without writing one.
 
 The rounding is simulated, on every read, from the checkpoint that is there: nothing gets smaller on disk, and the experts are computed
 in the compute dtype from their rounded values, as weight-only kernels do. Attention, norms, router, shared experts, embedding and head
@@ -25,7 +25,7 @@ _GROUP = {"int4": 128, "nf4": 64}
 
 @cache
 def nf4_values() -> Tensor:
-    """The sixteen values of NF4 in [-1, 1]: quantiles of a normal distribution, 0 among them, as QLoRA's appendix E builds them."""
+    """Return the sixteen values of NF4 in [-1, 1]: quantiles of a normal distribution and 0, as in QLoRA's appendix E."""
     offset = (1 - 1 / (2 * 15) + 1 - 1 / (2 * 16)) / 2
     positive = [_normal_quantile(p) for p in torch.linspace(offset, 0.5, 9, dtype=torch.float64)[:-1].tolist()]
     negative = [-_normal_quantile(p) for p in torch.linspace(offset, 0.5, 8, dtype=torch.float64)[:-1].tolist()]
@@ -34,11 +34,12 @@ def nf4_values() -> Tensor:
 
 
 def _normal_quantile(p: float) -> float:
+    """Return the p-quantile of the standard normal distribution."""
     return math.sqrt(2) * float(torch.erfinv(torch.tensor(2 * p - 1, dtype=torch.float64)))
 
 
 def rounded(weight: Tensor, bits: str) -> Tensor:
-    """A matrix [O, I] rounded to `bits`, see the module, and back, in float32."""
+    """Round a matrix [O, I] to `bits`, see the module, and return it in float32."""
     w = weight.float()
     if bits == "int8":
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12) / 127
@@ -48,7 +49,7 @@ def rounded(weight: Tensor, bits: str) -> Tensor:
 
 
 def _rounded_group(w: Tensor, bits: str) -> Tensor:
-    """[O, g], one scale per row."""
+    """Round one group of inputs [O, g], with one scale per row."""
     if bits == "nf4":
         scale = w.abs().amax(1, keepdim=True).clamp(min=1e-12)
         values = nf4_values()
@@ -66,7 +67,7 @@ class QuantizedExperts(LayerExperts):
     bits = "int8"
 
     def read(self, expert: int, buffer: Tensor | None = None) -> ExpertWeights:
-        """One expert from disk, rounded; its matrices are its own, not views of `buffer`."""
-        found = super().read(expert, buffer)
-        g, u, d = (rounded(t, self.bits).to(self.dtype) for t in found.stored)
-        return ExpertWeights(g, u, d, self.gating, self.dtype, (found.gate_bias, found.up_bias, found.down_bias))
+        """Read one expert from disk and round it; its matrices are its own, not views of `buffer`."""
+        stored = super().read(expert, buffer)
+        g, u, d = (rounded(t, self.bits).to(self.dtype) for t in stored.stored)
+        return ExpertWeights(g, u, d, self.gating, self.dtype, (stored.gate_bias, stored.up_bias, stored.down_bias))

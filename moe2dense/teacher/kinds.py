@@ -1,4 +1,4 @@
-"""A teacher is a checkpoint that runs layer by layer, or a transformers model in memory; what both can be asked for."""
+"""Treat alike the two kinds of teachers: a checkpoint that runs layer by layer, and a transformers model in memory."""
 
 from transformers import PreTrainedModel
 

@@ -17,12 +17,12 @@ from moe2dense.teacher.parameters import Layout, assign
 from moe2dense.teacher.skeleton import Skeleton
 
 # T tokens of a chunk, E experts, K top_k, H hidden
-Handler = Callable[
-    [Tensor, Tensor, Tensor, Tensor], Tensor
-]  # (x [T, H], index [T, K], weights [T, K], logits [T, E]) -> [T, H]
+# (x [T, H], index [T, K], weights [T, K], logits [T, E]) -> [T, H]
+Handler = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _find(module: Any, path: str) -> Any:
+    """Return the submodule or parameter at a dotted path, or None where there is none."""
     for name in path.split("."):
         module = getattr(module, name, None)
         if module is None:
@@ -31,7 +31,7 @@ def _find(module: Any, path: str) -> Any:
 
 
 class Layer:
-    """Layer `index` of a model. `sparse` tells whether it has routed experts; `ffn` is the MoE block or the dense FFN."""
+    """Layer `index` of a model. `sparse` says whether it has routed experts; `ffn` is the MoE block or the dense FFN."""
 
     def __init__(self, skeleton: Skeleton, index: int):
         self.skeleton, self.index = skeleton, index
@@ -62,6 +62,7 @@ class Layer:
             self.experts.keep = {}
 
     def _set_up_sparse(self) -> None:
+        """Find router, mixers, experts and shared experts where the card says. Raises UserError where it is wrong."""
         card = self.card
         assert card is not None
         self.mixers = [m for name in card.mixers if (m := _find(self.module, name)) is not None]
@@ -85,7 +86,8 @@ class Layer:
         down = self.skeleton.shapes[self.experts.prefix + "down_proj"]
         self.experts.width = down.numel() // (len(self.experts) * self.skeleton.hidden_size)
 
-    def _dense_child(self) -> Any:
+    def _dense_child(self) -> nn.Module | None:
+        """Return the child of a dense layer that is a gated FFN."""
         for child in self.module.children():
             if gated_linears(child) is not None:
                 return child
@@ -101,7 +103,7 @@ class Layer:
             self.loaded = True
 
     def unload(self) -> None:
-        """Give the weights back, unless the whole teacher stays in memory."""
+        """Free the weights, unless the whole teacher stays in memory."""
         if self.loaded and not self.resident:
             for name, value in internals.saved_tensors(self.module).items():
                 if not value.is_meta:
@@ -118,7 +120,7 @@ class Layer:
             self.experts.stacked = self.routed
 
     def unload_experts(self) -> None:
-        """Give the stacked experts back; they can be read again."""
+        """Free the stacked experts; they can be read again."""
         assert self.experts is not None
         prefix = self.experts.prefix.removeprefix(self.prefix)
         for name, value in internals.saved_tensors(self.module).items():
@@ -127,12 +129,13 @@ class Layer:
         self.experts.stacked = None
 
     def grouped(self, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-        """sum_e w_te f_e(x_t) of x [T, H] by grouped matrix products; index and weights [T, K]."""
+        """Return sum_e w_te f_e(x_t) of x [T, H] by grouped matrix products; index and weights [T, K]."""
         return internals.grouped_experts(self.routed, x, index, weights)
 
     # parts as plain weights
 
     def _gated(self, module: nn.Module, what: str) -> ExpertWeights:
+        """Return a gated FFN as plain weights, checked on two inputs. Raises UserError where it computes something else."""
         parts = gated_linears(module)
         if parts is None:
             raise UserError(f"layer {self.index} of {self.skeleton.path}: {what} is not a gated feed-forward network")
@@ -144,24 +147,24 @@ class Layer:
         else:
             g, u = weight.chunk(2)
             g_bias, u_bias = bias.chunk(2) if bias is not None else (None, None)
-        made = ExpertWeights(g, u, down.weight, parts.gating, self.skeleton.dtype, (g_bias, u_bias, down.bias))
+        weights = ExpertWeights(g, u, down.weight, parts.gating, self.skeleton.dtype, (g_bias, u_bias, down.bias))
         probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(2, -1)
-        close = torch.allclose(made(probe), first_tensor(module(probe)), rtol=1e-2, atol=1e-3)
+        close = torch.allclose(weights(probe), first_tensor(module(probe)), rtol=1e-2, atol=1e-3)
         if not close:
             raise UserError(
                 f"layer {self.index} of {self.skeleton.path}: {what} computes something else than a gated FFN"
             )
-        return made
+        return weights
 
     @torch.no_grad()
     def dense(self) -> ExpertWeights:
-        """The FFN of a dense layer, in memory while the layer is."""
+        """Return the FFN of a dense layer, in memory while the layer is."""
         assert not self.sparse and self.loaded
         return self._gated(self.ffn, "the FFN")
 
     @torch.no_grad()
     def shared(self) -> list[SharedFFN]:
-        """Shared experts of a sparse layer, in memory while the layer is."""
+        """Return the shared experts of a sparse layer, in memory while the layer is."""
         if self.shared_module is None:
             return []
         assert self.loaded and self.card is not None
@@ -174,7 +177,7 @@ class Layer:
 
     @contextmanager
     def intercept(self, handler: Handler, skip_shared: bool = False) -> Iterator[None]:
-        """Within the context the layer's experts are `handler`. `skip_shared`: the shared expert's output is of no interest."""
+        """Run `handler` in place of the layer's experts within the context. `skip_shared`: the shared expert's output is not needed."""
         assert self.card is not None
         logits: list[Tensor] = []
         replaced: dict[nn.Module, Callable[..., Any]] = {}
@@ -192,7 +195,7 @@ class Layer:
             hook.remove()
 
     def _stacked_block(self, hidden: Tensor, handler: Handler) -> tuple[Tensor, Tensor]:
-        """A block whose experts take every expert's scaled input at once, without making E copies of the tokens."""
+        """Run a block whose experts take every expert's scaled input at once, without making E copies of the tokens."""
         x = hidden.reshape(-1, hidden.shape[-1])
         scores, logits = self.router(x)
         index = logits.topk(self.router.top_k, dim=1).indices
@@ -203,7 +206,7 @@ class Layer:
 
     @contextmanager
     def input_to(self, target: Tensor) -> Iterator[None]:
-        """Within the context the FFN's input [T, H] is copied to `target`."""
+        """Copy the FFN's input [T, H] to `target` within the context."""
 
         def keep(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             value = args[0] if args else kwargs["hidden_states"]
@@ -217,7 +220,7 @@ class Layer:
 
     @contextmanager
     def output_to(self, target: Tensor) -> Iterator[None]:
-        """Within the context the block's output [T, H], shared experts included, is copied to `target`."""
+        """Copy the block's output [T, H], shared experts included, to `target` within the context."""
         with ExitStack() as stack:
 
             def keep(_m: nn.Module, _i: Any, out: Any) -> None:

@@ -1,4 +1,4 @@
-"""The language model head: from final hidden states to logits, a slice of the vocabulary at a time."""
+"""Compute logits from final hidden states with a stored weight, a slice of the vocabulary at a time."""
 
 from collections.abc import Iterator
 
@@ -11,7 +11,7 @@ _SLICE_BYTES = 16_000_000  # of the weight, converted at once
 
 
 class LMHead:
-    """logits = softcap(scale * (hidden @ weight.T + bias)). `weight` [V, H] is converted to the compute dtype when asked for."""
+    """A language-model head (`modeling.head.OutputHead`) that keeps its weight [V, H] as stored and converts it in slices."""
 
     def __init__(
         self,
@@ -27,19 +27,19 @@ class LMHead:
 
     @property
     def weight(self) -> Tensor:
-        """[V, H], kept once made."""
+        """The weight [V, H] in the compute dtype; converted at first use and kept."""
         if self._weight is None:
             self._weight = self.stored.to(self.dtype)
         return self._weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """[.., H] -> [.., V] without ever holding a converted copy of the weight."""
+        """Return logits [.., V] of hidden [.., H] without ever holding a converted copy of the weight."""
         flat = hidden.reshape(-1, hidden.shape[-1])
         out = torch.empty(len(flat), len(self.stored), dtype=self.dtype, device=self.stored.device)
         return self._fill(flat, out, Scratch()).view(*hidden.shape[:-1], -1)
 
     def chunks(self, hidden: Tensor, tokens: int = 1024) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, logits [n, V]) of at most `tokens` rows of hidden [T, H] at a time, all in the same memory: each lasts until the next."""
+        """Yield (rows, logits [n, V]) of at most `tokens` rows of hidden [T, H], all in the same memory: each lasts until the next."""
         scratch = Scratch()
         for a in range(0, len(hidden), tokens):
             rows = slice(a, min(a + tokens, len(hidden)))

@@ -1,21 +1,23 @@
-"""load_teacher: a checkpoint, larger than memory or not, as something that runs layer by layer."""
+"""Open a checkpoint as a teacher: find it, its family's card, and how its experts are routed, rounded and computed."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
+from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard, read_teacher_card, teacher_cards
 from moe2dense.families.resolve import family_card, fetch, has_experts, resolve_teacher
-from moe2dense.modeling import internals
+from moe2dense.modeling.internals import read_config
 from moe2dense.teacher.fake_quant import BITS
 from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.sampled_routing import Resample
 
+_PROBE_TOKENS = 16
 
-def find_card(config: Any, card: TeacherCard | str | Path | None) -> TeacherCard | None:
-    """The card of a config's family; None for a dense model. Raises UserError for an MoE family without one."""
+
+def find_card(config: PreTrainedConfig, card: TeacherCard | str | Path | None) -> TeacherCard | None:
+    """Return the card of a config's family; None for a dense model. Raises UserError for an MoE family without one."""
     if isinstance(card, TeacherCard):
         return card
     if card:
@@ -26,8 +28,8 @@ def find_card(config: Any, card: TeacherCard | str | Path | None) -> TeacherCard
     return family_card(config) if has_experts(text) else None
 
 
-def number_of_experts(config: Any, card: TeacherCard | None) -> int:
-    """How many experts a token uses. Raises UserError where that is not one number."""
+def experts_per_token(config: PreTrainedConfig, card: TeacherCard | None) -> int:
+    """Return how many experts a token uses. Raises UserError where that is not one number."""
     own = getattr(config.get_text_config(), card.top_k, None) if card else None
     if not isinstance(own, int):
         raise UserError(
@@ -36,9 +38,9 @@ def number_of_experts(config: Any, card: TeacherCard | None) -> int:
     return own
 
 
-def widen_routing(config: Any, card: TeacherCard | None, top_k: int) -> None:
+def widen_routing(config: PreTrainedConfig, card: TeacherCard | None, top_k: int) -> None:
     """Let every token use `top_k` experts. Raises UserError for a number the model cannot do."""
-    number_of_experts(config, card)
+    experts_per_token(config, card)
     text = config.get_text_config()
     assert card is not None
     if not 1 <= top_k <= getattr(text, card.num_experts):
@@ -49,7 +51,10 @@ def widen_routing(config: Any, card: TeacherCard | None, top_k: int) -> None:
 
 
 def check_quantize(quantize: str, card: TeacherCard | None, experts: str) -> str:
-    """The expert backend of a teacher that is rounded as it is read: only `streamed` reads experts one by one. Raises UserError."""
+    """Return the expert backend of a teacher that is rounded as it is read: only `streamed` reads experts one by one.
+
+    Raises UserError for an unknown rounding, or a teacher or backend that cannot be rounded.
+    """
     if not quantize:
         return experts
     if quantize not in BITS:
@@ -71,7 +76,7 @@ def load_teacher(
     draw: int | None = None,
     seed: int = 0,
 ) -> Teacher:
-    """A teacher from a folder in hub layout, a hub id, or a known name.
+    """Open a teacher: a folder in hub layout, a hub id, or a known name.
 
     memory: budget for weights and hidden states, such as "2GB"; auto = half of what is free.
     experts: auto | streamed | grouped_mm | megablocks. device: auto | cpu | cuda.
@@ -80,6 +85,23 @@ def load_teacher(
     place of the checkpoint's own number; draw: draw that many from the router's distribution, each number another time (`seed`).
     Raises UserError naming file and tensor when the checkpoint is incomplete or damaged.
     """
+    folder = _folder_of(path, card)
+    config = read_config(str(folder))
+    family = find_card(config, card)
+    backend, resample = check_quantize(quantize, family, experts), None
+    if draw is not None:
+        own = experts_per_token(config, family)
+        plain = Teacher(folder, read_config(str(folder)), family, memory, "streamed", device)
+        resample = Resample(top_k or own, normalizes(plain), draw, seed)
+    if top_k:
+        widen_routing(config, family, top_k)
+    if resample is not None:
+        widen_routing(config, family, getattr(config.get_text_config(), family.num_experts if family else ""))
+    return Teacher(folder, config, family, memory, backend, device, quantize, resample)
+
+
+def _folder_of(path: str | Path, card: TeacherCard | str | Path | None) -> Path:
+    """Return the folder of a teacher, downloaded where it is a hub id or a known name. Raises UserError without one."""
     folder = Path(path)
     if not folder.exists():
         folder = fetch(resolve_teacher(str(path), str(card) if isinstance(card, (str, Path)) else ""))
@@ -87,31 +109,16 @@ def load_teacher(
         raise UserError(
             f"teacher {folder} has no config.json; give the folder of a checkpoint as transformers saves it"
         )
-    config = internals.read_config(str(folder))
-    found = find_card(config, card)
-    backend, resample = check_quantize(quantize, found, experts), None
-    if draw is not None:
-        own = number_of_experts(config, found)
-        plain = Teacher(folder, internals.read_config(str(folder)), found, memory, "streamed", device)
-        resample = Resample(top_k or own, normalizes(plain), draw, seed)
-    if top_k:
-        widen_routing(config, found, top_k)
-    if resample is not None:
-        widen_routing(config, found, getattr(config.get_text_config(), found.num_experts if found else ""))
-    return Teacher(folder, config, found, memory, backend, device, quantize, resample)
+    return folder
 
 
-# n blocks, S block length, T = n S tokens, E experts, K drawn of them
-_PROBE = 16  # tokens
-
-
-def normalizes(teacher: "Teacher") -> bool:
-    """Whether the weights of a token's chosen experts sum up to one constant, as a few tokens of its first sparse layer show."""
+def normalizes(teacher: Teacher) -> bool:
+    """Return whether the weights of a token's chosen experts add up to one constant, as its first sparse layer shows."""
     vocabulary = teacher.shapes[teacher.embedding_name].shape[0]
-    stream = teacher.stream((torch.arange(_PROBE) * 7919 % vocabulary)[None])
-    for made in stream:
-        if made.top_k_weights is not None:
-            sums = made.top_k_weights.double().sum(1)
+    stream = teacher.stream((torch.arange(_PROBE_TOKENS) * 7919 % vocabulary)[None])
+    for layer_pass in stream:
+        if layer_pass.top_k_weights is not None:
+            sums = layer_pass.top_k_weights.double().sum(1)
             stream.close()
             return bool((sums.max() - sums.min()) < 0.02 * sums.mean())
     return True

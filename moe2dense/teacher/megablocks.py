@@ -1,19 +1,18 @@
-"""The routed experts of a layer through megablocks' dropless grouped MLP (Gale et al., arXiv:2211.15841). Optional, CUDA only."""
+"""Run the routed experts of a layer through megablocks' dropless grouped MLP (Gale et al., arXiv:2211.15841). Optional, CUDA only."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import silu
 
-if TYPE_CHECKING:
-    from moe2dense.teacher.experts import LayerExperts
+from moe2dense.teacher.experts import LayerExperts
 
 # E experts, F expert width, H hidden, K top_k
 
 
-def build(experts: "LayerExperts", top_k: int, device: torch.device) -> Any:
-    """A ParallelDroplessMLP with this layer's weights: w1 = gate, v1 = up, w2 = down transposed, experts one after another [E * F, H]."""
+def build(experts: LayerExperts, top_k: int, device: torch.device) -> Any:
+    """Build a ParallelDroplessMLP with this layer's weights: w1 = gate, v1 = up, w2 = down transposed, experts one after another [E * F, H]."""
     from megablocks.layers.arguments import Arguments  # pyright: ignore[reportMissingImports]
     from megablocks.layers.dmoe import ParallelDroplessMLP  # pyright: ignore[reportMissingImports]
 
@@ -35,5 +34,5 @@ def build(experts: "LayerExperts", top_k: int, device: torch.device) -> Any:
 
 @torch.no_grad()
 def run(module: Any, x: Tensor, index: Tensor, weights: Tensor) -> Tensor:
-    """sum_e w_te f_e(x_t) of x [T, H]; index and weights [T, K]."""
+    """Return sum_e w_te f_e(x_t) of x [T, H]; index and weights [T, K]."""
     return module.forward_once(x.contiguous(), weights, index)[0]

@@ -1,13 +1,13 @@
-"""Teacher: a checkpoint, larger than memory or not, as something that runs layer by layer."""
+"""Run a checkpoint layer by layer, whether or not it fits in memory."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
@@ -34,12 +34,12 @@ class TeacherOutput:
 
 
 class Teacher(Skeleton):
-    """A causal language model that is run layer by layer from its checkpoint. Made by `load_teacher`."""
+    """A causal language model that is run layer by layer from its checkpoint. `load_teacher` opens one."""
 
     def __init__(
         self,
         path: Path,
-        config: Any,
+        config: PreTrainedConfig,
         card: TeacherCard | None,
         memory: str | int,
         experts: str,
@@ -71,26 +71,24 @@ class Teacher(Skeleton):
 
     @property
     def runtime(self) -> ExpertRuntime:
-        """How the experts of this teacher are computed."""
+        """Return how the experts of this teacher are computed."""
         return ExpertRuntime(self.backend, self.plan.prefetch_bytes, self.resample)
 
     def layer(self, index: int) -> Layer:
-        """Decoder layer `index`, its weights in memory only while it runs (or for good when the teacher is resident)."""
+        """Return decoder layer `index`; its weights are in memory only while it runs, or for good when the teacher is resident."""
         return self.layers[index]
 
     @cached_property
     def head(self) -> LMHead:
-        """The language model head, read at first use."""
+        """The language-model head, read at first use."""
         return self.read_head()
 
     def _current_head(self) -> LMHead:
-        """The head for one use: kept only when the whole teacher stays in memory."""
+        """Return the head for one use; it is kept only when the whole teacher stays in memory."""
         return self.head if self.resident else self.read_head()
 
-    def tokenizer(self) -> Any:
-        """The tokenizer in the teacher's folder. Raises UserError when there is none."""
-        from transformers import AutoTokenizer
-
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Load the tokenizer in the teacher's folder. Raises UserError when there is none."""
         try:
             return AutoTokenizer.from_pretrained(str(self.path))
         except Exception as error:  # tokenizers fail in many ways; all mean that none can be used
@@ -105,7 +103,7 @@ class Teacher(Skeleton):
         document_ids: Tensor | None = None,
         observers: Sequence[Observer] = (),
     ) -> Stream:
-        """Iterate over the layers of all blocks as one macro-batch; `.hidden_states` afterwards. See `LayerPass`.
+        """Return an iterator over the layers of all blocks as one macro-batch; `.hidden_states` afterwards. See `LayerPass`.
 
         input_ids [N, S]; attention_mask [N, S], 0 = padding; document_ids [N, S]: a token sees only its own document.
         """
@@ -127,7 +125,7 @@ class Teacher(Skeleton):
         observers: Sequence[Observer] = (),
         logits: bool = True,
     ) -> TeacherOutput:
-        """Logits and final hidden states of blocks [N, S], in as few macro-batches as the memory budget allows.
+        """Compute logits and final hidden states of blocks [N, S], in as few macro-batches as the memory budget allows.
 
         logits=False leaves the logits [N, S, V] out, which may be far larger than the model; `logits` gives them in parts.
         Raises UserError for ids outside the vocabulary, shapes that differ, or documents in a family that cannot keep them apart.
@@ -154,7 +152,7 @@ class Teacher(Skeleton):
         return TeacherOutput(scores, hidden)
 
     def logits(self, hidden_states: Tensor, tokens: int = 1024) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, logits [n, V]) of final hidden states [.., H], seen as [T, H]: at most `tokens` rows of T at a time.
+        """Yield (rows, logits [n, V]) of final hidden states [.., H], seen as [T, H]: at most `tokens` rows of T at a time.
 
         All parts use the same memory, so each lasts until the next one is asked for.
         """
@@ -162,9 +160,12 @@ class Teacher(Skeleton):
 
 
 def masks(
-    teacher: Teacher, ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
+    skeleton: Skeleton, ids: Tensor, attention_mask: Tensor | None, document_ids: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
-    """(attention mask, position ids) that transformers is given. Documents are told by positions that start again at 0."""
+    """Return (attention mask, position ids) for transformers. A document begins wherever the position is 0 again.
+
+    Raises UserError for shapes that differ, or documents in a family that cannot keep them apart.
+    """
     if ids.ndim != 2 or ids.is_floating_point():
         raise UserError(f"input_ids must be integers of shape [blocks, tokens]; found {ids.dtype} {list(ids.shape)}")
     for name, value in (("attention_mask", attention_mask), ("document_ids", document_ids)):
@@ -175,15 +176,15 @@ def masks(
         return (None if attention_mask is None else attention_mask.long()), None
     documents = document_ids.clone()
     documents[~real] = documents.min() - 1  # padding becomes a document of its own
-    if teacher.card is not None and not teacher.card.packing:
+    if skeleton.card is not None and not skeleton.card.packing:
         raise UserError(
-            f"document_ids: {teacher.card.title} carries state across document borders; give one document per block"
+            f"document_ids: {skeleton.card.title} carries state across document borders; give one document per block"
         )
     return None, document_positions(documents)
 
 
 def _one_document(documents: Tensor, real: Tensor) -> bool:
-    """Whether no block [N, S] holds real tokens of two documents."""
+    """Return whether no block [N, S] holds real tokens of two documents."""
     big = documents.max() + 1
     low = torch.where(real, documents, big).amin(1)
     high = torch.where(real, documents, documents.min() - 1).amax(1)

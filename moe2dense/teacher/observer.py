@@ -1,4 +1,4 @@
-"""What watches a teacher while it streams."""
+"""Watch a teacher while it streams."""
 
 from torch import Tensor
 
@@ -7,16 +7,16 @@ from moe2dense.teacher.skeleton import Skeleton
 
 
 class Observer:
-    """Called as the teacher streams; override what is needed.
+    """Methods that are called as the teacher streams; override what is needed.
 
     A long input is run as several macro-batches: `layer` then comes once per layer and macro-batch.
     """
 
     def begin(self, teacher: Skeleton, tokens: int) -> None:
-        """Before anything is read. `tokens`: real tokens to come."""
+        """Prepare, before anything is read. `tokens`: real tokens to come."""
 
     def expert(self, layer: LayerPass, e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
-        """One expert on the tokens routed to it: rows [n] (flat token index), weights [n], hidden [n, F], output [n, H].
+        """Take one expert on the tokens routed to it: rows [n] (flat token index), weights [n], hidden [n, F], output [n, H].
 
         The block's output is the sum of weights * output over experts, plus what is shared. Where a family scales the expert's input
         instead (llama4), hidden and output belong to the scaled input and weights are ones. hidden and output lie in memory that the
@@ -24,11 +24,11 @@ class Observer:
         """
 
     def wants_experts(self) -> bool:
-        """Whether `expert` is to be called; computing every expert's activations apart costs a little."""
+        """Return whether `expert` is to be called; computing every expert's activations apart costs a little."""
         return type(self).expert is not Observer.expert
 
     def layer(self, layer: LayerPass) -> None:
-        """After y and hidden_out are final, the layer's weights still in memory."""
+        """Take a layer, its y and hidden_out final and its weights still in memory."""
 
     def end(self) -> None:
-        """After the last layer."""
+        """Finish, after the last layer."""

@@ -1,21 +1,19 @@
-"""What a teacher's router does on a text: load, imbalance, dead experts, and what that says about making it dense."""
+"""Report what a teacher's router does on a text: load, imbalance, dead experts, and what that says about making it dense."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe2dense.common.processes import my_share
+from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
+from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.routing import LayerStats, RoutingStats, reduce_stats
-
-if TYPE_CHECKING:
-    from moe2dense.data.blocks import Blocks
-    from moe2dense.teacher.model import Teacher
 
 
 def gini(load: Tensor) -> float:
-    """Gini coefficient of nonnegative loads [E]: 0 = all alike, (E - 1) / E = one takes all."""
+    """Return the Gini coefficient of nonnegative loads [E]: 0 = all alike, (E - 1) / E = one takes all."""
     value = load.double().sort().values
     n, total = len(value), value.sum()
     if total == 0:
@@ -25,12 +23,13 @@ def gini(load: Tensor) -> float:
 
 
 def effective_experts(load: Tensor) -> float:
-    """exp(entropy) of the shares of the load [E]: E when even, 1 when one expert takes all."""
+    """Return exp(entropy) of the shares of the load [E]: E when even, 1 when one expert takes all."""
     p = load.double() / load.double().sum().clamp(min=1e-300)
     return float(torch.exp(-(p * torch.where(p > 0, p, 1.0).log()).sum()))
 
 
 def _layer(index: int, stats: LayerStats, top_k: int) -> dict[str, Any]:
+    """Return the report's row of one sparse layer."""
     alpha = stats.alpha.sort(descending=True).values
     covered = (alpha.cumsum(0) / alpha.sum().clamp(min=1e-300)).clamp(max=1.0)
     return {
@@ -46,8 +45,8 @@ def _layer(index: int, stats: LayerStats, top_k: int) -> dict[str, Any]:
     }
 
 
-def routing_report(teacher: "Teacher", blocks: "Blocks") -> dict[str, Any]:
-    """Routing statistics of every layer on `blocks`, in numbers that JSON can hold. Raises UserError for a dense model.
+def routing_report(teacher: Teacher, blocks: Blocks) -> dict[str, Any]:
+    """Measure routing statistics of every layer on `blocks`, in numbers that JSON can hold. Raises UserError for a dense model.
 
     coverage_top_k: share of the routing weight that the K busiest experts of the layer carry; experts_for_90: how many carry 90%.
     Under torch.distributed each process streams its share, and every one gets the whole report.
@@ -78,7 +77,7 @@ def routing_report(teacher: "Teacher", blocks: "Blocks") -> dict[str, Any]:
 
 
 def prediction(sparse: list[dict[str, Any]], experts: int, top_k: int, tokens: int) -> str:
-    """One line on how much of the model its busiest experts carry on this text."""
+    """Return one line on how much of the model its busiest experts carry on this text."""
     mean = lambda key: sum(row[key] for row in sparse) / len(sparse)  # noqa: E731
     effective, coverage, for_90 = mean("effective_experts"), mean("coverage_top_k"), mean("experts_for_90")
     even = effective / experts

@@ -1,11 +1,10 @@
-"""Experts drawn from the router's distribution in the place of the likeliest ones (knowledge augmentation, 2502.12947).
+"""Draw experts from the router's distribution in the place of the likeliest ones (knowledge augmentation, 2502.12947).
 
 The router weighs all experts; K of them are drawn one after the other without replacement, each with the weight of what is left, and
 weighted as the family weighs the ones it chooses. Drawing is by perturbed weights (Gumbel top-k, 1903.06059).
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import xxhash
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from moe2dense.common.seeds import uniforms
 
-if TYPE_CHECKING:
-    pass
-
 
 @dataclass(frozen=True)
 class Resample:
-    """experts: K of each token; draw: number of this drawing; normalized: whether the weights of the chosen always sum up to the same."""
+    """Draws experts for the tokens of a layer.
+
+    experts: K of each token; draw: number of this drawing; normalized: whether the weights of the chosen always add up to one constant.
+    """
 
     experts: int
     normalized: bool
@@ -27,7 +26,7 @@ class Resample:
     seed: int = 0
 
     def __call__(self, ids: Tensor, layer: int, index: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """(index, weights) [T, K] of what is drawn for the tokens of blocks ids [n, S]; index, weights [T, E]: all experts of each.
+        """Return (index, weights) [T, K] of what is drawn for blocks ids [n, S]; index, weights [T, E]: all experts of each token.
 
         What is drawn depends on the seed, the draw, the layer, the block's own ids and a token's place in it: not on the blocks beside it.
         """
@@ -38,7 +37,10 @@ class Resample:
 
 
 def choose_experts(index: Tensor, weights: Tensor, u: Tensor, k: int, normalized: bool) -> tuple[Tensor, Tensor]:
-    """`k` experts a token without replacement, likeliest first, from weights [T, E] of the experts index [T, E]; u [T, E] uniform."""
+    """Return (index, weights) [T, k] drawn without replacement, likeliest first, from weights [T, E] of the experts index [T, E].
+
+    u [T, E]: uniform numbers in [0, 1), one for each expert.
+    """
     noise = -(-u.clamp(min=1e-300).log()).log()  # of each expert, whatever its place in index
     keys = weights.double().clamp(min=0).log() + noise.gather(1, index.long())
     places = keys.topk(k, dim=1).indices

@@ -6,10 +6,10 @@ Layers, memory plans, expert backends, streams and observers need no more than t
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
@@ -28,7 +28,7 @@ class Skeleton:
     `card` is None for a dense model, whose layers stream all the same. `ignored` names checkpoint tensors the model has no place for.
     """
 
-    def __init__(self, path: Path, config: Any, card: TeacherCard | None, device: str, quantize: str = ""):
+    def __init__(self, path: Path, config: PreTrainedConfig, card: TeacherCard | None, device: str, quantize: str = ""):
         self.path, self.config, self.card, self.quantize = path, config, card, quantize
         self.device = pick_device(device)
         self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
@@ -46,17 +46,17 @@ class Skeleton:
 
     @cached_property
     def shapes(self) -> dict[str, Tensor]:
-        """Parameters and saved buffers by name, without contents."""
+        """Return parameters and saved buffers by name, without contents."""
         return internals.saved_tensors(self.model)
 
     def tensor(self, name: str) -> Tensor:
-        """Any parameter or saved buffer by its transformers name, in the compute dtype, read from disk. Raises UserError."""
+        """Read any parameter or saved buffer by its transformers name, in the compute dtype. Raises UserError for other names."""
         if name not in self.shapes:
             raise UserError(f"teacher {self.path}: the model has no parameter {name!r}")
         return self.converted(name)
 
     def converted(self, name: str) -> Tensor:
-        """As `tensor`, in the dtype and on the device the model keeps it in."""
+        """Read a parameter as the model keeps it: its dtype, on the device that computes. Raises UserError for another shape."""
         value, want = self.weights.parameter(name), self.shapes[name]
         if value.shape != want.shape:
             raise UserError(
@@ -66,15 +66,14 @@ class Skeleton:
         return value.to(self.device, want.dtype)
 
     def read_head(self) -> LMHead:
-        module: Any = self.model.get_output_embeddings()
-        assert module is not None, "a causal language model has a head"
-        bias = self.converted("lm_head.bias") if getattr(module, "bias", None) is not None else None
+        """Read the language-model head from disk. Its weight stays in the stored dtype."""
+        bias = self.converted("lm_head.bias") if "lm_head.bias" in self.shapes else None
         scale, softcap = logit_rules(self.model.config.get_text_config())
         stored = self.weights.parameter("lm_head.weight").to(self.device)
         return LMHead(stored, bias, scale, softcap, self.dtype)
 
     def embeddings(self, ids: Tensor, chunks: Sequence[slice]) -> Iterator[Tensor]:
-        """Embedded ids [n, S, H] of each chunk of blocks; of the table only the rows in use are kept."""
+        """Yield the embedded ids [n, S, H] of each chunk of blocks; of the table only the rows in use are in memory."""
         used, index = torch.unique(ids, return_inverse=True)
         vocabulary = self.shapes[self.embedding_name].shape[0]
         if len(used) and (used[0] < 0 or used[-1] >= vocabulary):
@@ -92,7 +91,7 @@ class Skeleton:
             yield internals.embed(self.body, table.to(self.device), index[rows].to(self.device))
 
     def load_rest(self) -> None:
-        """Norms and whatever else lies outside layers, embedding and head stays in memory."""
+        """Read norms and whatever else lies outside layers, embedding and head; it stays in memory."""
         for name, value in internals.saved_tensors(self.model).items():
             if not name.startswith((self.layers_prefix, "lm_head.")) and name != self.embedding_name and value.is_meta:
                 assign(self.model, name, self.converted(name))
@@ -103,7 +102,7 @@ class Skeleton:
 
 
 def _language_prefix(checkpoint: Checkpoint) -> str:
-    """What precedes the language model's tensors in a multimodal checkpoint."""
+    """Return what precedes the names of the language model's tensors in a multimodal checkpoint."""
     for prefix in ("language_model.", "model.language_model."):
         if any(name.startswith(prefix) for name in checkpoint.tensors):
             return prefix
@@ -111,13 +110,13 @@ def _language_prefix(checkpoint: Checkpoint) -> str:
 
 
 def pick_device(device: str) -> torch.device:
-    """`auto` is CUDA where there is one. Raises UserError for a device that is not there."""
+    """Return a device by name; `auto` is CUDA where there is one. Raises UserError for a device that is not there."""
     if device == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        found = torch.device(device)
+        chosen = torch.device(device)
     except RuntimeError as error:
         raise UserError(f"device must be auto, cpu or cuda; found {device!r}") from error
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UserError("device is cuda, but torch finds no CUDA device; use device='cpu' or a torch built for CUDA")
-    return found
+    return chosen

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moe2dense.modeling import internals
 from moe2dense.modeling.forward import document_numbers
+from moe2dense.modeling.hooks import first_tensor
 from moe2dense.teacher.backends import ExpertRuntime, run_experts
 from moe2dense.teacher.buffers import Arena
 from moe2dense.teacher.layer_pass import LayerPass
@@ -23,7 +24,8 @@ from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.observer import Observer
 from moe2dense.teacher.skeleton import Skeleton
 
-# N blocks, S block length, T = N * S tokens, H hidden, E experts, K top_k
+# N blocks, S block length, T = N * S tokens, H hidden size, E experts, K top_k
+_ARGUMENT_BYTES = 64_000_000  # of masks and positions, kept for chunks that come again
 
 
 class _AtExperts(Exception):
@@ -31,7 +33,7 @@ class _AtExperts(Exception):
 
 
 class Stream:
-    """Iterates over the layers of one macro-batch; afterwards `.hidden_states` [N, S, H] is the final, normed hidden state."""
+    """Iterate over the layers of one macro-batch; afterwards `.hidden_states` [N, S, H] is the final, normed hidden state."""
 
     def __init__(
         self,
@@ -68,12 +70,12 @@ class Stream:
         self._layers.close()
 
     def chunks(self) -> list[slice]:
-        """Rows of blocks that are run through a decoder layer at once."""
+        """Return the rows of blocks that are run through a decoder layer at once."""
         n = max(1, self.chunk_tokens // self.shape[1])
         return [slice(a, min(a + n, self.shape[0])) for a in range(0, self.shape[0], n)]
 
     def _record(self, rows: slice, embeddings: Tensor) -> tuple[list[dict[str, Any]], Tensor]:
-        """(arguments of every decoder layer, hidden state before the first) of these blocks."""
+        """Return (arguments of every decoder layer, hidden state before the first) of these blocks."""
         calls: list[dict[str, Any]] = []
         first: list[Tensor] = []
 
@@ -93,12 +95,12 @@ class Stream:
 
     @torch.no_grad()
     def layer_inputs(self, index: int, rows: slice) -> dict[str, Any]:
-        """Keyword arguments of decoder layer `index` for these blocks: masks and positions as the family makes them."""
+        """Return the keyword arguments of decoder layer `index` for these blocks: masks and positions as the family makes them."""
         a, b, _ = rows.indices(self.shape[0])
         plain = self.mask is None and self.positions is None
         key = (0, b - a) if plain else (a, b)  # without masks every chunk of the same size gets the same arguments
         if key not in self._inputs:
-            room = 64_000_000 // (4 * (b - a) * self.shape[1] ** 2)
+            room = _ARGUMENT_BYTES // (4 * (b - a) * self.shape[1] ** 2)
             if len(self._inputs) >= max(2, room):
                 self._inputs.clear()
             blank = torch.zeros(b - a, *self.shape[1:], dtype=self.skeleton.dtype, device=self.skeleton.device)
@@ -106,16 +108,17 @@ class Stream:
         return self._inputs[key][index]
 
     def _run(self) -> Generator[LayerPass, None, None]:
+        """Yield every layer once it is done, its weights still in memory."""
         hidden, other = (self.arena.buffer(n, self.shape, self.skeleton.dtype) for n in ("hidden", "hidden_next"))
         self._embed(hidden)
         for layer in self.layers:
             try:
                 layer.load()
-                made = self._layer(layer, hidden, other)
+                layer_pass = self._layer(layer, hidden, other)
                 for observer in self.observers:
                     with torch.no_grad():
-                        observer.layer(made)
-                yield made
+                        observer.layer(layer_pass)
+                yield layer_pass
             finally:
                 layer.unload()
             self.arena.release()
@@ -124,13 +127,14 @@ class Stream:
 
     @torch.no_grad()
     def _embed(self, out: Tensor) -> None:
+        """Write what enters the first layer to `out` [N, S, H]."""
         for rows, vectors in zip(self.chunks(), self.skeleton.embeddings(self.ids, self.chunks()), strict=True):
             _, first = self._record(rows, vectors)
             out[rows] = first.to(out.device)
 
     @torch.no_grad()
     def _finish(self, hidden: Tensor, out: Tensor) -> None:
-        """The final norm, by the model's own forward with every layer's output replaced."""
+        """Apply the final norm, by the model's own forward with every layer's output replaced."""
         last = len(self.skeleton.body.layers) - 1
         for rows in self.chunks():
             value = hidden[rows].to(self.skeleton.device)
@@ -142,30 +146,38 @@ class Stream:
 
     @torch.no_grad()
     def _layer(self, layer: Layer, hidden: Tensor, out: Tensor) -> LayerPass:
+        """Run one layer on all blocks, from `hidden` to `out` [N, S, H]."""
         flat = (self.shape[0] * self.shape[1], self.shape[2])
         x = self.arena.buffer("x", flat, self.skeleton.dtype)
         y = self.arena.buffer("y", flat, self.skeleton.dtype)
-        made = LayerPass(
+        layer_pass = LayerPass(
             layer.index, layer.sparse, layer.module, lambda rows, i=layer.index: self.layer_inputs(i, rows),
             hidden, out, self.token_mask, x, y, experts=layer.experts, ffns=layer,
         )  # fmt: skip
         if layer.sparse:
-            self._before_experts(layer, made)
-            self._experts(layer, made)
-            self._after_experts(layer, made)
+            self._before_experts(layer, layer_pass)
+            self._experts(layer, layer_pass)
+            self._after_experts(layer, layer_pass)
         else:
-            self._dense(layer, made)
-        return made
+            self._dense(layer, layer_pass)
+        return layer_pass
 
-    def _call(self, layer: Layer, made: LayerPass, rows: slice) -> Tensor:
-        out = layer.module(made.hidden_in[rows].to(self.skeleton.device), **self.layer_inputs(layer.index, rows))
-        return out[0] if isinstance(out, tuple) else out
+    def _call(self, layer: Layer, layer_pass: LayerPass, rows: slice) -> Tensor:
+        """Return the decoder layer's output [n, S, H] on some blocks."""
+        out = layer.module(layer_pass.hidden_in[rows].to(self.skeleton.device), **self.layer_inputs(layer.index, rows))
+        return first_tensor(out)
 
     def _flat(self, rows: slice) -> slice:
+        """Return the tokens of some blocks."""
         return slice(rows.start * self.shape[1], rows.stop * self.shape[1])
 
-    def _before_experts(self, layer: Layer, made: LayerPass) -> None:
-        kept = {m: self.arena.buffer(f"mixer{i}", self.shape, self.skeleton.dtype) for i, m in enumerate(layer.mixers)}
+    def _mixer_buffers(self, layer: Layer) -> dict[nn.Module, Tensor]:
+        """Return a buffer [N, S, H] for the output of each mixer of a layer."""
+        return {m: self.arena.buffer(f"mixer{i}", self.shape, self.skeleton.dtype) for i, m in enumerate(layer.mixers)}
+
+    def _before_experts(self, layer: Layer, layer_pass: LayerPass) -> None:
+        """Pass 1: run every chunk up to its experts, keeping their inputs and routing and what the mixers put out."""
+        buffers = self._mixer_buffers(layer)
         parts: list[tuple[Tensor, Tensor, Tensor]] = []
         for rows in self.chunks():
             flat = self._flat(rows)
@@ -173,65 +185,69 @@ class Stream:
             def stop(
                 x: Tensor, index: Tensor, weights: Tensor, logits: Tensor, flat: slice = flat, rows: slice = rows
             ) -> Tensor:
-                made.x[flat] = x.to(made.x.device)
+                layer_pass.x[flat] = x.to(layer_pass.x.device)
                 routed = index.cpu(), weights.cpu()
                 if self.runtime.resample is not None:
                     routed = self.runtime.resample(self.ids[rows], layer.index, *routed)
                 parts.append((logits.cpu(), *routed))
                 raise _AtExperts
 
-            replaced = {m: self._recording(m, kept[m], rows) for m in layer.mixers}
+            replaced = {m: self._recording(m, buffer, rows) for m, buffer in buffers.items()}
             with internals.forwards(replaced), layer.intercept(stop, skip_shared=True):
                 try:
-                    self._call(layer, made, rows)
+                    self._call(layer, layer_pass, rows)
                 except _AtExperts:
                     continue
                 raise AssertionError(f"layer {layer.index} never called its experts")
-        made.router_logits, made.top_k_index, made.top_k_weights = (torch.cat(p) for p in zip(*parts, strict=True))
+        layer_pass.router_logits, layer_pass.top_k_index, layer_pass.top_k_weights = (
+            torch.cat(p) for p in zip(*parts, strict=True)
+        )
 
-    def _experts(self, layer: Layer, made: LayerPass) -> None:
+    def _experts(self, layer: Layer, layer_pass: LayerPass) -> None:
+        """Compute the routed experts over all tokens."""
         watching = [o for o in self.observers if o.wants_experts()]
 
-        def tell(e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
+        def tell_observers(e: int, rows: Tensor, weights: Tensor, hidden: Tensor, output: Tensor) -> None:
             for observer in watching:
-                observer.expert(made, e, rows, weights, hidden, output)
+                observer.expert(layer_pass, e, rows, weights, hidden, output)
 
-        made.y.zero_()
-        run_experts(self.runtime, layer, made, tell if watching else None)
+        layer_pass.y.zero_()
+        run_experts(self.runtime, layer, layer_pass, tell_observers if watching else None)
 
-    def _after_experts(self, layer: Layer, made: LayerPass) -> None:
+    def _after_experts(self, layer: Layer, layer_pass: LayerPass) -> None:
+        """Pass 2: replay every chunk with its mixers' outputs and the finished output of the experts."""
         for rows in self.chunks():
             flat = self._flat(rows)
-            finished = made.y[flat].to(self.skeleton.device, copy=True)
-            kept = (self.arena.buffer(f"mixer{i}", self.shape, self.skeleton.dtype) for i in range(len(layer.mixers)))
-            replaced = {m: self._replaying(m, b, rows) for m, b in zip(layer.mixers, kept, strict=True)}
+            finished = layer_pass.y[flat].to(self.skeleton.device, copy=True)
+            replaced = {m: self._replaying(m, buffer, rows) for m, buffer in self._mixer_buffers(layer).items()}
 
-            def give(*_: Tensor, finished: Tensor = finished) -> Tensor:
+            def finished_output(*_: Tensor, finished: Tensor = finished) -> Tensor:
                 return finished
 
-            with internals.forwards(replaced), layer.intercept(give), layer.output_to(made.y[flat]):
-                made.hidden_out[rows] = self._call(layer, made, rows).to(made.hidden_out.device)
+            with internals.forwards(replaced), layer.intercept(finished_output), layer.output_to(layer_pass.y[flat]):
+                layer_pass.hidden_out[rows] = self._call(layer, layer_pass, rows).to(layer_pass.hidden_out.device)
 
-    def _dense(self, layer: Layer, made: LayerPass) -> None:
+    def _dense(self, layer: Layer, layer_pass: LayerPass) -> None:
+        """Run a layer without experts."""
         for rows in self.chunks():
             flat = self._flat(rows)
-            with layer.input_to(made.x[flat]), layer.output_to(made.y[flat]):
-                made.hidden_out[rows] = self._call(layer, made, rows).to(made.hidden_out.device)
+            with layer.input_to(layer_pass.x[flat]), layer.output_to(layer_pass.y[flat]):
+                layer_pass.hidden_out[rows] = self._call(layer, layer_pass, rows).to(layer_pass.hidden_out.device)
 
     def _recording(self, mixer: nn.Module, buffer: Tensor, rows: slice) -> Callable[..., Any]:
-        """A mixer's own forward that also keeps its output."""
+        """Return a mixer's own forward that also keeps its output."""
         forward = mixer.forward
 
         def call(*args: Any, **kwargs: Any) -> Any:
             out = forward(*args, **kwargs)
             self._arity[mixer] = len(out) if isinstance(out, tuple) else 0
-            buffer[rows] = (out[0] if isinstance(out, tuple) else out).to(buffer.device)
+            buffer[rows] = first_tensor(out).to(buffer.device)
             return out
 
         return call
 
     def _replaying(self, mixer: nn.Module, buffer: Tensor, rows: slice) -> Callable[..., Any]:
-        """Stands in for a mixer with the output kept in pass 1."""
+        """Return a stand-in for a mixer, with the output that pass 1 kept."""
         arity = self._arity[mixer]
 
         def call(*_: Any, **__: Any) -> Any:
@@ -242,20 +258,20 @@ class Stream:
 
 
 def _keep_documents_apart(calls: list[dict[str, Any]], positions: Tensor) -> None:
-    """Close the masks across documents, which start at position 0: not every family's own masks do. [n, 1, S, S]"""
+    """Close the masks [n, 1, S, S] across documents, which start at position 0: not every family's own masks do."""
     documents = document_numbers(positions)
     same = (documents[:, :, None] == documents[:, None, :])[:, None]
     length = positions.shape[1]
     causal = (
         torch.ones(length, length, dtype=torch.bool, device=positions.device).tril().expand(len(positions), 1, -1, -1)
     )
-    made: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: layers share masks
+    closed: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: layers share masks
     for arguments in calls:
         mask = arguments.get("attention_mask", causal)
         if mask is not None and mask.ndim != 4:
             continue
         mask = causal if mask is None else mask
-        if id(mask) not in made:
+        if id(mask) not in closed:
             lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            made[id(mask)] = (mask, mask.masked_fill(~same, lowest))
-        arguments["attention_mask"] = made[id(mask)][1]
+            closed[id(mask)] = (mask, mask.masked_fill(~same, lowest))
+        arguments["attention_mask"] = closed[id(mask)][1]

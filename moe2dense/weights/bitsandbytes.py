@@ -1,4 +1,4 @@
-"""Weights that bitsandbytes quantised (NF4, FP4, LLM.int8), unpacked as they are read: on any device, without bitsandbytes.
+"""Unpack weights that bitsandbytes quantised (NF4, FP4, LLM.int8) as they are read, without bitsandbytes.
 
 On disk a 4-bit weight is a column of bytes, two values each, with these beside it: `absmax`, one scale per block; `quant_map`, the value of
 each of the 16 codes; `quant_state.bitsandbytes__nf4`, JSON with shape and block size. With double quantisation (QLoRA, arXiv:2305.14314)
@@ -9,15 +9,13 @@ of each row.
 import json
 import re
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
-
-if TYPE_CHECKING:
-    from moe2dense.weights.checkpoint import Checkpoint
+from moe2dense.weights.checkpoint import Checkpoint
 
 _FOUR_BIT = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 _EIGHT_BIT = re.compile(r"\.(SCB|weight_format)$")
@@ -25,14 +23,14 @@ _STATE = ".quant_state.bitsandbytes__"
 
 
 def owner(key: str) -> str:
-    """The weight that a peer tensor belongs to, or ''."""
+    """Return the weight that a peer tensor belongs to, or ''."""
     if _FOUR_BIT.search(key):
         return _FOUR_BIT.sub("", key)
     return _EIGHT_BIT.sub(".weight", key) if _EIGHT_BIT.search(key) else ""
 
 
 def scale_of(key: str, present: set[str]) -> str:
-    """The tensor with the scales of weight `key`, or '' when bitsandbytes did not quantise it."""
+    """Return the tensor with the scales of weight `key`, or '' when bitsandbytes did not quantise it."""
     rows = key.removesuffix("weight") + "SCB"
     return next((s for s in (key + ".absmax", rows) if s in present and s != key), "")
 
@@ -47,14 +45,14 @@ class State:
     offset: float  # added to every scale
 
 
-def read_state(checkpoint: "Checkpoint", key: str) -> State:
-    """Raises UserError when weight `key` has none, or one that cannot be read."""
+def read_state(checkpoint: Checkpoint, key: str) -> State:
+    """Read the state of weight `key`. Raises UserError when it has none, or one that cannot be read."""
     info = checkpoint[key]
     name = next((key + _STATE + kind for kind in ("nf4", "fp4") if key + _STATE + kind in checkpoint.tensors), "")
     try:
-        found: dict[str, Any] = json.loads(bytes(checkpoint.read(name).tolist())) if name else {}
-        shape, block = tuple(int(n) for n in found["shape"]), int(found["blocksize"])
-        return State(shape, block, int(found.get("nested_blocksize", 0)), float(found.get("nested_offset", 0.0)))
+        values: dict[str, Any] = json.loads(bytes(checkpoint.read(name).tolist())) if name else {}
+        shape, block = tuple(int(n) for n in values["shape"]), int(values["blocksize"])
+        return State(shape, block, int(values.get("nested_blocksize", 0)), float(values.get("nested_offset", 0.0)))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"checkpoint file {info.file}: tensor {key!r} has no readable quant_state of bitsandbytes"
@@ -62,7 +60,7 @@ def read_state(checkpoint: "Checkpoint", key: str) -> State:
 
 
 def unpack_4bit(packed: Tensor, absmax: Tensor, code: Tensor, state: State) -> Tensor:
-    """Two codes a byte, high nibble first: packed [n / 2, 1] uint8, absmax [blocks], code [16] -> float32 of the state's shape."""
+    """Unpack two codes a byte, high nibble first: packed [n / 2, 1] uint8, absmax [blocks], code [16] -> float32 of the state's shape."""
     flat = packed.flatten()
     values = code.float()[torch.stack((flat >> 4, flat & 15), -1).flatten().long()]
     count = torch.Size(state.shape).numel()
@@ -71,24 +69,24 @@ def unpack_4bit(packed: Tensor, absmax: Tensor, code: Tensor, state: State) -> T
 
 
 def unpack_scales(stored: Tensor, nested: Tensor, code: Tensor, state: State) -> Tensor:
-    """Scales that were quantised in turn: stored [blocks] uint8, nested [ceil(blocks / nested_block)], code [256] -> float32 [blocks]."""
+    """Unpack scales that were quantised in turn: stored [blocks] uint8, nested [ceil(blocks / nested_block)], code [256] -> float32 [blocks]."""
     wide = nested.repeat_interleave(state.nested_block)[: len(stored)]
     return code.float()[stored.long()] * wide + state.offset
 
 
 def unpack_int8(weight: Tensor, largest: Tensor) -> Tensor:
-    """[O, I] int8 and each row's largest magnitude [O] -> float32 [O, I]."""
+    """Unpack [O, I] int8 and each row's largest magnitude [O] -> float32 [O, I]."""
     return weight.float() * (largest.float() / 127)[:, None]
 
 
-def shape_of(checkpoint: "Checkpoint", key: str) -> tuple[int, ...]:
-    """The shape of weight `key` once unpacked."""
+def shape_of(checkpoint: Checkpoint, key: str) -> tuple[int, ...]:
+    """Return the shape of weight `key` once unpacked."""
     info = checkpoint[key]
     return info.shape if info.dtype == torch.int8 else read_state(checkpoint, key).shape
 
 
-def read_weight(checkpoint: "Checkpoint", key: str) -> Tensor:
-    """Weight `key` in float32. Raises UserError naming what is missing."""
+def read_weight(checkpoint: Checkpoint, key: str) -> Tensor:
+    """Read weight `key` in float32. Raises UserError naming what is missing."""
     if checkpoint[key].dtype == torch.int8:
         return unpack_int8(checkpoint.read(key), checkpoint.read(key.removesuffix("weight") + "SCB"))
     state, scales = read_state(checkpoint, key), checkpoint.read(key + ".absmax")

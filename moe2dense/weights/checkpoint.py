@@ -1,4 +1,4 @@
-"""A safetensors checkpoint as an index of byte ranges: any tensor, or a slice of its first axis, read on demand.
+"""Read any tensor of a safetensors checkpoint, or a slice of its first axis, by its byte range and on demand.
 
 Headers are read once and checked against the files before anything else runs. Reads go through `preadv` into a buffer, with the
 kernel's readahead switched off and, for models larger than memory, the pages given back: a mapped file would read up to twice the
@@ -43,12 +43,12 @@ class TensorInfo:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one entry of the first axis."""
+        """Return the bytes of one entry of the first axis."""
         return self.nbytes // self.shape[0] if self.shape and self.shape[0] else self.nbytes
 
 
 def _header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(header, offset of the data, file size). Raises UserError naming the file."""
+    """Return (header, offset of the data, file size). Raises UserError naming the file."""
     try:
         with path.open("rb") as file:
             size = os.fstat(file.fileno()).st_size
@@ -71,6 +71,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 
 
 def _tensor_info(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
+    """Return one entry of a header, checked against the file's `size`. Raises UserError naming file and tensor."""
     try:
         tag, shape, (start, stop) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
         start, stop = int(start), int(stop)
@@ -94,7 +95,7 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int, size: int) -> Ten
 
 
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
-    """The tensors of one safetensors file, every offset checked against the file. Raises UserError naming file and tensor."""
+    """Read the header of one safetensors file: its tensors, every offset checked against the file. Raises UserError naming file and tensor."""
     path = Path(path)
     header, base, size = _header(path)
     tensors = {n: _tensor_info(path, n, e, base, size) for n, e in header.items() if n != "__metadata__"}
@@ -106,6 +107,7 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
 
 
 def _index(folder: Path) -> dict[str, TensorInfo]:
+    """Return where every tensor of a folder lies. Raises UserError for what is missing, pickled or damaged."""
     index_file, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if not index_file.is_file():
         if single.is_file():
@@ -154,7 +156,7 @@ class Checkpoint:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
+        """Return the bytes of all tensors."""
         return sum(t.nbytes for t in self.tensors.values())
 
     def close(self) -> None:
@@ -168,6 +170,7 @@ class Checkpoint:
         return self.tensors[name]
 
     def _open(self, path: Path, name: str) -> int:
+        """Return the descriptor of a file, opened at first use. Raises UserError naming the tensor `name`."""
         with self._lock:
             if path not in self._files:
                 try:
@@ -182,6 +185,7 @@ class Checkpoint:
             return self._files[path]
 
     def _fill(self, view: memoryview, info: TensorInfo, offset: int) -> None:
+        """Read from `offset` of a tensor's file until `view` is full. Raises UserError naming file and tensor."""
         fd, done = self._open(info.file, info.name), 0
         if os.fstat(fd).st_nlink == 0:  # the open descriptor would hide it
             raise UserError(f"checkpoint file {info.file} was deleted or replaced before tensor {info.name!r} was read")
@@ -209,7 +213,7 @@ class Checkpoint:
         self.bytes_read += len(view)
 
     def read(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        """Tensor `name`, or entries [start, stop) of its first axis, in its stored dtype.
+        """Read tensor `name`, or entries [start, stop) of its first axis, in its stored dtype.
 
         `buffer`: uint8 tensor to read into; the result is a view of its head. Without one, fresh memory is used.
         """

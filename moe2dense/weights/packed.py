@@ -8,14 +8,14 @@ FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2
 
 
 def unpack_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """FP8 with one scale per block of weights (DeepSeek-V3): [.., R, C] and [.., ceil(R/b0), ceil(C/b1)] -> float32 [.., R, C]."""
+    """Unpack FP8 with one scale per block of weights (DeepSeek-V3): [.., R, C] and [.., ceil(R/b0), ceil(C/b1)] -> float32 [.., R, C]."""
     rows, columns = weight.shape[-2:]
     wide = scale.float().repeat_interleave(block[0], -2)[..., :rows, :]
     return weight.float() * wide.repeat_interleave(block[1], -1)[..., :columns]
 
 
 def unpack_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
-    """MXFP4: two FP4 codes a byte, low nibble first, and an 8-bit exponent (bias 127) for each 32 values.
+    """Unpack MXFP4: two FP4 codes a byte, low nibble first, and an 8-bit exponent (bias 127) for each 32 values.
 
     blocks [.., R, G, 16] uint8 and scales [.., R, G] uint8 -> float32 [.., R, G * 32].
     """
