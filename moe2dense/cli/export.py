@@ -2,92 +2,94 @@
 
 import sys
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+from moe2dense.config.flags import argument
+from moe2dense.errors import UserError
 
 
 def export_checkpoint(
-    what: str,
+    what: Annotated[
+        str,
+        argument(
+            "Folder of a run, of a step of its training (RUN/checkpoints/step-000050), or of a dense checkpoint.",
+            example="out/first",
+        ),
+    ],
     /,
     *,
-    out: Path,
-    format: Literal["hf", "gguf"] = "hf",
-    quantize: Literal["int8", "int4", "q8_0"] | None = None,
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-    shard_size: str = "5GB",
-    tokenizer: str | None = None,
-    data: str | None = None,
-    max_kl: float = 0.1,
-    overwrite: bool = False,
-    push_to_hub: str | None = None,
-    public: bool = False,
-    yes: bool = False,
+    out: Annotated[Path, argument("New folder.", example="out/gguf")],
+    overwrite: Annotated[bool, argument("Replace --out.")] = False,
+    format: Annotated[
+        Literal["hf", "gguf"],
+        argument("File layout: transformers and vLLM (hf) or llama.cpp (gguf).", group="Output", example="gguf"),
+    ] = "hf",
+    quantize: Annotated[
+        Literal["int8", "int4", "q8_0"] | None,
+        argument("int8 or int4 (hf; needs --data), q8_0 (gguf).", group="Output", example="q8_0"),
+    ] = None,
+    dtype: Annotated[
+        Literal["bfloat16", "float16", "float32"],
+        argument("Number format of the weights.", group="Output", example="float16"),
+    ] = "bfloat16",
+    shard_size: Annotated[
+        str, argument("Largest weight file.", group="Output", unit="bytes", example="2GB", metavar="SIZE")
+    ] = "5GB",
+    tokenizer: Annotated[
+        str | None,
+        argument(
+            "Folder with the tokenizer.", group="Output", example="examples/tiny-mixtral", default="the teacher's"
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        argument(
+            "Text that calibrates and judges quantised weights.",
+            group="Text",
+            example="my-text.jsonl",
+            default="none: needed for int8 and int4",
+        ),
+    ] = None,
+    max_kl: Annotated[
+        float,
+        argument(
+            "Refuse a quantised model further than this from the unquantised.",
+            group="Text",
+            unit="nats per token",
+            example="0.05",
+        ),
+    ] = 0.1,
+    push_to_hub: Annotated[
+        str | None,
+        argument(
+            "Repository to upload the export to, private unless it exists or with --public.",
+            group="Upload",
+            example="my-name/my-model",
+            default="no upload",
+        ),
+    ] = None,
+    public: Annotated[bool, argument("Create that repository public.", group="Upload")] = False,
+    yes: Annotated[bool, argument("Upload without asking.", group="Upload")] = False,
 ) -> None:
-    """Write a student for transformers and vLLM (hf) or llama.cpp (gguf), and check what was written.
-
-    Parameters
-    ----------
-    what: folder of a run, of a step of its training (RUN/checkpoints/step-...) or of a dense checkpoint
-    out: new folder
-    format: hf or gguf
-    quantize: int8 or int4 (hf, needs --data), q8_0 (gguf)
-    dtype: of the weights
-    shard_size: largest weight file
-    tokenizer: folder with the tokenizer; default the teacher's
-    data: text that calibrates and judges the quantised weights
-    max_kl: refuse a quantised model further than this from the unquantised, nats per token
-    overwrite: replace --out
-    push_to_hub: repository (NAMESPACE/NAME) to upload the export to, private unless it exists or --public
-    public: create that repository public
-    yes: upload without asking
-    """
-    from rich.console import Console
-
-    from moe2dense.common.units import show_bytes
-    from moe2dense.errors import UserError
-    from moe2dense.exporting.api import export
-    from moe2dense.student.open import is_run, open_student, student_folder
-
+    """Write a student for transformers and vLLM (hf) or llama.cpp (gguf), and check what was written."""
     if push_to_hub and not yes and not sys.stdin.isatty():
         raise UserError("--push-to-hub asks before it uploads, and there is no terminal to ask on; add --yes")
-    student = open_student(what)
-    source = tokenizer or student.teacher_path or str(student_folder(what))
-    text = None
-    if quantize in ("int8", "int4"):
-        if data is None:
-            raise UserError(f"--quantize {quantize} needs --data, the text that calibrates and judges it")
-        text = _calibration_text(data, source, student.model)
-    info = _card_info(Path(what)) if is_run(Path(what)) else None
-    done = export(
-        student, out, tokenizer=source, info=info, dtype=dtype, format=format, quantize=quantize,
-        shard_size=shard_size, text=text, max_kl=max_kl, overwrite=overwrite,
-    )  # fmt: skip
-    console = Console()
-    console.print(f"{done.path}: {show_bytes(done.bytes)} in {len(done.files)} files")
-    for name, value in (done.checked | done.quantized).items():
-        console.print(f"  {name.replace('_', ' ')}: {value:.4g}")
+    if quantize in ("int8", "int4") and data is None:
+        raise UserError(f"--quantize {quantize} needs --data, the text that calibrates and judges it")
+
+    from moe2dense.cli.actions.export import push, run_export
+
+    folder = run_export(
+        what,
+        out,
+        format=format,
+        quantize=quantize,
+        dtype=dtype,
+        shard_size=shard_size,
+        tokenizer=tokenizer,
+        data=data,
+        max_kl=max_kl,
+        overwrite=overwrite,
+    )
     if push_to_hub:
-        console.print(_push(done.path, push_to_hub, public, yes))
-
-
-def _push(folder: Path, repo_id: str, public: bool, yes: bool) -> str:
-    from rich.prompt import Confirm
-
-    from moe2dense.exporting.hub import push_to_hub
-
-    return push_to_hub(folder, repo_id, private=not public, confirm=None if yes else Confirm.ask)
-
-
-def _calibration_text(data: str, tokenizer: str, model):
-    from transformers import AutoTokenizer
-
-    from moe2dense.data.load import load_blocks
-
-    block = min(256, model.config.max_position_embeddings)
-    return load_blocks(data, AutoTokenizer.from_pretrained(tokenizer), block, "valid", tokens=64 * block).input_ids
-
-
-def _card_info(run: Path) -> dict:
-    from moe2dense.exporting.card_info import card_info
-    from moe2dense.reporting.report_file import read_report
-
-    return card_info(read_report(run))
+        push(folder, push_to_hub, public, yes)

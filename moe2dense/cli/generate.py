@@ -1,88 +1,57 @@
 """`moe2dense generate`: text written by a teacher, as a dataset that every --data reads."""
 
 from pathlib import Path
+from typing import Annotated
+
+from moe2dense.config.flags import argument, flag, given_options
+from moe2dense.config.schema import RunConfig
+from moe2dense.config.toml import merge, merge_flags, read_toml
 
 
 def generate_text(
-    teacher: str,
+    teacher: Annotated[
+        str, argument("The teacher: folder of a checkpoint, hub id, or a known name.", example="mixtral")
+    ],
     /,
     *,
-    data: str,
-    out: Path,
-    tokens: str = "500k",
-    prompt_tokens: int | None = None,
-    new_tokens: int | None = None,
-    temperature: float | None = None,
-    top_p: float | None = None,
-    beams: int | None = None,
-    learn_prompt: bool | None = None,
-    min_tokens: int | None = None,
-    nll: str | None = None,
-    duplicates: float | None = None,
-    same_script: bool | None = None,
-    config: Path | None = None,
-    block: int = 0,
-    seed: int = 0,
-    memory: str = "auto",
-    experts: str = "auto",
-    device: str = "auto",
-    teacher_card: str = "",
+    data: Annotated[
+        str,
+        argument(
+            "What is continued: records with text, prompt or messages; a folder with train/valid/test files, one file, or a hub id.",
+            example="prompts.jsonl",
+        ),
+    ],
+    out: Annotated[Path, argument("Folder of the text; an unfinished one is continued.", example="out/written")],
+    tokens: Annotated[
+        str, argument("How much text is kept, prompts included.", unit="tokens", example="2m", metavar="COUNT")
+    ] = "500k",
+    config: Annotated[Path | None, argument("TOML file whose [write] table sets the same.", example="run.toml")] = None,
+    prompt_tokens: Annotated[int | None, flag("write.prompt_tokens")] = None,
+    new_tokens: Annotated[int | None, flag("write.new_tokens")] = None,
+    temperature: Annotated[float | None, flag("write.temperature")] = None,
+    top_p: Annotated[float | None, flag("write.top_p")] = None,
+    beams: Annotated[int | None, flag("write.beams")] = None,
+    learn_prompt: Annotated[bool | None, flag("write.learn_prompt")] = None,
+    min_tokens: Annotated[int | None, flag("write.min_tokens")] = None,
+    nll: Annotated[str | None, flag("write.nll")] = None,
+    duplicates: Annotated[float | None, flag("write.duplicates")] = None,
+    same_script: Annotated[bool | None, flag("write.same_script")] = None,
+    block: Annotated[int | None, flag("data.block")] = None,
+    seed: Annotated[int | None, flag("seed")] = None,
+    memory: Annotated[str | None, flag("teacher.memory")] = None,
+    experts: Annotated[str | None, flag("teacher.experts")] = None,
+    device: Annotated[str | None, flag("teacher.device")] = None,
+    teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:
-    """Let the teacher continue passages, prompts or conversations; leaves shards and where they came from in OUT.
+    """Let the teacher continue passages, prompts or conversations.
 
-    Under torchrun every process writes its share of the texts.
-
-    Parameters
-    ----------
-    teacher: folder of a checkpoint, hub id, or known name
-    data: what is continued: records with text, prompt or messages; folder with train/valid/test files, one file, or a hub id
-    out: folder of the text; an unfinished one is continued
-    tokens: how many tokens to keep, prompts included
-    prompt_tokens: of each passage that are given
-    new_tokens: written after a prompt, at most; default what is left of a block
-    temperature: of the draws; 0 = the likeliest token each time
-    top_p: draw among the likeliest tokens that hold this much probability
-    beams: above 1, beam search (with --temperature 0)
-    learn_prompt: the student learns the given beginning too, not only what the teacher wrote
-    min_tokens: drop texts of fewer written tokens
-    nll: keep texts whose mean teacher nats per token lie in this band, such as 2.5:4
-    duplicates: drop texts at least this similar to one kept before (Jaccard of five-word sequences); 0 = none
-    same_script: drop texts in another script (alphabet) than their prompt's
-    config: TOML file whose [write] table sets the same
-    block: longest text in tokens; default min(2048, the teacher's max positions)
-    seed: of the draws and the order of the prompts
-    memory: budget for teacher weights, hidden states, and keys and values
-    experts: how experts are computed: auto, streamed, grouped_mm, megablocks
-    device: auto, cpu or cuda
-    teacher_card: TOML card of a family that is not shipped
+    Leaves shards and where they came from in OUT. Under torchrun every process writes its share of the texts.
     """
-    from rich.console import Console
+    options = given_options(generate_text, locals())
+    base = RunConfig()
+    if config is not None:
+        base = RunConfig(write=merge(base, read_toml(config), f"--config {config}").write)
 
-    from moe2dense.cli.common import open_teacher
-    from moe2dense.common.processes import join_processes
-    from moe2dense.common.progress import progress_for
-    from moe2dense.common.units import parse_count
-    from moe2dense.config.schema import RunConfig
-    from moe2dense.config.toml import merge, merge_flags, read_toml
-    from moe2dense.generation.dataset import summary, write_text
+    from moe2dense.cli.actions.generate import run_generation
 
-    base = merge(RunConfig(), read_toml(config), f"--config {config}") if config else RunConfig()
-    flags = {
-        "prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "temperature": temperature, "top_p": top_p, "beams": beams,
-        "learn_prompt": learn_prompt, "min_tokens": min_tokens, "nll": nll, "duplicates": duplicates, "same_script": same_script,
-    }  # fmt: skip
-    settings = merge_flags(base, {f"write.{k}": v for k, v in flags.items()}).write
-    count = parse_count(tokens, "--tokens")
-    with join_processes() as rank:
-        console = Console(quiet=rank > 0)
-        model = open_teacher(teacher, memory=memory, experts=experts, device=device, card=teacher_card)
-        longest = min(2048, getattr(model.config.get_text_config(), "max_position_embeddings", 2048))
-        with progress_for(console) as progress:
-            write_text(model, out, data, settings, count, block=block or longest, seed=seed, progress=progress)
-    found = summary(out)
-    dropped = ", ".join(f"{n} {reason}" for reason, n in found["dropped"].items()) or "none"
-    console.print(
-        f"{out}: {found['texts']} texts of {found['tokens']} tokens from {found['prompts']} prompts (dropped: {dropped}); "
-        f"train on them with --data {out} --valid TEXT",
-        highlight=False,
-    )
+    run_generation(teacher, data, out, tokens, merge_flags(base, options))

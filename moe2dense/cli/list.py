@@ -1,91 +1,144 @@
-"""`moe2dense list`: teachers, students, methods, losses and formats, each with what it needs."""
+"""`moe2dense list`: every teacher, student, method, loss, regime and format there is, read from the cards and registries."""
 
-from typing import Any, Literal
+import textwrap
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Annotated, Any, ClassVar, Literal, Protocol
 
+from rich.console import Console
+
+from moe2dense.config.flags import argument
+from moe2dense.distillation.regimes.registry import REGIMES
+from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.families.cards import student_cards, teacher_cards
+from moe2dense.losses.registry import DIVERGENCES, FEATURE_KINDS, LAYER_MAPS
+from moe2dense.student.ffn.methods import METHODS, RECIPES
+from moe2dense.student.init_spec import STEPS
 
-METHODS = {
-    "layerwise": "obs + refit + local fit against error-compensated targets, layer by layer (default)",
-    "obs": "neurons chosen across all experts by optimal-brain-surgeon elimination, refit",
-    "select": "neurons of highest router-weighted energy, refit",
-    "concat": "the best experts kept whole, side by side (arXiv 2605.28207)",
-    "cluster": "similar experts merged, then concatenated",
-    "average": "uniform mean of the experts",
-    "weighted-average": "mean of the experts by their routing weight",
-    "aligned-average": "experts' neurons matched by the Hungarian method, then averaged",
-    "svd": "experts gathered through truncated SVD (OneS, arXiv 2201.10890)",
-    "random": "normal initialisation, the control",
+What = Literal["all", "teachers", "students", "methods", "losses", "features", "regimes", "targets"]
+
+# What stands above each list: what its names are for.
+_ABOUT = {
+    "teachers": "MoE families, and the names that stand for their public checkpoints",
+    "students": "dense architectures (hosts) and named sizes for --to",
+    "methods": "for --init: a method and the steps after it, METHOD[+refit][+local][+layer][+heal]",
+    "losses": "for --loss",
+    "features": "for train.features: KIND:LAYERS@WEIGHT, joined with +",
+    "regimes": "for train.regime",
+    "targets": "for train.target_format and `moe2dense targets --format`",
 }
-LOSSES = {
-    "forward_kl": "KL(teacher || student); targets: sampled, topk, hidden, full",
-    "reverse_kl": "KL(student || teacher); targets: hidden, full",
-    "symmetric_kl": "mean of both; targets: hidden, full",
-    "jsd": "generalised Jensen-Shannon divergence (GKD, arXiv 2306.13649); jsd:0.3 sets beta; targets: hidden, full",
-    "skew_forward_kl": "KL(teacher || mixture) (DistiLLM, arXiv 2402.03898); skew_forward_kl:0.2 sets the share; targets: hidden, full",
-    "skew_reverse_kl": "KL(student || mixture) (DistiLLM); targets: hidden, full",
-    "tvd": "total variation distance; targets: hidden, full",
-}
+
+
+class Row(Protocol):
+    """A row of a registry: a dataclass with the name one types, a sentence of help, and perhaps a title and a paper."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def name(self) -> str:
+        """What one types."""
+        ...
 
 
 def catalogue() -> dict[str, list[dict[str, Any]]]:
-    """Everything `list` prints, as plain values."""
-    teachers = [
-        {
-            "family": card.model_type,
-            "names": [a for row in card.checkpoints for a in row.aliases],
-            "checkpoint": card.checkpoints[0].id if card.checkpoints else "",
-            "host": card.host,
-        }
-        for card in teacher_cards().values()
-    ]
-    students = [
-        {
-            "name": card.name,
-            "kind": "target" if card.host else "host",
-            "title": card.title,
-            "moe_shaped": card.moe_shaped,
-            "loads": card.loads,
-        }
-        for card in student_cards().values()
-    ]
+    """Return everything `list` prints, as plain values."""
     return {
-        "teachers": teachers,
-        "students": students,
-        "methods": [{"name": k, "what": v} for k, v in METHODS.items()],
-        "losses": [{"name": k, "what": v} for k, v in LOSSES.items()],
+        "teachers": [
+            {
+                "family": card.model_type,
+                "title": card.title,
+                "host": card.host,
+                "checkpoints": [{"id": row.id, "names": list(row.aliases)} for row in card.checkpoints],
+                "notes": card.notes,
+            }
+            for card in teacher_cards().values()
+        ],
+        "students": [
+            {
+                "name": card.name,
+                "kind": "target" if card.host else "host",
+                "title": card.title,
+                "moe_shaped": card.moe_shaped,
+                "loads": card.loads,
+            }
+            for card in student_cards().values()
+        ],
+        "methods": _rows([*RECIPES.values(), *METHODS.values()], "method") + _rows(STEPS.values(), "step"),
+        "losses": _rows(DIVERGENCES.values(), "loss"),
+        "features": _rows(FEATURE_KINDS.values(), "kind") + _rows(LAYER_MAPS.values(), "layers"),
+        "regimes": _rows(REGIMES.values(), "regime"),
+        "targets": _rows(TARGET_FORMATS.values(), "format"),
     }
 
 
+def _rows(rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
+    """Rows of a registry as plain values."""
+    return [
+        {"name": row.name, "kind": kind} | {k: v for k, v in asdict(row).items() if k in ("title", "paper", "help")}
+        for row in rows
+    ]
+
+
 def show_list(
-    what: Literal["all", "teachers", "students", "methods", "losses"] = "all", /, *, json: bool = False
+    what: Annotated[What, argument("Which list.", example="teachers")] = "all",
+    /,
+    *,
+    json: Annotated[bool, argument("Print JSON instead of text.")] = False,
 ) -> None:
-    """List the teachers, students, methods and losses there are, and what each needs.
-
-    Parameters
-    ----------
-    what: which list
-    json: print JSON instead of tables
-    """
-    from rich.console import Console
-    from rich.table import Table
-
-    console, found = Console(), catalogue()
+    """List the teachers, students, methods, losses, features, regimes and targets there are, and what each is for."""
+    console, lists = Console(), catalogue()
     if what != "all":
-        found = {what: found[what]}
+        lists = {what: lists[what]}
     if json:
-        console.print_json(data=found)
+        console.print_json(data=lists)
         return
-    for title, rows in found.items():
-        rows = [_flat(row) for row in rows]
-        table = Table(title=title, title_justify="left", header_style="bold")
-        for column in rows[0]:
-            table.add_column(column)
+    for place, (name, rows) in enumerate(lists.items()):
+        if place:
+            console.print()
+        console.print(f"[bold]{name}[/]", highlight=False)
+        for line in _wrapped(_ABOUT[name], console.width, 0):
+            console.print(line, highlight=False, markup=False, style="dim")
         for row in rows:
-            table.add_row(*(", ".join(v) if isinstance(v, list) else str(v) for v in row.values()))
-        console.print(table)
+            _print_record(row, console)
 
 
-def _flat(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for the terminal: what loads a student in a column each, reasons left to --json."""
-    loads = {stack: state.split(":")[0] for stack, state in row.get("loads", {}).items()}
-    return {k: v for k, v in row.items() if k != "loads"} | loads
+def _print_record(row: dict[str, Any], console: Console) -> None:
+    """Print one row as a block: its name, then what is known of it, indented and wrapped."""
+    name = row.get("name") or row["family"]
+    head = f"{name}  {row['title']}" if row.get("title", name) not in ("", name) else name
+    kind = {"step": f"+{head}", "target": f"{head} (a size)"}.get(row.get("kind", ""), head)
+    console.print()
+    for line in _wrapped(kind, console.width, 2):
+        console.print(line, highlight=False, markup=False, style="bold")
+    for text in _details(row):
+        for line in _wrapped(text, console.width, 6):
+            console.print(line, highlight=False, markup=False)
+
+
+def _details(row: dict[str, Any]) -> list[str]:
+    """What stands below a row's name."""
+    lines = [row["help"]] if row.get("help") else []
+    if row.get("paper"):
+        lines.append(row["paper"])
+    if row.get("host"):
+        lines.append(f"dense host: {row['host']}")
+    lines += [f"{c['id']}: {', '.join(c['names'])}" if c["names"] else c["id"] for c in row.get("checkpoints", ())]
+    if row.get("moe_shaped"):
+        lines.append("keeps the form of an MoE, with one expert")
+    loads = row.get("loads", {})
+    if loading := [f"{stack} ({state})" for stack, state in loads.items() if not state.startswith("no")]:
+        lines.append(f"loads in {', '.join(loading)}")
+    lines += [f"not in {stack}{state[2:]}" for stack, state in loads.items() if state.startswith("no")]
+    return lines
+
+
+def _wrapped(text: str, width: int, indent: int) -> list[str]:
+    """A text as lines that fit the terminal, none of whose words is cut."""
+    return textwrap.wrap(
+        text,
+        max(width - 1, 40),
+        initial_indent=" " * indent,
+        subsequent_indent=" " * (indent + 2 if indent > 2 else indent + 4),
+        break_long_words=False,
+        break_on_hyphens=False,
+    )

@@ -9,7 +9,7 @@ _SHAPES = ("constant", "linear", "cosine", "step")
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Linear warmup over a share of the steps, then a cosine down to (almost) zero at the end. step counts from 0."""
+    """Return a linear warmup over a share of the steps, then a cosine down to (almost) zero at the end. step counts from 0."""
     rising = math.ceil(warmup * steps)
     if step < rising:
         return peak * (step + 1) / rising
@@ -18,7 +18,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def scheduled(value: float | str, step: int, steps: int) -> float:
-    """A value that may change over the run.
+    """Return a value that may change over the run.
 
     A number is constant; text is `linear:FROM:TO`, `cosine:FROM:TO` or `step:FROM:TO[:SHARE]` (changes at once after that
     share of the steps, default half). Raises UserError for anything else.
@@ -47,8 +47,15 @@ def scheduled(value: float | str, step: int, steps: int) -> float:
     return found[0] + (found[1] - found[0]) * mix
 
 
+def with_temperature(options: dict[str, Any]) -> dict[str, Any]:
+    """Return options by dotted key with what --temperature means in place of what was typed. Raises UserError."""
+    typed = options.get("train.temperature")
+    rest = {key: value for key, value in options.items() if key != "train.temperature"}
+    return rest | {f"train.{key}": value for key, value in temperature_settings(typed).items()}
+
+
 def temperature_settings(value: float | str | None) -> dict[str, Any]:
-    """What --temperature sets among the training settings: a number, `auto`, or a schedule. Raises UserError for anything else."""
+    """Return what --temperature sets of [train]: a number, `auto`, or a schedule. Raises UserError for anything else."""
     if value is None:
         return {}
     try:

@@ -39,6 +39,7 @@ class TeacherConfig:
         help="TOML card of a teacher family that is not shipped.",
         example="my-family.toml",
         shown="the shipped card",
+        flag="--teacher-card",
     )
     quantize: str = option(
         "",
@@ -222,10 +223,10 @@ class BuildConfig:
     scale: str = option("1/K", help="How concatenated experts are scaled.", choices=("1/K", "alpha"), example="alpha")
     prune: str = option(
         "auto",
-        help="What goes when a narrower FFN alone is not enough: channels (width), layers (depth) or attention heads.",
+        help="What goes when a narrower FFN alone is not enough: channels of the hidden state (width), layers (depth) or attention heads.",
         choices=("auto", "width", "depth", "heads"),
         example="depth",
-        shown="auto: channels",
+        shown="auto: whatever keeps most of both",
     )
     depth: str = option(
         "influence",
@@ -321,7 +322,7 @@ class RunConfig:
         "",
         help="The teacher: folder of a checkpoint, hub id (owner/name), or a known name from `moe2dense list teachers`.",
         example="mixtral",
-        shown="required",
+        shown="none: needed, unless --config names it",
         flag="TEACHER",
     )
     to: str = option(
@@ -329,7 +330,7 @@ class RunConfig:
         help="Size of the student: a number of parameters (7b), a share of the teacher (25%), a named target, or a dense "
         "checkpoint to start from.",
         example="7b",
-        shown="required",
+        shown="none: needed, unless --config names it",
     )
     out: str = option("", help="Folder of the run.", example="out/first", shown="./TEACHER-TARGET")
     seed: int = option(0, help="Seed of everything random.", example="1", group="Training")

@@ -1,17 +1,54 @@
-"""Refuse settings and text that a conversion could not use, before anything is computed."""
+"""Refuse settings, places and text that a conversion could not use, before anything is computed.
 
-from typing import TYPE_CHECKING, Any
+The one place that calls the checks of every package; what concerns several packages at once is checked here.
+"""
 
+from collections.abc import Sequence
+
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from moe2dense.common.units import parse_memory
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.job import Text
-from moe2dense.distillation.regimes.registry import OWN_TEXT, brings_targets
+from moe2dense.conversion.configure import texts_of_folder
+from moe2dense.conversion.job import Text, load_split, split_source
+from moe2dense.conversion.machine import check_device
+from moe2dense.conversion.run import check_out
+from moe2dense.data.load import check_source
+from moe2dense.distillation.checks import check_training
+from moe2dense.distillation.regimes.checks import brings_targets, check_regime_settings
+from moe2dense.distillation.regimes.registry import writes_text
 from moe2dense.distillation.select_blocks import parse_selection
 from moe2dense.errors import UserError, nearest
+from moe2dense.evaluation.baselines import check_baselines
+from moe2dense.evaluation.judge import check_judge
+from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.generation.filters import parse_band
 from moe2dense.generation.sampling import Sampling
+from moe2dense.student.ffn.methods import parse_method
+from moe2dense.teacher.model import Teacher
 
-if TYPE_CHECKING:
-    from collections.abc import Sequence
+
+def check_settings(settings: RunConfig) -> None:
+    """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
+    parse_method(settings.build.init)
+    check_training(settings.train)
+    check_text_settings(settings)
+    check_regime_settings(settings)
+    if settings.teacher.memory != "auto":
+        parse_memory(settings.teacher.memory, "--memory")
+    for flag, value in (
+        ("--tokens", settings.train.tokens),
+        ("--lora", settings.train.lora),
+        ("--block", settings.data.block),
+    ):
+        if value < 0:
+            raise UserError(f"{flag} must not be negative; found {value}")
+    if settings.train.epochs <= 0:
+        raise UserError(f"--epochs must be above 0; found {settings.train.epochs:g}")
+    if settings.train.temperature <= 0:
+        raise UserError(f"--temperature must be above 0; found {settings.train.temperature}")
+    if not 0 <= settings.train.alpha <= 1:
+        raise UserError(f"--alpha must be between 0 and 1; found {settings.train.alpha}")
 
 
 def check_text_settings(settings: RunConfig) -> None:
@@ -36,14 +73,14 @@ def check_text_settings(settings: RunConfig) -> None:
 
 
 def check_draws(settings: RunConfig) -> None:
-    """Raises UserError where several answers of a teacher with drawn experts cannot be averaged."""
+    """Raise UserError where several answers of a teacher with drawn experts cannot be averaged."""
     draws, train = settings.teacher.draws, settings.train
     if draws < 0:
         raise UserError(f"teacher.draws must not be negative; found {draws}")
     if draws < 2:
         return
-    for name, found, plain in (
-        ("regime", train.regime, train.regime not in OWN_TEXT),
+    for name, value, plain in (
+        ("regime", train.regime, not writes_text(train.regime)),
         ("features", train.features, not train.wanted_features),
         ("token_weights", train.token_weights, not train.token_weights),
         ("select", train.select, not train.select),
@@ -51,26 +88,61 @@ def check_draws(settings: RunConfig) -> None:
     ):
         if not plain:
             raise UserError(
-                f"teacher.draws {draws} averages stored distributions, which train.{name} = {found!r} cannot be used with; "
+                f"teacher.draws {draws} averages stored distributions, which train.{name} = {value!r} cannot be used with; "
                 f"set one of them otherwise (draws = 1 works with all)"
             )
 
 
-def check_report_settings(settings: "RunConfig", text: Text, teacher: Any) -> None:
-    """Refuse what the report could not say in the end, before the student is built. Raises UserError naming the flag."""
-    from moe2dense.evaluation.baselines import check_baselines
-    from moe2dense.evaluation.judge import check_judge
+def check_places(settings: RunConfig, resume: bool) -> None:
+    """Refuse a device that is not there and a run folder that cannot be used. Raises UserError."""
+    check_device(settings.teacher.device)
+    check_out(settings.out, resume)
 
+
+def check_text(settings: RunConfig, teacher: ResolvedTeacher, block: int) -> None:
+    """Refuse text that is missing, unreadable, empty or too short for one block, reading no more than that of it.
+
+    A teacher that is not on this machine yet has no tokenizer, so only the first passage is looked at. Raises UserError.
+    """
+    tokenizer = _tokenizer(teacher)
+    for split in ("train", "valid", "ood"):
+        if split == "ood" and not settings.data.ood:
+            continue
+        path, name = split_source(settings, split)
+        try:
+            if tokenizer is not None:
+                load_split(settings, split, tokenizer, block, block)
+            else:
+                check_source(path, name)
+        except UserError as error:
+            if path != settings.data.ood:
+                raise
+            of_folder = ", which the teacher's folder names" if "ood" in texts_of_folder(settings, teacher) else ""
+            raise UserError(f"--ood{of_folder}: {error}") from error
+
+
+def _tokenizer(teacher: ResolvedTeacher) -> PreTrainedTokenizerBase | None:
+    """The tokenizer of a teacher whose files are here; None for another. Raises UserError where the files hold none."""
+    if teacher.path is None:
+        return None
+    try:
+        return AutoTokenizer.from_pretrained(str(teacher.path))
+    except Exception as error:  # tokenizers fail in many ways; all mean that none can be used
+        raise UserError(f"teacher {teacher.path} has no tokenizer that can be loaded: {error}") from error
+
+
+def check_report_settings(settings: RunConfig, text: Text, teacher: Teacher) -> None:
+    """Refuse what the report could not say in the end, before the student is built. Raises UserError naming the flag."""
     options = settings.evaluate
-    held = [d for part in (text.valid, text.ood) if part is not None for d in part.domains]
-    check_allowed(options.allow_loss, held)
+    domains = [d for part in (text.valid, text.ood) if part is not None for d in part.domains]
+    check_allowed(options.allow_loss, domains)
     check_baselines(options.baseline, teacher.tokenizer())
     if options.judge:
         check_judge(options.judge, teacher.path)
 
 
-def check_allowed(allowed: "Sequence[str]", domains: "Sequence[str]") -> None:
-    """Raises UserError for domains that the held-out text does not have, and where nothing would be left to judge."""
+def check_allowed(allowed: Sequence[str], domains: Sequence[str]) -> None:
+    """Raise UserError for domains that the held-out text does not have, and where nothing would be left to judge."""
     known = sorted(set(domains) - {""})
     unknown = [d for d in allowed if d not in known]
     if unknown and not known:
@@ -86,35 +158,3 @@ def check_allowed(allowed: "Sequence[str]", domains: "Sequence[str]") -> None:
         raise UserError(
             f"--allow-loss {','.join(allowed)} names every domain of the held-out text; leave out what is to survive"
         )
-
-
-def check_settings(settings: RunConfig) -> None:
-    """Refuse what no stage could do, before anything is read. Raises UserError naming the flag."""
-    from moe2dense.distillation.checks import check_training
-    from moe2dense.distillation.regimes.registry import check_regime_settings
-    from moe2dense.student.ffn.methods import parse_method
-
-    parse_method(settings.build.init)
-    check_training(settings.train)
-    check_text_settings(settings)
-    check_regime_settings(settings)
-    for flag, value, known in (
-        ("--experts", settings.teacher.experts, ["auto", "streamed", "grouped_mm", "megablocks"]),
-        ("--dtype", settings.export.dtype, ["bfloat16", "float16", "float32"]),
-        ("--quantize", settings.export.quantize, ["", "int8", "int4"]),
-        ("build.prune", settings.build.prune, ["auto", "width", "depth", "heads"]),
-        ("build.depth", settings.build.depth, ["influence", "alternate"]),
-    ):
-        if value not in known:
-            raise UserError(f"{flag} must be one of {', '.join(k for k in known if k)}; found {value!r}")
-    for flag, value in (
-        ("--tokens", settings.train.tokens),
-        ("--lora", settings.train.lora),
-        ("--block", settings.data.block),
-    ):
-        if value < 0:
-            raise UserError(f"{flag} must not be negative; found {value}")
-    if settings.train.temperature <= 0:
-        raise UserError(f"--temperature must be above 0; found {settings.train.temperature}")
-    if not 0 <= settings.train.alpha <= 1:
-        raise UserError(f"--alpha must be between 0 and 1; found {settings.train.alpha}")

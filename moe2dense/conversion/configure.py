@@ -1,17 +1,23 @@
 """Resolve the settings of a run: defaults, then teacher card, checkpoint folder, TOML file and flags."""
 
-import dataclasses
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from moe2dense.config.schedules import with_temperature
 from moe2dense.config.schema import RunConfig
-from moe2dense.config.toml import merge, merge_flags, read_toml
+from moe2dense.config.toml import differences, merge, merge_flags, read_config, read_toml
 from moe2dense.errors import UserError
+from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
+
+CONFIG = "moe2dense.toml"  # in a run folder its settings; in a teacher's folder defaults for its conversions
+# What may differ between a run and its resumption: none of it changes the result.
+FREE_KEYS = ("out", "teacher.memory", "teacher.device", "teacher.experts", "train.report_to")
+_TEXTS = ("path", "valid", "ood")
 
 
 def default_out(teacher: str, to: str) -> str:
-    """./mixtral-7b for `convert mixtral --to 7b`."""
+    """Return the folder of a run that names none: ./mixtral-7b for `convert mixtral --to 7b`."""
     return f"./{teacher}-{Path(to).name.replace('%', 'pct').lower()}"
 
 
@@ -24,7 +30,7 @@ def stage_sizes(stages: str) -> list[str]:
 
 
 def with_last_stage(settings: RunConfig) -> RunConfig:
-    """Settings whose `to` is the last of `stages`; a `to` that is not among them becomes the last. Raises UserError."""
+    """Return settings whose `to` is the last of `stages`; a `to` that is not among them becomes the last. Raises UserError."""
     stages = settings.stages
     if settings.to and settings.to not in [part.strip() for part in stages.split(",")]:
         stages = f"{stages},{settings.to}"
@@ -34,32 +40,80 @@ def with_last_stage(settings: RunConfig) -> RunConfig:
     return replace(settings, to=last, stages=stages)
 
 
-def configure(teacher: str, to: str, config: str | Path | None, flags: dict[str, Any]) -> RunConfig:
-    """The resolved settings of a run: defaults < teacher card < the checkpoint folder's moe2dense.toml < --config < flags.
+def folder_defaults(teacher: ResolvedTeacher) -> dict[str, Any]:
+    """Return what a teacher's folder sets for its conversions, as a table; paths in it are made absolute. {} without a file."""
+    file = teacher.path / CONFIG if teacher.path else None
+    if file is None or not file.is_file():
+        return {}
+    table = read_toml(file)
+    data = table.get("data", {})
+    for name in _TEXTS:
+        if data.get(name):
+            data[name] = str((file.parent / data[name]).resolve())
+    return table
 
-    A checkpoint folder may carry a moe2dense.toml with defaults of its own; a data path in it is relative to that folder.
-    Raises UserError for an unknown teacher, an unknown key or a value of the wrong kind.
+
+def texts_of_folder(settings: RunConfig, teacher: ResolvedTeacher) -> tuple[str, ...]:
+    """Return which of path, valid and ood are the texts that the teacher's folder names."""
+    named = folder_defaults(teacher).get("data", {})
+    return tuple(name for name in _TEXTS if named.get(name) and named[name] == getattr(settings.data, name))
+
+
+def configure(
+    teacher: str | None = None,
+    to: str | None = None,
+    config: str | Path | None = None,
+    options: dict[str, Any] | None = None,
+) -> RunConfig:
+    """Return a run's settings: defaults < teacher card < the checkpoint folder's moe2dense.toml < --config < options.
+
+    options: values by dotted key, such as {"train.lr": 0.1}; teacher and to are two of them. Raises UserError for a teacher or
+    size that nobody named, an unknown teacher or key, and a value of the wrong kind.
     """
-    from moe2dense.families.resolve import resolve_teacher
-
+    options = with_temperature((options or {}) | {k: v for k, v in (("model", teacher), ("to", to)) if v})
     from_file = read_toml(config) if config else {}
-    card_path = flags.get("teacher.card") or from_file.get("teacher", {}).get("card", "")
-    resolved = resolve_teacher(teacher, card_path)
-    settings = RunConfig(model=teacher, to=to)
+    model = options.get("model") or from_file.get("model")
+    if not model:
+        raise UserError("TEACHER is missing; give the folder of a checkpoint, a hub id or a known name such as mixtral")
+    card = options.get("teacher.card") or from_file.get("teacher", {}).get("card", "")
+    resolved = resolve_teacher(str(model), str(card))
+    settings = RunConfig(model=str(model))
     settings = merge(settings, resolved.card.defaults, f"teacher card {resolved.card.model_type}")
-    if resolved.path and (resolved.path / "moe2dense.toml").is_file():
-        own = resolved.path / "moe2dense.toml"
-        table = read_toml(own)
-        for name in ("path", "valid", "ood"):
-            if table.get("data", {}).get(name):
-                table["data"][name] = str((own.parent / table["data"][name]).resolve())
-        settings = merge(settings, table, str(own))
+    settings = merge(settings, folder_defaults(resolved), str((resolved.path or Path()) / CONFIG))
     settings = merge(settings, from_file, f"--config {config}")
-    settings = merge_flags(settings, flags)
+    settings = merge_flags(settings, options)
     if settings.stages:
         settings = with_last_stage(settings)
     if not settings.to:
         raise UserError("--to is missing; give a size (7b), a share (25%), a named target or a dense checkpoint")
-    if not settings.out:
-        settings = dataclasses.replace(settings, out=default_out(resolved.name, settings.to))
-    return settings
+    return settings if settings.out else replace(settings, out=default_out(resolved.name, settings.to))
+
+
+def resumed_settings(config: str | Path | None = None, options: dict[str, Any] | None = None) -> RunConfig:
+    """Return the settings of the run that --resume continues: those in its folder.
+
+    What is given beside --out must say the same, except for what changes no result (FREE_KEYS). Raises UserError where the folder
+    holds no run, and naming every option that differs.
+    """
+    options = with_temperature(options or {})
+    folder = Path(options["out"] if "out" in options else configure(config=config, options=options).out)
+    if not (folder / CONFIG).is_file():
+        raise UserError(f"--resume: {folder} holds no run (no {CONFIG}); start it without --resume")
+    stored = read_config(folder / CONFIG)
+    asked = merge(stored, read_toml(config), f"--config {config}") if config else stored
+    asked = merge_flags(asked, options)
+    if "stages" in options:
+        asked = with_last_stage(asked)
+    if _same_place(asked.model, stored.model):
+        asked = replace(asked, model=stored.model)
+    changed = [line for line in differences(stored, asked) if line.split(":")[0] not in FREE_KEYS]
+    if changed:
+        raise UserError(
+            f"--resume: the settings differ from the run in {folder}: {'; '.join(changed)}; leave them out, or start "
+            f"another run with another --out"
+        )
+    return replace(asked, out=str(folder))
+
+
+def _same_place(one: str, other: str) -> bool:
+    return Path(one).exists() and Path(other).exists() and Path(one).samefile(other)

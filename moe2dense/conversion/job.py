@@ -5,54 +5,55 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from moe2dense.common.progress import Report
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
 from moe2dense.conversion.results import Plan
 from moe2dense.conversion.run import Run
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
+from moe2dense.evaluation.reference import Reference
+from moe2dense.student.dense_teacher import target_from
+from moe2dense.student.target.resolve import Target
+from moe2dense.teacher.model import Teacher
 
-if TYPE_CHECKING:
-    from moe2dense.data.blocks import Blocks
-    from moe2dense.evaluation.reference import Reference
-    from moe2dense.student.target.resolve import Target
 
-
-@dataclass
+@dataclass(frozen=True)
 class Text:
-    """The blocks of a run: the build's are the first of the training blocks."""
+    """The blocks of a run: the build's are some of the training blocks."""
 
-    train: "Blocks"
-    valid: "Blocks"
-    ood: "Blocks | None"
-    build: "Blocks"
+    train: Blocks
+    valid: Blocks
+    ood: Blocks | None
+    build: Blocks
 
 
-@dataclass
+@dataclass(frozen=True)
 class Job:
-    """What every stage needs."""
+    """What every stage needs. A stage that changes the text or the settings returns another job."""
 
     run: Run
     settings: RunConfig
     plan: Plan
-    teacher: Any
+    teacher: Teacher
     text: Text
-    progress: Any
-    references: dict[str, "Reference"] = field(default_factory=dict)
-    intermediate_teacher: Any = (
-        None  # what the student is made from where that is not the teacher: the student of the stage before
-    )
+    progress: Report
+    references: dict[str, Reference] = field(default_factory=dict)
+    # What the student is made from where that is not the teacher: the student of the stage before.
+    intermediate_teacher: Teacher | None = None
 
     @property
-    def source(self) -> Any:
-        """Whose layers and targets make the student."""
+    def source(self) -> Teacher:
+        """The model whose layers and targets make the student."""
         return self.teacher if self.intermediate_teacher is None else self.intermediate_teacher
 
     @property
-    def target(self) -> "Target":
+    def target(self) -> Target:
         """The student's shape, as it is copied from the source."""
-        from moe2dense.student.dense_teacher import target_from
-
         return target_from(self.source, self.plan.target)
 
     @contextlib.contextmanager
@@ -64,36 +65,45 @@ class Job:
         self.run.finish(stage, seconds=round(time.perf_counter() - start, 2), **entry)
 
 
-def load_text(settings: RunConfig, plan: Plan, tokenizer: Any) -> Text:
-    """The blocks of the run. Raises UserError for text that is missing, empty or shorter than one block."""
-    from moe2dense.data.load import load_blocks
-
-    data, block = settings.data, plan.block
-    source = data.path or DEFAULT_CORPUS
-    options = {"seed": settings.seed, "document_masks": data.document_masks}
+def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Text:
+    """Load the blocks of the run. Raises UserError for text that is missing, empty or shorter than one block."""
     wanted = max(plan.tokens, plan.build_tokens)
-    train = load_blocks(source, tokenizer, block, "train", tokens=wanted, **options)
-    held = data.eval_blocks * block
-    own = _split_of(data.valid, "valid") if data.valid else "valid"
-    valid = load_blocks(data.valid or source, tokenizer, block, own, tokens=held, **options)
-    ood = (
-        load_blocks(data.ood, tokenizer, block, _split_of(data.ood, "ood"), tokens=held, **options)
-        if data.ood
-        else None
-    )
-    count = max(1, min(len(train), plan.build_tokens // block))
+    scored = settings.data.eval_blocks * plan.block
+    train = load_split(settings, "train", tokenizer, plan.block, wanted)
+    valid = load_split(settings, "valid", tokenizer, plan.block, scored)
+    ood = load_split(settings, "ood", tokenizer, plan.block, scored) if settings.data.ood else None
+    count = max(1, min(len(train), plan.build_tokens // plan.block))
     spread = [i * len(train) // count for i in range(count)]  # over many passages: worth more than any setting
     return Text(train, valid, ood, train[spread])
 
 
+def load_split(settings: RunConfig, split: str, tokenizer: PreTrainedTokenizerBase, block: int, tokens: int) -> Blocks:
+    """Load blocks of the train, valid or ood text that a run's settings name. Raises UserError as `load_text`."""
+    path, name = split_source(settings, split)
+    return load_blocks(
+        path,
+        tokenizer,
+        block,
+        name,
+        tokens=tokens,
+        seed=settings.seed,
+        document_masks=settings.data.document_masks,
+    )
+
+
+def split_source(settings: RunConfig, split: str) -> tuple[str, str]:
+    """Return where the train, valid or ood text of a run comes from, and which split of it.
+
+    A file given for one purpose is used as it stands; a folder or hub dataset has a split for it.
+    """
+    data = settings.data
+    own = {"train": "", "valid": data.valid, "ood": data.ood}[split]
+    return own or data.path or DEFAULT_CORPUS, "all" if own and Path(own).is_file() else split
+
+
 def shortfall(text: Text, plan: Plan) -> str:
-    """A sentence when the data holds noticeably fewer tokens than asked for, else ''."""
-    wanted, found = max(plan.tokens, plan.build_tokens), text.train.tokens
-    if found >= 0.9 * wanted:
+    """Return a sentence when the data holds noticeably fewer tokens than asked for, else ''."""
+    wanted, there = max(plan.tokens, plan.build_tokens), text.train.tokens
+    if there >= 0.9 * wanted:
         return ""
-    return f"the data has {show_count(found)} tokens for training, {show_count(wanted)} were asked for; all of them are used"
-
-
-def _split_of(path: str, split: str) -> str:
-    """A file given for one purpose is used as it stands; a folder or hub dataset has a split for it."""
-    return "all" if Path(path).is_file() else split
+    return f"the data has {show_count(there)} tokens for training, {show_count(wanted)} were asked for; all of them are used"

@@ -7,47 +7,24 @@ progressive run and a direct one cost the same number of positions. Every stage 
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
-from itertools import pairwise
-from typing import TYPE_CHECKING, Any
 
-from moe2dense.common.units import show_count
-from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.configure import stage_sizes
+from moe2dense.conversion import stages
+from moe2dense.conversion.configure import CONFIG
+from moe2dense.conversion.job import Job, Text
+from moe2dense.conversion.plan import stage_targets
+from moe2dense.conversion.run import open_run
 from moe2dense.errors import UserError
-
-if TYPE_CHECKING:
-    from moe2dense.conversion.job import Job
-    from moe2dense.student.target.resolve import Target
-    from moe2dense.student.types import Student
-
-
-def stage_targets(settings: RunConfig) -> "list[Target]":
-    """The student of every stage. Raises UserError when one is not smaller than the one before it."""
-    from moe2dense.families.resolve import resolve_teacher
-    from moe2dense.student.target.resolve import resolve_target
-
-    teacher = resolve_teacher(settings.model, settings.teacher.card)
-    found = [resolve_target(size, teacher.config, teacher.card) for size in stage_sizes(settings.stages)]
-    for larger, smaller in pairwise(found):
-        if smaller.checkpoint or larger.checkpoint:
-            raise UserError(f"--stages {settings.stages}: a stage is a size or a named target, not a checkpoint")
-        if smaller.parameters >= larger.parameters:
-            raise UserError(
-                f"--stages {settings.stages}: {smaller.to} ({show_count(smaller.parameters)}) is not smaller than "
-                f"{larger.to} ({show_count(larger.parameters)}); order them from large to small"
-            )
-    return found
+from moe2dense.exporting.api import export
+from moe2dense.student.build.cost import build_tokens
+from moe2dense.student.store import load_student
+from moe2dense.student.target.resolve import Target
+from moe2dense.student.types import Student
+from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
 
 
-def describe(settings: RunConfig) -> str:
-    """One line on the stages of a run, for its plan."""
-    targets = stage_targets(settings)
-    way = " -> ".join([settings.model, *(t.label for t in targets)])
-    return f"stages: {way}, {show_count(settings.train.tokens // len(targets))} positions each"
-
-
-def last_stage(job: "Job") -> "Job":
-    """The job of the last stage, after every stage before it has run; the job itself where there is only one."""
+def last_stage(job: Job) -> Job:
+    """Run every stage before the last and return the last one's job; the job itself where there is only one."""
     if not job.settings.stages:
         return job
     targets, intermediate_teacher = stage_targets(job.settings), None
@@ -61,10 +38,8 @@ def last_stage(job: "Job") -> "Job":
     return replace(job, text=_text(job, rest), intermediate_teacher=intermediate_teacher)
 
 
-def direct(job: "Job") -> "Student":
-    """The student of the last stage made from the teacher at once, on the text of all stages: what the detour is worth."""
-    from moe2dense.student.store import load_student
-
+def direct(job: Job) -> Student:
+    """Make the student of the last stage from the teacher at once, on the text of all stages: what the detour is worth."""
     target = stage_targets(job.settings)[-1]
     _run_stage(job, "direct", target, range(len(job.text.train)), None)
     folder = job.run.folder / "stages" / "direct"
@@ -72,23 +47,16 @@ def direct(job: "Job") -> "Student":
     return load_student(final if final.is_dir() else folder / "build" / "student")
 
 
-def _text(job: "Job", rows: range) -> Any:
+def _text(job: Job, rows: range) -> Text:
     """The share of the training text that one stage sees, and its build's part of it."""
-    from moe2dense.student.build.cost import build_tokens
-
     train = job.text.train[list(rows)]
     settings = replace(job.settings, train=replace(job.settings.train, tokens=train.tokens))
     count = max(1, min(len(train), build_tokens(settings, job.plan.block) // job.plan.block))
     return replace(job.text, train=train, build=train[[i * len(train) // count for i in range(count)]])
 
 
-def _run_stage(job: "Job", name: str, target: "Target", rows: range, intermediate_teacher: Any) -> Any:
+def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_teacher: Teacher | None) -> Teacher:
     """One stage in a run folder of its own, finished parts read back; returns its student as a teacher."""
-    from moe2dense.conversion import stages
-    from moe2dense.conversion.run import CONFIG, open_run
-    from moe2dense.exporting.api import export
-    from moe2dense.teacher.load import load_teacher
-
     folder, text = job.run.folder / "stages" / name, _text(job, rows)
     train = replace(job.settings.train, tokens=text.train.tokens if job.plan.tokens else 0)
     settings = replace(job.settings, to=target.to, out=str(folder), stages="", control=False, train=train)
@@ -107,5 +75,5 @@ def _run_stage(job: "Job", name: str, target: "Target", rows: range, intermediat
                 student = stages.train(stage, student)
             with stage.timed("export"):
                 export(student, folder / "model", tokenizer=str(job.teacher.path), dtype="float32", overwrite=True)
-    about = job.settings.teacher
-    return load_teacher(folder / "model", memory=about.memory, device=about.device)
+    teacher = job.settings.teacher
+    return load_teacher(folder / "model", memory=teacher.memory, device=teacher.device)

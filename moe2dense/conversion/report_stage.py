@@ -3,34 +3,44 @@
 import shlex
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from moe2dense.config.schema import DEFAULT_CORPUS
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from moe2dense.common.jsonable import clean
+from moe2dense.common.versions import versions
+from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
+from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job
-from moe2dense.conversion.stages import reference_for, score, token_counts, training_targets
+from moe2dense.conversion.scoring import TextScores, reference_for, token_counts
+from moe2dense.conversion.stages import training_targets
+from moe2dense.distillation.regimes.mtp import copy_heads
+from moe2dense.distillation.targets.protocols import HiddenStates
+from moe2dense.distillation.targets.store import StoredTargets
+from moe2dense.evaluation.api import evaluate
+from moe2dense.evaluation.judge import Judge
+from moe2dense.evaluation.reference import Reference
+from moe2dense.evaluation.samples import side_by_side
+from moe2dense.evaluation.scores import Scores
+from moe2dense.evaluation.transfer.measure import measure_transfer
+from moe2dense.exporting.api import export
+from moe2dense.exporting.card_info import card_info
+from moe2dense.reporting.assemble import assemble_report
+from moe2dense.reporting.html import save_report
+from moe2dense.reporting.rating_sheet import write_sheet
+from moe2dense.reporting.report_file import Report, read_report
+from moe2dense.reporting.terminal import print_report
+from moe2dense.student.store import load_student
+from moe2dense.student.types import Student
+from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash, weight_hashes
 
-if TYPE_CHECKING:
-    from moe2dense.config.schema import RunConfig
-    from moe2dense.evaluation.scores import Scores
-    from moe2dense.student.types import Student
 
-
-def score_baselines(job: Job) -> dict[str, dict[str, "Scores"]]:
-    """The numbers of every --baseline, by the row's name. One is in memory at a time."""
-    from moe2dense.evaluation.baselines import open_baseline, row_names
-
-    return {row: score(job, open_baseline(name)) for row, name in row_names(job.settings.evaluate.baseline).items()}
-
-
-def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any]:
-    """report.html and report.json from everything the run measured; returns the report."""
-    from moe2dense.common.versions import versions
-    from moe2dense.reporting import assemble
-    from moe2dense.reporting.html import write
-
+def write_report(job: Job, student: Student, rows: dict[str, TextScores]) -> Report:
+    """Write report.html and report.json from everything the run measured; returns the report."""
     stages = job.run.manifest["stages"]
     model = student.model
-    about = {
+    facts = {
         "parameters": job.plan.target.parameters,
         "architecture": type(model).__name__,
         "host": student.card.title,
@@ -39,12 +49,12 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         "layers": model.config.num_hidden_layers,
         "moe_shaped": student.card.moe_shaped,
     }
-    report = assemble(
+    report = assemble_report(
         config=job.settings,
         plan=job.plan.to_dict(),
-        student=about,
-        rows={name: found["valid"] for name, found in rows.items()},
-        ood={name: found["ood"] for name, found in rows.items() if "ood" in found},
+        student=facts,
+        rows={name: scores["valid"] for name, scores in rows.items()},
+        ood={name: scores["ood"] for name, scores in rows.items() if "ood" in scores},
         history=stages.get("train-student", {}).get("history", []),
         control_history=stages.get("train-control", {}).get("history", []),
         transfer=transfer(job, student, rows),
@@ -54,26 +64,25 @@ def write_report(job: Job, student: "Student", rows: dict[str, dict[str, "Scores
         train_scores=score_training_text(job, student),
         versions=versions(),
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
-        data=_about_text(job),
+        data=_text_facts(job),
         command=command_line(job.settings),
         tokenizer=job.teacher.tokenizer(),
     )
-    write(report, job.run.folder)
+    save_report(report, job.run.folder)
     return report
 
 
-def samples(job: Job, student: "Student") -> dict[str, Any] | None:
-    """Student and teacher continue held-out prompts; leaves a blind rating sheet and its key in the run folder."""
-    from moe2dense.evaluation.judge import Judge
-    from moe2dense.evaluation.samples import side_by_side
-    from moe2dense.reporting.rating_sheet import write_sheet
+def samples(job: Job, student: Student) -> dict[str, Any] | None:
+    """Let student and teacher continue held-out prompts; leaves a blind rating sheet and its key in the run folder.
 
+    None where none were asked for, or the text is too short.
+    """
     options, seed = job.settings.evaluate, job.settings.seed
     if not options.samples:
         return None
     judge = Judge(options.judge, job.settings.teacher.memory, job.settings.teacher.device) if options.judge else None
     with job.timed("samples"):
-        found = side_by_side(
+        texts = side_by_side(
             student.model,
             job.teacher,
             job.text.valid,
@@ -82,51 +91,52 @@ def samples(job: Job, student: "Student") -> dict[str, Any] | None:
             seed=seed,
             judge=judge,
         )
-    if found is None:
+    if texts is None:
         return None
-    return found | {"sheet": [p.name for p in write_sheet(found, job.run.folder, seed)]}
+    return texts | {"sheet": [p.name for p in write_sheet(texts, job.run.folder, seed)]}
 
 
 def hashes(job: Job) -> dict[str, str]:
-    """What the result depends on: the teacher's weights (sampled) and the text; the exported weights join after the export."""
-    from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash
+    """Return hashes of what the result depends on: the teacher's weights (sampled) and the text.
 
+    Those of the exported weights join after the export.
+    """
     text = job.text
     parts = {"train text": text.train, "build text": text.build, "valid text": text.valid, "ood text": text.ood}
-    found = {"teacher (sampled)": checkpoint_fingerprint(job.teacher.path)}
-    return found | {name: text_hash(blocks) for name, blocks in parts.items() if blocks is not None}
+    weights = {"teacher (sampled)": checkpoint_fingerprint(job.teacher.path)}
+    return weights | {name: text_hash(blocks) for name, blocks in parts.items() if blocks is not None}
 
 
-def score_training_text(job: Job, student: "Student", most: int = 24) -> "Scores | None":
-    """The student on a little of the text it was trained on, against the stored targets; None where these hold no hidden states."""
-    from moe2dense.evaluation.api import evaluate
-    from moe2dense.evaluation.reference import Reference
+def score_training_text(job: Job, student: Student, most: int = 24) -> Scores | None:
+    """Score the student on a little of the text it was trained on, against the stored targets.
 
-    if (
-        not job.plan.tokens or job.intermediate_teacher is not None
-    ):  # a intermediate_teacher's targets are not the teacher's
+    None where these hold no hidden states, or are an intermediate teacher's.
+    """
+    if not job.plan.tokens or job.intermediate_teacher is not None:
         return None
     store = training_targets(job)
-    if store is None or store.head is None:
+    if not isinstance(store, StoredTargets) or store.head is None:
         return None
     rows = list(range(min(most, len(store))))
     blocks = job.text.train[rows]
-    hidden = store.batch(rows).hidden.view(*blocks.input_ids.shape, -1)
+    targets = store.batch(rows)
+    assert isinstance(targets, HiddenStates), "a store with a head holds hidden states"
+    hidden = targets.hidden.view(*blocks.input_ids.shape, -1)
     return evaluate(
         student, Reference(blocks, hidden, store.head), token_counts=token_counts(job), seed=job.settings.seed
     )
 
 
-def transfer(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]]) -> dict[str, Any] | None:
-    """What each expert knew and what of it the student holds, on the held-out text; None where layers or hidden width were pruned."""
-    from moe2dense.evaluation.transfer.measure import measure_transfer
-    from moe2dense.student.store import load_student
+def transfer(job: Job, student: Student, rows: dict[str, TextScores]) -> dict[str, Any] | None:
+    """Measure what each expert knew and what of it the student holds, on the held-out text.
 
+    None where layers or hidden width were pruned.
+    """
     config, shape = student.model.config, job.plan.shape
     if (config.num_hidden_layers, config.hidden_size) != (shape.num_hidden_layers, shape.hidden_size):
         return None
     with job.timed("transfer"):
-        found = measure_transfer(
+        measured = measure_transfer(
             job.teacher,
             job.text.valid,
             student,
@@ -137,45 +147,38 @@ def transfer(job: Job, student: "Student", rows: dict[str, dict[str, "Scores"]])
             seed=job.settings.seed,
             progress=job.progress,
         )
-    return found.to_dict()
+    return measured.to_dict()
 
 
-def _about_text(job: Job) -> dict[str, Any]:
+def _text_facts(job: Job) -> dict[str, Any]:
     data, text = job.settings.data, job.text
     paths = {"train": data.path or DEFAULT_CORPUS, "valid": data.valid or data.path or DEFAULT_CORPUS, "ood": data.ood}
     blocks = {"train": text.train, "valid": text.valid, "ood": text.ood}
     return {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
 
 
-def command_line(settings: "RunConfig") -> str:
-    """The command as the user could type it again; a call from Python is the run's own settings as --config."""
-    if Path(sys.argv[0]).stem in ("moe2dense", "__main__"):
-        return shlex.join(["moe2dense", *sys.argv[1:]])
-    config = str(Path(settings.out) / "moe2dense.toml")
+def command_line(settings: RunConfig) -> str:
+    """Return the command that makes the run again; after a call from Python or a resumption, with the run's settings as --config."""
+    typed = sys.argv[1:]
+    if Path(sys.argv[0]).stem in ("moe2dense", "__main__") and "--resume" not in typed:
+        return shlex.join(["moe2dense", *typed])
+    config = str(Path(settings.out) / CONFIG)
     return shlex.join(["moe2dense", "convert", settings.model, "--config", config, "--out", f"{settings.out}-again"])
 
 
-def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
-    """The deployable checkpoint, written whole and checked. A quantised one is judged too, and joins the report as a row."""
-    from moe2dense.common.jsonable import clean
-    from moe2dense.distillation.regimes.mtp import copy_heads
-    from moe2dense.evaluation.api import evaluate
-    from moe2dense.exporting.api import export
-    from moe2dense.exporting.card_info import card_info
-    from moe2dense.reporting.html import write
-    from moe2dense.weights.fingerprint import weight_hashes
-
+def export_model(job: Job, student: Student, report: Report) -> Path:
+    """Write the deployable checkpoint, whole and checked. A quantised one is judged too, and joins the report as a row."""
     options, folder = job.settings.export, job.run.folder / "model"
     if job.run.finished("export"):
         return folder
 
-    def score_quantized(model: Any) -> dict[str, Any]:
-        found = evaluate(model, reference_for(job, "valid"), token_counts=token_counts(job), seed=job.settings.seed)
-        report["rows"][f"student, {options.quantize}"] = found.to_dict()
-        return found.to_dict()
+    def score_quantized(model: PreTrainedModel) -> dict[str, Any]:
+        scores = evaluate(model, reference_for(job, "valid"), token_counts=token_counts(job), seed=job.settings.seed)
+        report["rows"][f"student, {options.quantize}"] = scores.to_dict()
+        return scores.to_dict()
 
     with job.timed("export") as entry:
-        done = export(
+        exported = export(
             student,
             folder,
             tokenizer=str(job.teacher.path),
@@ -189,17 +192,16 @@ def export_model(job: Job, student: "Student", report: dict[str, Any]) -> Path:
             overwrite=True,
         )
         copy_heads(job.run.folder, folder)
-        report["run"]["hashes"] |= weight_hashes(folder / f for f in done.files)
-        report["student"] |= {"bytes": done.bytes} | ({"quantized": done.quantized} if done.quantized else {})
-        write(clean(report), job.run.folder)
-        entry |= {"files": done.files, "checked": done.checked, "quantized": done.quantized}
+        report["run"]["hashes"] |= weight_hashes(folder / f for f in exported.files)
+        report["student"] |= {"bytes": exported.bytes} | (
+            {"quantized": exported.quantized} if exported.quantized else {}
+        )
+        save_report(clean(report), job.run.folder)
+        entry |= {"files": exported.files, "checked": exported.checked, "quantized": exported.quantized}
     return folder
 
 
-def show_result(folder: Path, console: Any) -> None:
-    """The measured table and where everything is."""
-    from moe2dense.reporting.assemble import read_report
-    from moe2dense.reporting.terminal import print_report
-
+def show_result(folder: Path, console: Console) -> None:
+    """Print the measured table and where everything is."""
     print_report(read_report(folder), console)
     console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}", highlight=False)

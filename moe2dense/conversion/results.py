@@ -1,18 +1,27 @@
-"""What `plan` and `convert` return. No torch here, so that the commands' help is quick."""
+"""The results of `plan` and `convert`. No torch here, so that the commands' help is quick."""
 
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from moe2dense.conversion.machine import Machine
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.target.resolve import Target
 
 
 @dataclass(frozen=True)
+class Machine:
+    """What a plan's times assume: FLOP/s of fp32 matrix products and bytes/s read from the disk."""
+
+    flops: float
+    disk: float
+    name: str = "this machine"
+    disk_measured: bool = False  # False: assumed, as the teacher is not on this disk
+
+
+@dataclass(frozen=True)
 class Plan:
-    """Everything `moe2dense plan` prints. Sizes in bytes, counts in parameters and tokens, times in seconds."""
+    """All that `moe2dense plan` prints. Sizes in bytes, counts in parameters and tokens, times in seconds."""
 
     teacher: str
     source: str
@@ -35,14 +44,16 @@ class Plan:
     machine: Machine
     warnings: tuple[str, ...] = field(default=())
     depth: str = "influence"  # which layers stay where some go
+    ood: str = ""  # text of another kind for the report
+    folder_texts: tuple[str, ...] = ()  # which of path, valid and ood the teacher's folder names
 
     @property
     def bytes_per_token(self) -> float:
-        """Checkpoint bytes read for one token position at this macro-batch."""
-        return self.checkpoint_bytes / min(self.macro_batch, max(self.tokens, 1))
+        """Return the checkpoint bytes read for one token position at this macro-batch."""
+        return self.checkpoint_bytes / min(self.macro_batch, max(self.tokens, self.build_tokens, 1))
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
+        """Return plain values for JSON."""
         skip = {"target", "shape", "machine"}
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         target = {k: getattr(self.target, k) for k in ("to", "label", "width", "parameters", "geometry", "checkpoint")}

@@ -11,27 +11,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from filelock import BaseFileLock, FileLock, Timeout
+
 from moe2dense.common.files import atomic_write
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import differences, read_config, write_config
+from moe2dense.conversion.configure import CONFIG, FREE_KEYS
 from moe2dense.errors import UserError
 
 MANIFEST = "run.json"
-CONFIG = "moe2dense.toml"
-# what may differ between a run and its resumption: none of it changes the result
-_FREE = ("teacher.memory", "teacher.device", "teacher.experts", "train.report_to")
+_LOCK = ".lock"
 
 
 class Run:
     """An open run folder. Use `open_run`; closing releases its lock."""
 
-    def __init__(self, folder: Path, config: RunConfig, lock: Any):
+    def __init__(self, folder: Path, config: RunConfig, lock: BaseFileLock):
         self.folder, self.config, self._lock = folder, config, lock
         manifest = folder / MANIFEST
         self.manifest: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {"stages": {}}
 
     def finished(self, stage: str) -> dict[str, Any] | None:
-        """The entry of a finished stage, or None."""
+        """Return the entry of a finished stage, or None."""
         return self.manifest["stages"].get(stage)
 
     def finish(self, stage: str, **entry: Any) -> None:
@@ -45,15 +46,14 @@ class Run:
         atomic_write(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
     def close(self) -> None:
+        """Let others use the folder."""
         self._lock.release()
         with contextlib.suppress(OSError):
-            (self.folder / ".lock").unlink()
+            (self.folder / _LOCK).unlink()
 
 
-def _lock(folder: Path) -> Any:
-    from filelock import FileLock, Timeout
-
-    lock = FileLock(folder / ".lock")
+def _lock(folder: Path) -> BaseFileLock:
+    lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -61,44 +61,69 @@ def _lock(folder: Path) -> Any:
     return lock
 
 
-@contextlib.contextmanager
-def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Iterator[Run]:
-    """Create a run folder, or reopen one with `resume`.
+def check_out(folder: str | Path, resume: bool = False) -> None:
+    """Refuse a run folder before anything is computed; creates nothing.
 
-    Raises UserError: the folder exists and is not empty (naming both remedies), nothing to resume, the config differs from
-    the run's (showing the difference), the folder is locked or cannot be written.
+    Raises UserError: the folder exists and is not empty (naming both remedies), it cannot be created or written, or there is nothing
+    to resume.
     """
     folder = Path(folder)
-    exists = folder.exists() and (not folder.is_dir() or any(p.name != ".lock" for p in folder.iterdir()))
+    exists = folder.exists() and (not folder.is_dir() or any(p.name != _LOCK for p in folder.iterdir()))
     if exists and not resume:
         raise UserError(f"--out {folder} exists; continue it with --resume, or choose another --out")
     if resume and not (folder / CONFIG).is_file():
         raise UserError(f"--resume: {folder} holds no run (no {CONFIG}); start it without --resume")
+    place = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not place.is_dir():
+        raise UserError(f"--out {folder} cannot be created: {place} is a file; choose a folder you can write to")
+    if not os.access(place, os.W_OK):
+        raise UserError(f"--out {folder} cannot be written; choose a folder you can write to")
+
+
+@contextlib.contextmanager
+def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Iterator[Run]:
+    """Create a run folder, or reopen one with `resume`.
+
+    A run that is refused (UserError) before any stage has finished leaves no folder behind. Raises UserError as `check_out` does,
+    where the config differs from the run's (showing the difference), and where another run has the folder.
+    """
+    folder = Path(folder)
+    check_out(folder, resume)
+    created = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(
             f"--out {folder} cannot be created: {error.strerror}; choose a folder you can write to"
         ) from error
-    if not os.access(folder, os.W_OK):
-        raise UserError(f"--out {folder} cannot be written; choose a folder you can write to")
     lock = _lock(folder)
-    run = None
+    run = refused = None
     try:
         if resume:
-            changed = [d for d in differences(read_config(folder / CONFIG), config) if d.split(":")[0] not in _FREE]
+            stored = read_config(folder / CONFIG)
+            changed = [d for d in differences(stored, config) if d.split(":")[0] not in FREE_KEYS]
             if changed:
                 raise UserError(f"--resume: the settings differ from the run in {folder}: {'; '.join(changed)}")
         else:
             atomic_write(folder / CONFIG, write_config(config))
         run = Run(folder, config, lock)
         yield run
-    except UserError:
-        if not resume and {p.name for p in folder.iterdir()} <= {CONFIG, ".lock"}:
-            (folder / CONFIG).unlink(missing_ok=True)  # nothing was done: the corrected command may use the same --out
+    except UserError as error:
+        refused = error
         raise
     finally:
         if run is not None:
             run.close()
         else:
             lock.release()
+        if refused is not None and not resume:
+            _remove_if_unused(folder, created)
+
+
+def _remove_if_unused(folder: Path, created: bool) -> None:
+    """Leave no trace of a run that was refused before it did anything: the corrected command may use the same --out."""
+    if {p.name for p in folder.iterdir()} <= {CONFIG, _LOCK}:
+        (folder / CONFIG).unlink(missing_ok=True)
+        (folder / _LOCK).unlink(missing_ok=True)
+        if created:
+            folder.rmdir()

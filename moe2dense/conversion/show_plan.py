@@ -1,91 +1,198 @@
-"""Print a plan as tables and sentences."""
+"""Print a plan as tables and sentences, with a legend of the words it uses."""
 
-from typing import Any
+from pathlib import Path
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
 
 from moe2dense.common.units import show_bytes, show_count, show_seconds
 from moe2dense.config.schema import RunConfig
+from moe2dense.conversion.plan import stage_targets
+from moe2dense.conversion.plan_warnings import share_text
 from moe2dense.conversion.results import Plan
+from moe2dense.student.target.pruned import pruning_text
+
+# (row of the cost table, work in Plan.flops and Plan.seconds, place in Plan.disk)
+_STAGES = (
+    ("build", "build", "build"),
+    ("targets", "teacher", "targets"),
+    ("distill", "student", "checkpoints"),
+    ("evaluate", "", ""),
+)
+_LEGEND = (
+    ("build", "makes the student layer by layer from what the teacher's layers do on the first part of the text"),
+    ("targets", "stores the teacher's answers on the text, so that training needs no teacher"),
+    ("distill", "trains the student on these answers"),
+    ("evaluate", "scores held-out text and writes the report"),
+    ("reading", "loading the teacher's weights from disk, which the other times leave out"),
+    ("host", "the dense architecture that the student has"),
+    (
+        "memory",
+        "the most a stage needs. --memory limits what of the teacher is held at once, not the student's training",
+    ),
+)
 
 
-def print_plan(plan: Plan, console: Any) -> None:
-    """The plan as tables on a rich console."""
-    from rich.table import Table
+def print_plan(plan: Plan, settings: RunConfig, console: Console) -> None:
+    """Print the plan as tables and sentences."""
+    console.print(_shape_table(plan))
+    console.print()
+    console.print(_cost_table(plan))
+    console.print(f"[bold]Times[/] are for {machine_text(plan)}.", highlight=False)
+    console.print()
+    for line in [*_sentences(plan), *settings_notes(settings, plan)]:
+        console.print(line, highlight=False, markup=False)
+    console.print()
+    console.print("[bold]Words[/]")
+    legend = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
+    for word, meaning in _LEGEND:
+        if plan.tokens or word not in ("targets", "distill"):
+            legend.add_row(word, meaning)
+    console.print(Padding(legend, (0, 0, 0, 2)), highlight=False)
+    for warning in plan.warnings:
+        console.print(f"\n[yellow]warning:[/] {warning}", highlight=False)
 
-    from moe2dense.student.target.pruned import pruning_text
 
-    s, t = plan.shape, plan.target
-    table = Table(title=f"{plan.teacher} → {t.label}", title_justify="left", show_header=True, header_style="bold")
+def machine_text(plan: Plan) -> str:
+    """Say which machine and speed the times are for."""
+    machine = plan.machine
+    disk = f"{show_bytes(machine.disk)}/s from disk ({'measured' if machine.disk_measured else 'assumed'})"
+    return (
+        f"{machine.name} at {_show_flops(machine.flops)} of fp32 products and {disk}; "
+        f"--speed and --disk-speed plan for another"
+    )
+
+
+def _show_flops(flops: float) -> str:
+    """16_900_000_000 -> '16.9 GFLOP/s'."""
+    return show_bytes(flops).replace("kB", "kFLOP/s").replace("B", "FLOP/s")
+
+
+def _shape_table(plan: Plan) -> Table:
+    """Teacher and student side by side."""
+    teacher, student = plan.shape, plan.target
+    config = student.config
+    table = Table(title=f"{plan.teacher} → {student.label}", title_justify="left", header_style="bold")
     for column in ("", "teacher", "student"):
         table.add_column(column)
-    neurons = len(s.moe_layers) * s.num_experts * s.expert_width
-    moe = f"{s.num_experts} experts, top-{s.top_k}, width {s.expert_width}"
-    moe += f", shared {s.shared_width}" if s.shared_width else ""
-    part = len(s.moe_layers) * t.config.num_hidden_layers / s.num_hidden_layers
-    outside = pruning_text(s, t.geometry, plan.depth) or "attention, norms, embeddings whole"
+    experts = f"{teacher.num_experts} experts, top-{teacher.top_k}, width {teacher.expert_width}"
+    experts += f", shared {teacher.shared_width}" if teacher.shared_width else ""
+    built = f"built from the teacher ({student.card.title} host)"
     rows = [
-        ("source", plan.source, f"built from the teacher ({t.card.title} host)" if not t.checkpoint else t.checkpoint),
+        ("source", plan.source, student.checkpoint or built),
         (
             "layers x hidden",
-            f"{s.num_hidden_layers} x {s.hidden_size}",
-            f"{t.config.num_hidden_layers} x {t.config.hidden_size}",
+            f"{teacher.num_hidden_layers} x {teacher.hidden_size}",
+            f"{config.num_hidden_layers} x {config.hidden_size}",
         ),
-        ("FFN", moe, f"width {t.width} ({t.whole_experts:.3g} expert{'' if t.whole_experts == 1 else 's'})"),
-        ("parameters", show_count(s.parameters), f"{show_count(t.parameters)} ({t.parameters / s.parameters:.0%})"),
-        ("per token", show_count(s.active_parameters), show_count(t.parameters)),
-        ("kept", "", f"{outside}; {part * t.width / max(neurons, 1):.0%} of the expert neurons"),
+        ("FFN", experts, _width_text(plan)),
+        (
+            "parameters",
+            show_count(teacher.parameters),
+            f"{show_count(student.parameters)} ({student.parameters / teacher.parameters:.0%})",
+        ),
+        ("per token", show_count(teacher.active_parameters), show_count(student.parameters)),
+        ("kept", "", _kept_text(plan)),
     ]
     for row in rows:
         table.add_row(*row)
-    console.print(table)
+    return table
+
+
+def _width_text(plan: Plan) -> str:
+    student = plan.target
+    experts = student.whole_experts
+    if experts <= 0:
+        return f"width {student.width} (less than the shared expert's {plan.shape.shared_width})"
+    shared = "shared + " if plan.shape.shared_width else ""
+    return f"width {student.width} ({shared}{experts:.3g} expert{'' if experts == 1 else 's'})"
+
+
+def _kept_text(plan: Plan) -> str:
+    """What of the teacher the student keeps: everything outside the FFNs or less, and a share of the experts' neurons."""
+    teacher, student = plan.shape, plan.target
+    neurons = len(teacher.moe_layers) * teacher.num_experts * teacher.expert_width
+    layers = len(teacher.moe_layers) * student.config.num_hidden_layers / teacher.num_hidden_layers
+    share = layers * student.width / max(neurons, 1)
+    outside = pruning_text(teacher, student.geometry, plan.depth) or "attention, norms, embeddings whole"
+    return f"{outside}; {share_text(share)} of the expert neurons"
+
+
+def _cost_table(plan: Plan) -> Table:
     cost = Table(title="Cost", title_justify="left", header_style="bold")
-    for column in ("stage", "memory", "disk", "FLOPs", "time"):
-        cost.add_column(column)
-    for stage, work in (("build", "build"), ("targets", "teacher"), ("distill", "student"), ("evaluate", "")):
-        disk = plan.disk.get("checkpoints" if stage == "distill" else stage, 0)
-        cost.add_row(
-            stage,
-            show_bytes(plan.memory[stage]),
-            show_bytes(disk) if disk else "",
-            f"{plan.flops[work]:.2g}" if work else "",
-            show_seconds(plan.seconds[work]) if work else "",
-        )
+    cost.add_column("stage")
+    for column in ("memory", "disk", "FLOPs", "time"):
+        cost.add_column(column, justify="right")
+    for stage, work, place in _STAGES:
+        if plan.tokens or stage in ("build", "evaluate"):
+            disk = plan.disk.get(place, 0)
+            cost.add_row(
+                stage,
+                show_bytes(plan.memory[stage]),
+                show_bytes(disk) if disk else "",
+                f"{plan.flops[work]:.2g}" if work else "",
+                show_seconds(plan.seconds[work]) if work else "",
+            )
     cost.add_row("reading", "", "", "", show_seconds(plan.seconds["reading"]))
-    console.print(cost)
+    return cost
+
+
+def _sentences(plan: Plan) -> list[str]:
+    """The plan's text, where it comes from, how often the teacher is read, and the compute in all."""
+    spent = (plan.flops["teacher"] if plan.tokens else 0) + plan.flops["build"] + plan.flops["student"]
     from_scratch = plan.flops["from_scratch"]
-    spent = plan.flops["teacher"] + plan.flops["build"] + plan.flops["student"]
-    console.print(
-        f"tokens: {show_count(plan.tokens)} teacher positions, {show_count(plan.build_tokens)} of them in the build, blocks of {plan.block}"
+    build = show_count(plan.build_tokens)
+    tokens = (
+        f"tokens: the teacher reads {show_count(plan.tokens)}, of which the build takes {build}"
+        if plan.tokens
+        else f"tokens: {build} for the build; nothing is trained after it"
     )
-    console.print(f"data: {plan.data}   out: {plan.out}")
-    console.print(
-        f"teacher reads: {plan.reads} x {show_bytes(plan.checkpoint_bytes)}; {show_bytes(plan.bytes_per_token)} per token at a macro-batch of "
-        f"{show_count(plan.macro_batch)} tokens ({show_bytes(plan.memory_budget)} of memory); reading costs less than computing from {show_count(plan.break_even_batch)} tokens on"
-    )
-    console.print(
-        f"compute: {spent:.2g} FLOPs, {100 * spent / from_scratch:.2g}% of training this student from scratch ({from_scratch:.2g})"
-    )
-    for warning in plan.warnings:
-        console.print(f"[yellow]warning:[/] {warning}")
+    texts = [f"data: {_text_name(plan, 'path', plan.data)}"]
+    if plan.ood:
+        texts.append(f"out-of-distribution text of the report: {_text_name(plan, 'ood', plan.ood)}")
+    return [
+        f"{tokens} (in blocks of {plan.block})",
+        *texts,
+        f"out: {plan.out}",
+        f"teacher: its {show_bytes(plan.checkpoint_bytes)} are read {plan.reads} times; {show_count(plan.macro_batch)} tokens share a "
+        f"reading (what {show_bytes(plan.memory_budget)} of --memory hold), which makes {show_bytes(plan.bytes_per_token)} a token. "
+        f"From {show_count(plan.break_even_batch)} tokens on, computing takes longer than reading",
+        f"compute: {spent:.2g} FLOPs, {share_text(spent / from_scratch)} of training this student from scratch "
+        f"({from_scratch:.2g})",
+    ]
 
 
-def describe(settings: RunConfig, plan: Any) -> str:
-    """What of the text, or of the teacher that writes the targets, is not the plain one; '' when nothing is."""
-    said, teacher = [], settings.teacher
+def _text_name(plan: Plan, name: str, path: str) -> str:
+    """A text's path, from the folder one is in where that is shorter; said where the teacher's folder chose it."""
+    shown = Path(path)
+    if shown.is_absolute() and shown.is_relative_to(Path.cwd()):
+        shown = shown.relative_to(Path.cwd())
+    return f"{shown} (named by the teacher's folder)" if name in plan.folder_texts else str(shown)
+
+
+def settings_notes(settings: RunConfig, plan: Plan) -> list[str]:
+    """Return sentences on what of the settings is not the plain way: stages, the text, or the teacher that gives the targets."""
+    notes, teacher = [], settings.teacher
+    if settings.stages:
+        targets = stage_targets(settings)
+        way = " -> ".join([settings.model, *(target.label for target in targets)])
+        notes.append(f"stages: {way}, {show_count(settings.train.tokens // len(targets))} tokens each")
     if settings.write.share and plan.tokens:
         count = show_count(round(settings.write.share * plan.tokens))
-        said.append(
+        notes.append(
             f"the teacher first writes {count} tokens of the training text, in one pass over its weights for each new token"
         )
     if settings.train.select and plan.tokens:
-        said.append(f"of the text only {settings.train.select} is trained on, as many steps as on all of it")
+        notes.append(f"of the text only {settings.train.select} is trained on, as many steps as on all of it")
     if teacher.quantize:
-        said.append(
-            f"the batches is taught by experts rounded to {teacher.quantize} as they are read; the full teacher judges"
+        notes.append(
+            f"the targets come from experts rounded to {teacher.quantize} as they are read; the full teacher judges"
         )
     if teacher.draws:
-        how = f"{teacher.top_k or 'as many'} experts per token{'' if teacher.top_k else ' as ever'}"
+        experts = f"{teacher.top_k} experts" if teacher.top_k else "as many experts as ever"
         times = f", {teacher.draws} times, and their distributions averaged" if teacher.draws > 1 else ""
-        said.append(f"targets come from {how}, drawn from the router's distribution{times}")
+        notes.append(f"targets come from {experts} per token, drawn from the router's distribution{times}")
     elif teacher.top_k:
-        said.append(f"targets come from {teacher.top_k} experts per token")
-    return "; ".join(said)
+        notes.append(f"targets come from {teacher.top_k} experts per token")
+    return notes

@@ -1,31 +1,40 @@
 """The stages of a conversion. Each reads its result back from the run folder when the run already has it."""
 
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.job import Job
-from moe2dense.distillation.regimes.registry import OWN_TEXT, make_regime
+from moe2dense.conversion.scoring import reference_for
+from moe2dense.distillation.api import distill
+from moe2dense.distillation.cost import features_to_store
+from moe2dense.distillation.regime import Regime
+from moe2dense.distillation.regimes.checks import brings_targets
+from moe2dense.distillation.regimes.make import make_regime
+from moe2dense.distillation.regimes.registry import REGIMES
+from moe2dense.distillation.targets.mixture import MixedTargets
+from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.write import write_targets
+from moe2dense.losses.feature_spec import teacher_features
+from moe2dense.student.build.api import build_student, build_to_folder
+from moe2dense.student.open import open_student
+from moe2dense.student.store import load_student, save_student
+from moe2dense.student.types import Student
+from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
 
-if TYPE_CHECKING:
-    from moe2dense.distillation.regime import Regime
 
-from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from moe2dense.evaluation.reference import Reference
-    from moe2dense.evaluation.scores import Scores
-    from moe2dense.student.types import Student
-
-
-def build(job: Job) -> "Student":
+def build(job: Job) -> Student:
     """Build the student layer by layer beside the teacher."""
-    from moe2dense.student.build.api import build_to_folder
-    from moe2dense.student.store import load_student, save_student
-
     folder = job.run.folder / "build"
     if job.run.finished("build"):
         return load_student(folder / "student")
+
+    def progress(name: str, done: int, total: int, **numbers: Any) -> None:
+        job.progress(name, done, total, **{k: v for k, v in numbers.items() if k == "error"})
+
     settings = job.settings
     with job.timed("build") as entry:
         build_to_folder(
@@ -37,67 +46,30 @@ def build(job: Job) -> "Student":
             init=settings.build.init,
             config=settings.build,
             seed=settings.seed,
-            progress=lambda name, *counts, **numbers: job.progress(
-                name, *counts, **{k: v for k, v in numbers.items() if k == "error"}
-            ),
+            progress=progress,
         )
         student = load_student(folder / "student")  # as a resumed run does, so that both train the same module
-        if (
-            job.intermediate_teacher is not None
-        ):  # where the neurons of a dense intermediate_teacher come from says nothing of the teacher's experts
-            student.provenance, student.teacher_path = [None] * len(student.provenance), str(job.teacher.path)
+        if job.intermediate_teacher is not None:
+            # Where the neurons of a dense intermediate teacher come from says nothing of the teacher's experts.
+            student = replace(student, provenance=[None] * len(student.provenance), teacher_path=str(job.teacher.path))
             save_student(student, folder / "student")
         entry |= {"tokens": student.build_tokens, "history": student.history}
     return student
 
 
-def reference_for(job: Job, which: str) -> "Reference":
-    """The teacher's final hidden states on held-out text, computed once per process."""
-    from moe2dense.evaluation.reference import reference
+def train(job: Job, student: Student, row: str = "student") -> Student:
+    """Distil the student on the teacher's targets; returns it with the final weights.
 
-    if which not in job.references:
-        blocks = job.text.valid if which == "valid" else job.text.ood
-        job.references[which] = reference(job.teacher, blocks)
-    return job.references[which]
-
-
-def token_counts(job: Job) -> Any:
-    """How often each token id stands in the training text [V]."""
-    import torch
-
-    return torch.bincount(job.text.train.input_ids.flatten(), minlength=job.plan.shape.vocab_size)
-
-
-def score(job: Job, student: Any) -> dict[str, "Scores"]:
-    """A student's numbers on the held-out and, where given, the out-of-distribution text."""
-    from moe2dense.evaluation.api import evaluate
-
-    counts, seed = token_counts(job), job.settings.seed
-    return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in _texts(job)}
-
-
-def _texts(job: Job) -> list[str]:
-    return ["valid"] if job.text.ood is None else ["valid", "ood"]
-
-
-def score_teacher(job: Job) -> dict[str, "Scores"]:
-    """The teacher's own row: its likelihood of the text; everything relative to itself is zero."""
-    from moe2dense.evaluation.api import evaluate
-
-    counts, seed = token_counts(job), job.settings.seed
-    truths = {t: reference_for(job, t) for t in _texts(job)}
-    return {t: evaluate(truth, truth, token_counts=counts, seed=seed) for t, truth in truths.items()}
-
-
-def train(job: Job, student: "Student", row: str = "student") -> "Student":
-    """Distil the student on the teacher's targets; returns it with the final weights."""
-    from moe2dense.distillation.api import distill
-    from moe2dense.student.store import load_student, save_student
-
+    row: the student's row in the report; another than `student` is trained in a folder of that name.
+    """
     folder = job.run.folder if row == "student" else job.run.folder / row
     stage, final = f"train-{row}", folder / "checkpoints" / "final"
     if job.run.finished(stage):
         return load_student(final)
+
+    def progress(name: str, done: int, total: int, **numbers: Any) -> None:
+        job.progress(name if row == "student" else f"{name} {row}", done, total, **numbers)
+
     settings = job.settings
     with job.timed(stage) as entry:
         result = distill(
@@ -112,9 +84,7 @@ def train(job: Job, student: "Student", row: str = "student") -> "Student":
             out=folder,
             resume=True,
             regime=regime_of(job),
-            progress=lambda name, *rest, **numbers: job.progress(
-                name if row == "student" else f"{name} {row}", *rest, **numbers
-            ),
+            progress=progress,
         )
         save_student(student, final)
         entry |= {
@@ -126,47 +96,8 @@ def train(job: Job, student: "Student", row: str = "student") -> "Student":
     return student
 
 
-def training_targets(job: Job) -> Any:
-    """The teacher's targets on the training text: the store the user names, else one written to the run folder; None for hard labels alone."""
-    from moe2dense.distillation.auto_features import features_to_store
-    from moe2dense.distillation.regimes.registry import brings_targets
-    from moe2dense.distillation.targets.mixture import MixedTargets
-    from moe2dense.distillation.targets.store import open_targets, write_targets
-    from moe2dense.losses.feature_spec import teacher_features
-
-    settings = job.settings.train
-    if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
-        return None
-    if settings.targets:
-        return open_targets(settings.targets, job.text.train)
-    draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
-    features = features_to_store(settings, job.target) if draws == 1 else ""  # of several answers there is none
-    folder = job.run.folder / "targets"
-    folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
-    if not job.run.finished("targets"):
-        with job.timed("targets"):
-            for draw, place in enumerate(folders):
-                write_targets(
-                    training_teacher(job, targets=True, draw=draw),
-                    job.text.train,
-                    place,
-                    format=settings.target_format,
-                    temperature=settings.temperature,
-                    seed=job.settings.seed,
-                    features=teacher_features(
-                        features, job.target.config.num_hidden_layers, job.target.teacher.num_hidden_layers
-                    ),
-                    routing=[settings.token_weights] * bool(settings.token_weights),
-                    progress=job.progress,
-                )
-    found = [open_targets(place, job.text.train) for place in folders]
-    return found[0] if draws == 1 else MixedTargets([(1 / draws, one) for one in found])
-
-
-def control(job: Job) -> "Student":
-    """The same student from random neurons, trained the same way: what the build is worth."""
-    from moe2dense.student.build.api import build_student
-
+def control(job: Job) -> Student:
+    """Train the same student from random neurons in the same way: what the build is worth."""
     settings = job.settings
     student = build_student(
         job.source, to=job.target, data=job.text.build, init="random", config=settings.build, seed=settings.seed
@@ -174,62 +105,100 @@ def control(job: Job) -> "Student":
     return train(job, student, "control") if job.plan.tokens else student
 
 
-def regime_of(job: Any) -> "Regime | None":
-    """The regime that a conversion's settings ask for, with the models it needs; a second student is built once and kept."""
-
-    name, options = job.settings.train.regime, job.settings.regime
-    teacher = training_teacher(job, targets=True) if name in OWN_TEXT else job.source
-    return make_regime(name, options, teacher, second_student(job) if name == "mutual" else None)
+def needs_targets(settings: RunConfig) -> bool:
+    """Return whether training reads the teacher's distributions at all: hard labels alone do not."""
+    train = settings.train
+    return train.alpha < 1 or bool(train.alpha_schedule or train.wanted_features or train.select)
 
 
-def second_student(job: Any) -> Any:
-    """The other student of mutual learning: a checkpoint, or built in another way from another seed."""
+def training_targets(job: Job) -> Targets | None:
+    """Return the teacher's targets on the training text; None where training reads none.
 
-    from moe2dense.student.build.api import build_student
-    from moe2dense.student.store import load_student, save_student
+    They are the store that the user names, else one that is written to the run folder.
+    """
+    settings = job.settings.train
+    if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
+        return None
+    if settings.targets:
+        return open_targets(settings.targets, job.text.train)
+    draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
+    folder = job.run.folder / "targets"
+    folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
+    if not job.run.finished("targets"):
+        with job.timed("targets"):
+            _store_targets(job, folders)
+    stores = [open_targets(place, job.text.train) for place in folders]
+    return stores[0] if draws == 1 else MixedTargets([(1 / draws, store) for store in stores])
 
-    peer, folder = job.settings.regime.peer, job.run.folder / "build" / "peer"
+
+def _store_targets(job: Job, folders: list[Path]) -> None:
+    """Write the teacher's targets; into several folders, where its experts are drawn several times."""
+    settings, target = job.settings.train, job.target
+    # Features of several answers have no mean to learn from.
+    features = features_to_store(settings, target) if len(folders) == 1 else ""
+    layers = target.config.num_hidden_layers, target.teacher.num_hidden_layers
+    for draw, folder in enumerate(folders):
+        write_targets(
+            training_teacher(job, targets=True, draw=draw),
+            job.text.train,
+            folder,
+            format=settings.target_format,
+            temperature=settings.temperature,
+            seed=job.settings.seed,
+            features=teacher_features(features, *layers),
+            routing=[settings.token_weights] * bool(settings.token_weights),
+            progress=job.progress,
+        )
+
+
+def regime_of(job: Job) -> Regime | None:
+    """Return the regime that a run's settings ask for, with the models it needs; None for learning from fixed text."""
+    name = job.settings.train.regime
+    if not name:
+        return None
+    row = REGIMES[name]
+    teacher = training_teacher(job, targets=True) if row.writes_text else job.source
+    return make_regime(name, job.settings.regime, teacher, second_student(job) if row.needs_peer else None)
+
+
+def second_student(job: Job) -> Student:
+    """Return the other student of mutual learning: a checkpoint, or built once in another way from another seed."""
+    settings, folder = job.settings, job.run.folder / "build" / "peer"
+    peer = settings.regime.peer
     if Path(peer).is_dir():
-        from moe2dense.student.open import open_student
-
         return open_student(peer)
     if not job.run.finished("peer"):
         with job.timed("peer"):
-            seed, build = job.settings.seed + 1, job.settings.build
-            save_student(
-                build_student(job.source, to=job.target, data=job.text.build, init=peer, config=build, seed=seed),
-                folder,
+            student = build_student(
+                job.source,
+                to=job.target,
+                data=job.text.build,
+                init=peer,
+                config=settings.build,
+                seed=settings.seed + 1,
             )
+            save_student(student, folder)
     return load_student(folder)
 
 
-def needs_targets(settings: RunConfig) -> bool:
-    """Whether training reads the teacher's distributions at all: hard labels alone do not."""
-    return settings.train.alpha < 1 or bool(
-        settings.train.alpha_schedule or settings.train.wanted_features or settings.train.select
-    )
-
-
-def training_teacher(job: Any, targets: bool = False, draw: int = 0) -> Any:
-    """The teacher that the student learns from: with rounded experts, or for targets with other experts, where the settings say so.
+def training_teacher(job: Job, targets: bool = False, draw: int = 0) -> Teacher:
+    """Return the teacher that the student learns from: with rounded experts, or for targets with other ones, where the settings say so.
 
     draw: which drawing of experts, where they are drawn. The student is always judged by the checkpoint as it is.
     """
-    about = job.settings.teacher
-    options: dict[str, Any] = {"quantize": about.quantize} if about.quantize else {}
-    if targets and about.top_k:
-        options["top_k"] = about.top_k
-    if targets and about.draws:
+    teacher = job.settings.teacher
+    options: dict[str, Any] = {"quantize": teacher.quantize} if teacher.quantize else {}
+    if targets and teacher.top_k:
+        options["top_k"] = teacher.top_k
+    if targets and teacher.draws:
         options |= {"draw": draw, "seed": job.settings.seed}
     if job.intermediate_teacher is not None or not options:
         return job.source
-    from moe2dense.teacher.load import load_teacher
-
     return load_teacher(
         job.teacher.path,
-        memory=about.memory,
-        experts=about.experts,
-        device=about.device,
+        memory=teacher.memory,
+        experts=teacher.experts,
+        device=teacher.device,
         card=job.teacher.card,
         **options,
     )

@@ -1,49 +1,54 @@
-"""What a run's settings change about its text and about the teacher that its student learns from."""
+"""What a run's settings change about its training text: passages that the teacher writes, and blocks that are chosen."""
 
-import dataclasses
 import json
-from typing import Any
+from dataclasses import replace
 
 import torch
 
 from moe2dense.common.files import atomic_write
 from moe2dense.config.schema import DEFAULT_CORPUS
+from moe2dense.conversion.job import Job
+from moe2dense.conversion.stages import training_targets
 from moe2dense.data.blocks import Blocks, join_blocks
 from moe2dense.data.load import load_blocks
-from moe2dense.distillation.select_blocks import parse_selection, select_blocks
+from moe2dense.distillation.select_blocks import Selection, parse_selection, select_blocks
 from moe2dense.errors import UserError
 from moe2dense.generation.dataset import summary, write_text
+from moe2dense.student.types import Student
 
 
-def prepare_text(job: Any, student: Any) -> None:
-    """Put what the teacher writes into the training text, then keep the blocks that are chosen; a resumed run reads both back."""
+def with_training_text(job: Job, student: Student) -> Job:
+    """Return the job with what the teacher writes in its training text, and only the blocks that are chosen.
+
+    A resumed run reads both back.
+    """
     if job.settings.write.share:
-        job.text = dataclasses.replace(job.text, train=written_text(job))
-    if job.settings.train.select:
-        _select(job, student)
+        job = replace(job, text=replace(job.text, train=written_text(job)))
+    selection = parse_selection(job.settings.train.select)
+    return job if selection is None else _with_selected_blocks(job, student, selection)
 
 
-def _select(job: Any, student: Any) -> None:
-    from moe2dense.conversion.stages import training_targets
-
-    whole, selection = job.text.train, parse_selection(job.settings.train.select)
-    assert selection is not None
+def _with_selected_blocks(job: Job, student: Student, selection: Selection) -> Job:
+    """The job with the most useful training blocks alone, seen so often that there are as many steps as on all of them."""
+    blocks = job.text.train
     record = job.run.folder / "selection.json"
     targets = training_targets(job)
+    assert targets is not None, (
+        "needs_targets says so for train.select, and check_text_settings refuses regimes without"
+    )
     if not job.run.finished("select"):
         with job.timed("select") as entry:
-            rows, divergence = select_blocks(student.model, targets, whole, selection)
-            entry |= {"kept": len(rows), "of": len(whole), "divergence": float(divergence[rows].mean())}
+            rows, divergence = select_blocks(student.model, targets, blocks, selection)
+            entry |= {"kept": len(rows), "of": len(blocks), "divergence": float(divergence[rows].mean())}
             entry["divergence_of_all"] = float(divergence.mean())
             atomic_write(record, json.dumps({"rows": rows, "divergence": [round(float(d), 6) for d in divergence]}))
     rows = json.loads(record.read_text())["rows"]
-    job.text = dataclasses.replace(job.text, train=whole[rows])
-    train = dataclasses.replace(job.settings.train, epochs=job.settings.train.epochs * len(whole) / len(rows))
-    job.settings = dataclasses.replace(job.settings, train=train)  # as many steps as on the whole text
+    train = replace(job.settings.train, epochs=job.settings.train.epochs * len(blocks) / len(rows))
+    return replace(job, text=replace(job.text, train=blocks[rows]), settings=replace(job.settings, train=train))
 
 
-def written_text(job: Any) -> Blocks:
-    """The training blocks of a run, `write.share` of them written by its teacher, in a shuffled order.
+def written_text(job: Job) -> Blocks:
+    """Return the training blocks of a run, `write.share` of them written by its teacher, in a shuffled order.
 
     The text is kept in the run's written/ and continued there by a resumed run. Raises UserError as `write_text` does, and when
     the written text fills no block.

@@ -6,8 +6,9 @@ import pytest
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
 from moe2dense.conversion.configure import default_out
-from moe2dense.conversion.machine import Machine, calibrate
+from moe2dense.conversion.machine import calibrate
 from moe2dense.conversion.plan import block_length, make_plan
+from moe2dense.conversion.results import Machine
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.errors import UserError
 from moe2dense.student.build.cost import build_tokens
@@ -106,7 +107,7 @@ def test_pruning_is_told_and_its_scores_cost_a_read():
 
     def text(plan):
         out = io.StringIO()
-        print_plan(plan, Console(file=out, width=200))
+        print_plan(plan, RunConfig(), Console(file=out, width=200))
         return out.getvalue()
 
     small = planned("qwen3-30b-a3b", "1b", teacher__memory="200GB")

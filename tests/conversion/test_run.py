@@ -5,7 +5,7 @@ import pytest
 from moe2dense.common.files import atomic_write
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
-from moe2dense.conversion.run import open_run
+from moe2dense.conversion.run import check_out, open_run
 from moe2dense.errors import UserError
 
 
@@ -68,7 +68,7 @@ def test_atomic_write_leaves_the_old_file_when_it_fails(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(UserError, match="No space left on device"):
+    with pytest.raises(UserError, match="the disk is full"):
         atomic_write(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
@@ -89,3 +89,25 @@ def test_a_run_refused_before_anything_was_done_leaves_its_folder_free(tmp_path)
         raise UserError("later")
     with pytest.raises(UserError, match="--resume, or choose another --out"), open_run(out, RunConfig()):
         pass
+
+
+def test_a_refused_run_leaves_no_folder(tmp_path):
+    out = tmp_path / "new" / "out"
+    with pytest.raises(UserError, match="typo"), open_run(out, RunConfig()):
+        raise UserError("--data typo")
+    assert not out.exists()
+    kept = tmp_path / "mine"
+    kept.mkdir()
+    with pytest.raises(UserError, match="typo"), open_run(kept, RunConfig()):
+        raise UserError("--data typo")
+    assert kept.is_dir() and not list(kept.iterdir())  # a folder of the user's stays
+
+
+def test_places_are_checked_without_making_anything(tmp_path):
+    check_out(tmp_path / "a" / "b")
+    assert not (tmp_path / "a").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be created"):
+        check_out(tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="holds no run"):
+        check_out(tmp_path / "a", resume=True)

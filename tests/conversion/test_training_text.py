@@ -8,12 +8,14 @@ import tomlkit
 import torch
 
 import moe2dense as m2d
+from moe2dense.conversion import stages
 from moe2dense.conversion import training_text as texts
 from moe2dense.conversion.checks import check_settings, check_text_settings
 from moe2dense.conversion.configure import configure
-from moe2dense.conversion.show_plan import describe
+from moe2dense.conversion.plan import make_plan
+from moe2dense.conversion.results import Machine
+from moe2dense.conversion.show_plan import settings_notes
 from moe2dense.conversion.stages import needs_targets
-from moe2dense.distillation import api as training
 from moe2dense.errors import UserError
 from moe2dense.teacher.load import load_teacher
 
@@ -62,14 +64,14 @@ def test_hard_labels_on_written_text_need_no_targets(tiny, tmp_path):
 @pytest.mark.slow
 def test_other_teachers_for_the_batches(tiny, tmp_path, monkeypatch):
     taught = []
-    real = texts.training_teacher
+    real = stages.training_teacher
 
     def noted(job, targets=False, draw=0):
         found = real(job, targets, draw)
         taught.append((targets, found.quantize, found.config.num_experts_per_tok))
         return found
 
-    monkeypatch.setattr(texts, "training_teacher", noted)
+    monkeypatch.setattr(stages, "training_teacher", noted)
     file = config(tmp_path / "c.toml", teacher={"quantize": "int4", "top_k": 3}, train={"tokens": 4096})
     result = m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o")
     assert taught == [(False, "int4", 2), (True, "int4", 3)]
@@ -83,13 +85,13 @@ def test_other_teachers_for_the_batches(tiny, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_experts_drawn_twice_teach_with_their_mean(tiny, tmp_path, monkeypatch):
     """The targets of a run against the distributions of two teachers asked by hand."""
-    real, asked = training.distill, []
+    real, asked = stages.distill, []
 
     def noted(student, **options):
         asked.append((options["data"], options["targets"]))
         return real(student, **options)
 
-    monkeypatch.setattr(training, "distill", noted)
+    monkeypatch.setattr(stages, "distill", noted)
     file = config(tmp_path / "c.toml", teacher={"draws": 2}, train={"tokens": 4096})
     result = m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o", control=False)
     assert result.scores["student"]["kl"]["value"] > 0
@@ -156,7 +158,6 @@ def test_the_plan_says_what_is_not_plain(tiny, tmp_path, capsys):
     )
     assert "coreset:0.5 is trained on" in shown and "targets come from 3 experts per token" in shown
     drawn = configure(str(tiny), "3.2m", None, {"teacher.draws": 2})
-    said = describe(drawn, None)
-    assert said == (
-        "targets come from as many experts per token as ever, drawn from the router's distribution, 2 times, and their distributions averaged"
-    )
+    assert settings_notes(drawn, make_plan(drawn, Machine(flops=1e11, disk=1e9))) == [
+        "targets come from as many experts as ever per token, drawn from the router's distribution, 2 times, and their distributions averaged"
+    ]

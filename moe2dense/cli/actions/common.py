@@ -1,0 +1,37 @@
+"""What several commands need: the teacher and its text."""
+
+from moe2dense.common.units import parse_count
+from moe2dense.data.blocks import Blocks
+from moe2dense.data.load import load_blocks
+from moe2dense.errors import UserError
+from moe2dense.families.resolve import fetch, resolve_teacher
+from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
+
+_LONGEST_BLOCK = 2048
+
+
+def open_teacher(
+    name: str, *, memory: str = "auto", experts: str = "auto", device: str = "auto", card: str = ""
+) -> Teacher:
+    """Open the teacher that `name` means, ready to stream. Raises UserError as resolve_teacher and load_teacher do."""
+    teacher = resolve_teacher(name, card)
+    return load_teacher(fetch(teacher), memory=memory, experts=experts, device=device, card=teacher.card)
+
+
+def block_length(teacher: Teacher, block: int) -> int:
+    """Return the tokens per block: --block, else min(2048, the teacher's max positions). Raises UserError beyond what it takes."""
+    longest = getattr(teacher.config.get_text_config(), "max_position_embeddings", _LONGEST_BLOCK)
+    if block > longest:
+        raise UserError(f"--block {block} is more than the teacher's {longest} positions")
+    return block or min(_LONGEST_BLOCK, longest)
+
+
+def read_text(path: str, teacher: Teacher, block: int, split: str, tokens: int | None, seed: int = 0) -> Blocks:
+    """Read blocks of one split for this teacher's tokenizer."""
+    return load_blocks(path, teacher.tokenizer(), block_length(teacher, block), split, tokens=tokens, seed=seed)
+
+
+def token_count(tokens: str | None) -> int | None:
+    """Return --tokens as a number; None where it was not given. Raises UserError."""
+    return parse_count(tokens, "--tokens") if tokens else None

@@ -1,0 +1,120 @@
+"""Compare a dense checkpoint with its teacher, as `moe2dense eval` asks."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from moe2dense.cli.actions.common import open_teacher, read_text
+from moe2dense.cli.tables import score_table, task_table
+from moe2dense.common.files import atomic_write
+from moe2dense.common.units import parse_count
+from moe2dense.config.schema import EvaluateConfig, RunConfig
+from moe2dense.conversion.checks import check_allowed
+from moe2dense.data.blocks import Blocks
+from moe2dense.evaluation.api import evaluate
+from moe2dense.evaluation.baselines import check_baselines, open_baseline
+from moe2dense.evaluation.judge import Judge, check_judge
+from moe2dense.evaluation.lm_eval_tasks import check_harness, read_tasks, run_tasks
+from moe2dense.evaluation.reference import reference
+from moe2dense.evaluation.samples import side_by_side
+from moe2dense.reporting.assemble import split_rows
+from moe2dense.reporting.rating_sheet import write_sheet
+from moe2dense.reporting.terminal import written_table
+from moe2dense.teacher.model import Teacher
+
+_SAMPLES_FOR_JUDGE = 4
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """Which student is compared with which teacher, on what."""
+
+    student: str
+    teacher: str
+    data: str
+    split: str
+    tokens: str
+    settings: RunConfig
+    tasks: tuple[str, ...] = ()
+    limit: int | None = None
+    samples: int = 0
+
+
+def run_evaluation(request: EvalRequest, out: Path | None, as_json: bool = False) -> None:
+    """Measure, and print the tables; with `out`, write eval.json and the rating sheet there. Raises UserError for bad input."""
+    settings, options = request.settings, request.settings.teacher
+    allowed, baselines = settings.evaluate.allow_loss, settings.evaluate.baseline
+    if request.tasks:
+        check_harness()
+        read_tasks(list(request.tasks))
+    teacher = open_teacher(request.teacher, memory=options.memory, device=options.device, card=options.card)
+    check_baselines([request.student], teacher.tokenizer(), "STUDENT")
+    check_baselines(baselines, teacher.tokenizer())
+    judge = None
+    if settings.evaluate.judge:
+        check_judge(settings.evaluate.judge, teacher.path, request.student)
+        judge = Judge(settings.evaluate.judge, options.memory, options.device)
+    count = parse_count(request.tokens, "--tokens")
+    blocks = read_text(request.data, teacher, settings.data.block, request.split, count, settings.seed)
+    check_allowed(allowed, blocks.domains)
+    results = _measure(request, teacher, blocks, judge)
+    if out is not None:
+        atomic_write(out / "eval.json", json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        if results["samples"]:
+            write_sheet(results["samples"], out, settings.seed)
+    if as_json:
+        Console().print_json(data=results)
+    else:
+        title = f"{blocks.tokens} tokens of {request.data} ({request.split})"
+        _print(results, request.student, title, Console())
+
+
+def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judge | None) -> dict[str, Any]:
+    """{"rows", "apart", "tasks", "samples"} as plain values; the last three None where they were not asked for."""
+    allowed, seed, limit = request.settings.evaluate.allow_loss, request.settings.seed, request.limit
+    tasks, samples = list(request.tasks), request.samples or (_SAMPLES_FOR_JUDGE if judge else 0)
+    teacher_states, tokenizer = reference(teacher, blocks), teacher.tokenizer()
+    rows = {"teacher": evaluate(teacher_states, teacher_states, seed=seed)}
+    scores = run_tasks({"teacher": teacher}, tokenizer, tasks, limit=limit, seed=seed) if tasks else None
+    written = None
+    for name in (request.student, *request.settings.evaluate.baseline):
+        model = open_baseline(name)
+        rows[name] = evaluate(model, teacher_states, seed=seed)
+        if scores is not None:
+            for task, metrics in run_tasks({name: model}, tokenizer, tasks, limit=limit, seed=seed).items():
+                for metric, values in metrics.items():
+                    scores[task][metric] |= values
+        if samples and name == request.student:
+            options = EvaluateConfig(samples=samples)
+            written = side_by_side(model, teacher, blocks, options, tokenizer=tokenizer, seed=seed, judge=judge)
+    return {
+        "rows": {name: row.to_dict() for name, row in rows.items()},
+        "apart": {"domains": list(allowed), **(split_rows(rows, allowed) or {})} if allowed else None,
+        "tasks": scores,
+        "samples": written,
+    }
+
+
+def _print(results: dict[str, Any], student: str, title: str, console: Console) -> None:
+    console.print(score_table(results["rows"], title))
+    domains = results["rows"][student]["by_domain"]
+    if sorted(domains) != [""]:
+        shown = "  ".join(f"{d} {domains[d]['kl']['value']:.3f}" for d in sorted(domains))
+        console.print(f"KL by domain: {shown}")
+    if apart := results["apart"]:
+        lost = ", ".join(apart["domains"])
+        console.print(score_table(apart["kept"], f"without {lost}"))
+        console.print(score_table(apart["lost"], f"{lost} alone: may be lost"))
+    if results["tasks"]:
+        console.print(task_table(results["tasks"], list(results["rows"])))
+    if samples := results["samples"]:
+        console.print(written_table(samples))
+        for row in samples["rows"]:
+            console.print(f"\n{row['prompt']}", style="dim", highlight=False, markup=False)
+            for who in ("student", "teacher"):
+                if row.get(who) is not None:
+                    console.print(f"{who}: {row[who]}", highlight=False, markup=False)
+        console.print(samples["how"], highlight=False)

@@ -1,0 +1,68 @@
+"""Export a student, and upload it, as `moe2dense export` asks."""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.prompt import Confirm
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel
+
+from moe2dense.common.units import show_bytes
+from moe2dense.data.load import load_blocks
+from moe2dense.exporting.api import export
+from moe2dense.exporting.card_info import card_info
+from moe2dense.exporting.hub import push_to_hub
+from moe2dense.reporting.report_file import read_report
+from moe2dense.student.locate import is_run, student_folder
+from moe2dense.student.open import open_student
+
+_CALIBRATION_BLOCKS, _CALIBRATION_LENGTH = 64, 256
+
+
+def run_export(
+    what: str,
+    out: Path,
+    *,
+    format: str,
+    quantize: str | None,
+    dtype: str,
+    shard_size: str,
+    tokenizer: str | None,
+    data: str | None,
+    max_kl: float,
+    overwrite: bool,
+) -> Path:
+    """Write the student that `what` names to `out`, print what was written and checked, and return the folder. Raises UserError."""
+    student = open_student(what)
+    source = tokenizer or student.teacher_path or str(student_folder(what))
+    text = _calibration_text(data, source, student.model) if data and quantize in ("int8", "int4") else None
+    info = card_info(read_report(what)) if is_run(Path(what)) else None
+    exported = export(
+        student,
+        out,
+        tokenizer=source,
+        info=info,
+        dtype=dtype,
+        format=format,
+        quantize=quantize,
+        shard_size=shard_size,
+        text=text,
+        max_kl=max_kl,
+        overwrite=overwrite,
+    )
+    console = Console()
+    console.print(f"{exported.path}: {show_bytes(exported.bytes)} in {len(exported.files)} files")
+    for name, value in (exported.checked | exported.quantized).items():
+        console.print(f"  {name.replace('_', ' ')}: {value:.4g}")
+    return exported.path
+
+
+def push(folder: Path, repository: str, public: bool, yes: bool) -> None:
+    """Upload an export to a repository of the hub, after asking; print where it is."""
+    Console().print(push_to_hub(folder, repository, private=not public, confirm=None if yes else Confirm.ask))
+
+
+def _calibration_text(data: str, tokenizer: str, model: PreTrainedModel) -> Tensor:
+    block = min(_CALIBRATION_LENGTH, model.config.max_position_embeddings)
+    tokens = _CALIBRATION_BLOCKS * block
+    return load_blocks(data, AutoTokenizer.from_pretrained(tokenizer), block, "valid", tokens=tokens).input_ids

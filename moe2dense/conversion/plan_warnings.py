@@ -1,0 +1,105 @@
+"""Say what speaks against a plan: too small a student, too little text, memory or disk, each with what to do about it."""
+
+import math
+
+import psutil
+
+from moe2dense.common.units import show_bytes, show_count
+from moe2dense.config.schema import RunConfig
+from moe2dense.modeling.shape import Geometry
+from moe2dense.student.build.cost import heal_asked
+from moe2dense.student.footprint import heal_bytes
+from moe2dense.student.target.resolve import Target
+
+TOKENS_PER_PARAMETER = 20
+_TOKENS_PER_NEURON = 20  # of the build's text, for least-squares fits that generalise
+_USUAL_BUDGET = (0.05, 0.15)  # share of the teacher's training compute that general quality takes
+_SMALL, _TOO_SMALL = 0.5, 0.1  # student's parameters by those that a token passes in the teacher
+
+
+def share_text(share: float) -> str:
+    """Show a share of any size in per cent, with two digits and no exponent: 2e-06 -> 0.0002%, 0.123 -> 12%."""
+    if share <= 0:
+        return "0%"
+    places = max(0, 1 - math.floor(math.log10(100 * share)))
+    text = f"{100 * share:.{places}f}"
+    return (text.rstrip("0").rstrip(".") if "." in text else text) + "%"
+
+
+def capacity_warning(shape: Geometry, target: Target) -> str:
+    """Return a sentence where the student is much smaller than what a token passes in the teacher, else ''."""
+    ratio = target.parameters / shape.active_parameters
+    if ratio >= _SMALL:
+        return ""
+    if ratio < _TOO_SMALL:
+        return (
+            f"too small to be sensible: a token passes {show_count(shape.active_parameters)} parameters in the teacher and "
+            f"{show_count(target.parameters)} in this student ({ratio:.0%}), so expect little of the teacher to survive; "
+            f"choose at least --to {show_count(_SMALL * shape.active_parameters).lower()}"
+        )
+    return (
+        f"capacity gap: the student has {ratio:.0%} of the parameters a token passes in the teacher; a larger --to, or "
+        f"larger students in between (--stages), keep more"
+    )
+
+
+def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: int, build: int) -> list[str]:
+    """Return sentences where the build, or the training, reads less text than is advisable."""
+    warnings, needed = [], _TOKENS_PER_NEURON * target.width
+    if build < needed:
+        remedy = f"--tokens {_typed(needed / config.build.fraction)}"
+        if needed > config.build.max_tokens:
+            remedy += f" and build.max_tokens = {_typed(needed)}"
+        warnings.append(
+            f"few calibration tokens: the build reads {show_count(build)} for {target.width} neurons a layer, and "
+            f"{_TOKENS_PER_NEURON} a neuron are advisable; {remedy} gives as many"
+        )
+    active = shape.active_parameters
+    trained = 6 * active * TOKENS_PER_PARAMETER * active
+    per_token = 2 * active + 6 * target.parameters
+    share = per_token * tokens / trained
+    if tokens and share < _USUAL_BUDGET[0]:
+        low, high = _USUAL_BUDGET
+        warnings.append(
+            f"distillation budget: about {share_text(share)} of the teacher's training compute. General quality takes "
+            f"{low:.0%} to {high:.0%} (--tokens {_typed(low * trained / per_token)} or more); with less the student follows the teacher "
+            f"closest on text like --data"
+        )
+    return warnings
+
+
+def memory_warnings(config: RunConfig, target: Target, distill: int, heal: bool, budget: int) -> list[str]:
+    """Return sentences where training, or the build's end-to-end fit, takes more memory than there is."""
+    warnings, total = [], psutil.virtual_memory().total
+    if distill > total:
+        what = "training adapters" if config.train.lora else "training all weights"
+        remedy = "" if config.train.lora else "--lora 64 trains adapters instead, "
+        warnings.append(
+            f"memory: {what} takes {show_bytes(distill)} and this machine has {show_bytes(total)}; {remedy}"
+            f"--tokens 0 stops after the build"
+        )
+    if heal_asked(config, target) and not heal:
+        warnings.append(
+            f"the build ends without its end-to-end fit, which takes {show_bytes(heal_bytes(target.parameters))}; "
+            f"--memory is {show_bytes(budget)}"
+        )
+    return warnings
+
+
+def host_warning(target: Target) -> str:
+    """Return a sentence where the student keeps the form of an MoE, else ''."""
+    if not target.card.moe_shaped:
+        return ""
+    return f"the {target.card.title} host keeps an MoE wrapper around one expert; see what loads it in `moe2dense list students`"
+
+
+def disk_warning(needed: int, free: int, out: str) -> str:
+    """Return a sentence where the run writes more than fits, else ''."""
+    if needed <= free:
+        return ""
+    return f"disk: the run writes {show_bytes(needed)} and {show_bytes(free)} are free at --out {out}"
+
+
+def _typed(n: float) -> str:
+    """A count as one would type it: 2.87m."""
+    return show_count(n).lower()
