@@ -1,7 +1,6 @@
-"""The objective: (1 - alpha) T^2 divergence(teacher, student) + alpha cross-entropy, as Hinton et al., 1503.02531."""
+"""Compute the objective (1 - alpha) T^2 divergence(teacher, student) + alpha cross-entropy (Hinton et al., 1503.02531)."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,20 +10,22 @@ from moe2dense.errors import UserError
 from moe2dense.losses.divergences import cross_entropy
 from moe2dense.losses.teacher_rows import RowLoss, TeacherRows
 from moe2dense.losses.tiled import TILE_BYTES, TileLoss, compute_dtype, tiled_loss
+from moe2dense.modeling.head import OutputHead
 
 # n tokens, H hidden, V vocabulary
 
 
 @dataclass
 class Loss:
-    """total: the objective, differentiable; kd: T^2 times the divergence; ce: the hard-label loss. Means over tokens.
+    """The objective and its parts, as means over tokens."""
 
-    watched: what the watched tokens add to kd.
-    """
-
+    # the objective, differentiable
     total: Tensor
+    # T^2 times the divergence
     kd: Tensor
+    # the hard-label loss
     ce: Tensor
+    # what the watched tokens add to `kd`
     watched: Tensor
 
 
@@ -42,8 +43,8 @@ class _Settings:
     scale: float
     label_scale: float
 
-    def opened(self, rows: slice, dtype: torch.dtype) -> TileLoss:
-        """The loss of the tokens `rows`."""
+    def tile_loss(self, rows: slice, dtype: torch.dtype) -> TileLoss:
+        """Return the loss of the tokens `rows`."""
         divergence = None
         if self.teacher is not None and self.alpha < 1:
             divergence = self.teacher.tile(rows, self.loss, self.temperature, dtype)
@@ -60,19 +61,19 @@ class _Settings:
                 kd, soft = self._soft(logits, divergence, part, None if weights is None else weights[part].to(dtype))
                 grad = soft if grad is None else grad.add_(soft)
             assert grad is not None
-            seen = kd if watch is None else kd * watch[part]
-            return torch.stack([(1 - self.alpha) * kd + self.alpha * ce, kd, ce, seen]), grad
+            watched = kd if watch is None else kd * watch[part]
+            return torch.stack([(1 - self.alpha) * kd + self.alpha * ce, kd, ce, watched]), grad
 
         return tile
 
     def _soft(self, logits: Tensor, divergence: RowLoss, part: slice, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-        """The teacher's part: values [r] and gradient [r, V]. Ids that only one of the two knows (padding) do not count."""
+        """Return the teacher's part: values [r] and gradient [r, V]. Ids of one side alone, which are padding, do not count."""
         assert self.teacher is not None
         width = min(logits.shape[1], self.teacher.vocabulary or logits.shape[1])
         known = logits if width == logits.shape[1] else logits[:, :width]
         log_q = F.log_softmax(known if self.temperature == 1.0 else known / self.temperature, -1)
         kd, grad = divergence(log_q, part)
-        factor: Any = (1 - self.alpha) * self.scale / self.temperature
+        factor: float | Tensor = (1 - self.alpha) * self.scale / self.temperature
         if weights is not None:
             kd, factor = kd * weights, factor * weights[:, None]
         grad = grad.mul_(factor)
@@ -83,7 +84,7 @@ class _Settings:
 
 def distillation_loss(
     hidden: Tensor,
-    head: Any,
+    head: OutputHead | None,
     teacher: TeacherRows | None,
     *,
     labels: Tensor | None = None,
@@ -97,10 +98,11 @@ def distillation_loss(
     label_denominator: float | None = None,
     tile_bytes: int = TILE_BYTES,
 ) -> Loss:
-    """The distillation objective over n tokens, exact and in tiles.
+    """Return the distillation objective over n tokens, exact, computed in tiles.
 
     hidden [n, H] with the student's head, or its logits [n, V] with head None; teacher: n rows, or None when alpha is
-    1; labels [n], -100 = none; mask [n] bool: tokens that count; weights [n]: of each token; watch [n] bool. alpha weighs the hard labels.
+    1; labels [n], -100 = none; mask [n] bool: tokens that count; weights [n]: of each token; watch [n] bool: tokens whose
+    part is reported apart. alpha weighs the hard labels.
     The two losses are divided by `denominator` (default: what counts here) and `label_denominator` (default: the
     labels here): pass the global batch's when this is a part of it. Raises UserError when a part lacks what it needs.
     """
@@ -121,7 +123,7 @@ def distillation_loss(
 
     settings = _Settings(teacher, labels, weights, watch, loss, temperature, alpha, scale, label_scale)
     dtype = compute_dtype(hidden.dtype)
-    parts = tiled_loss(hidden, head, lambda rows: settings.opened(rows, dtype), tile_bytes)
+    parts = tiled_loss(hidden, head, lambda rows: settings.tile_loss(rows, dtype), tile_bytes)
     if len(hidden) == 0:
         parts = parts.expand(4)
     return Loss(parts[0], *(p.detach() for p in parts[1:]))

@@ -1,11 +1,12 @@
-"""What is known of the teacher's distribution at each token, and the divergence that can be computed from it.
+"""Hold what is known of the teacher's distribution at each token, and compute the divergence from it.
 
-`dense` rows give all log-probabilities and serve every divergence; `TopKRows` and `SampledRows` serve forward KL.
+`HiddenRows` and `LogitRows` give all log-probabilities and serve every divergence; `TopKRows` and `SampledRows` serve
+forward KL.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -14,12 +15,11 @@ from torch.nn import functional as F
 from moe2dense.errors import UserError
 from moe2dense.losses.divergences import Divergence, divergence
 from moe2dense.losses.tiled import product
-from moe2dense.modeling.head import head_on
+from moe2dense.modeling.head import OutputHead, head_on
 
 # n tokens, t tokens of a tile, H teacher hidden, V vocabulary, k stored tokens per position
-RowLoss = Callable[
-    [Tensor, slice], tuple[Tensor, Tensor]
-]  # log_q [r, V], rows of the tile -> value [r], gradient [r, V]
+# log_q [r, V], rows of the tile -> value [r], gradient [r, V]
+RowLoss = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 
 
 class TeacherRows(Protocol):
@@ -32,15 +32,15 @@ class TeacherRows(Protocol):
 
     def __len__(self) -> int: ...
     def select(self, index: Tensor) -> "TeacherRows":
-        """The rows of some tokens, index [m]."""
+        """Return the rows of some tokens, index [m]."""
         ...
 
     def to(self, device: torch.device) -> "TeacherRows":
-        """The rows on another device; a head that is kept stays on it."""
+        """Return the rows on another device; a head copied there is kept for the next call."""
         ...
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
-        """The divergence of one tile from the student's log-probabilities at `temperature`."""
+        """Return the divergence of one tile, a function of the student's log-probabilities at `temperature`."""
         ...
 
 
@@ -60,8 +60,9 @@ class HiddenRows:
     """Final hidden states [n, H] and the teacher's head (weight, bias, scale, softcap)."""
 
     hidden: Tensor
-    head: Any
-    features: dict[str, Tensor] | None = None  # what is known of some layers, [n, ...] by name
+    head: OutputHead
+    # hidden states and the like of some layers, [n, ...] by name
+    features: dict[str, Tensor] | None = None
 
     @property
     def vocabulary(self) -> int | None:
@@ -78,7 +79,7 @@ class HiddenRows:
         return HiddenRows(self.hidden.to(device), head_on(self.head, device), moved)
 
     def logits_of(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The teacher's logits [t, V] at the tokens `rows`."""
+        """Return the teacher's logits [t, V] at the tokens `rows`."""
         head = self.head
         logits = product(self.hidden[rows].to(head.weight.dtype), head.weight.T, dtype)
         if head.bias is not None:
@@ -113,14 +114,15 @@ class LogitRows:
         return LogitRows(self.logits.to(device))
 
     def logits_of(self, rows: slice, dtype: torch.dtype) -> Tensor:
-        """The logits at the tokens `rows`; an impossible token (-inf) would turn 0 * -inf into NaN."""
+        """Return the logits at the tokens `rows`; -inf of impossible tokens is cut, since 0 * -inf would be NaN."""
         return self.logits[rows].to(dtype).clamp(min=-1e6)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
         return _dense(self.logits_of(rows, dtype), loss, temperature)
 
 
-def _only_forward(loss: str, temperature: float, written: float, what: str) -> None:
+def _check_forward_kl(loss: str, temperature: float, written: float, what: str) -> None:
+    """Refuse another loss or temperature than those that the targets were written for. Raises UserError."""
     if loss != "forward_kl":
         raise UserError(f"{what} targets serve forward_kl only, found loss {loss!r}; store `hidden` or `full` targets")
     if temperature != written:
@@ -157,7 +159,7 @@ class TopKRows:
         return TopKRows(self.ids.to(device), self.log_p.to(device), self.tail, self.temperature)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
-        _only_forward(loss, temperature, self.temperature, "topk")
+        _check_forward_kl(loss, temperature, self.temperature, "topk")
         all_ids, all_log_p = self.ids[rows].long(), self.log_p[rows].to(dtype)
 
         def value_and_gradient(log_q: Tensor, part: slice) -> tuple[Tensor, Tensor]:
@@ -207,7 +209,7 @@ class SampledRows:
         return SampledRows(self.ids.to(device), self.weights.to(device), self.entropy.to(device), self.temperature)
 
     def tile(self, rows: slice, loss: str, temperature: float, dtype: torch.dtype) -> RowLoss:
-        _only_forward(loss, temperature, self.temperature, "sampled")
+        _check_forward_kl(loss, temperature, self.temperature, "sampled")
         all_ids, all_weights = self.ids[rows].long(), self.weights[rows].to(dtype)
         entropy = self.entropy[rows].to(dtype)
 
