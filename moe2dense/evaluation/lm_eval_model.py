@@ -4,8 +4,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
-from lm_eval.utils import get_rolling_token_windows, make_disjoint_window  # pyright: ignore[reportMissingImports]
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.data.blocks import Blocks, right_padded
@@ -24,11 +22,23 @@ LEAST_TOKENS = 4096  # a macro-batch is not cut below this for the sake of less 
 MOST_NEW_TOKENS = 256
 
 
-class PrefillLM(TemplateLM):
+def prefill_lm(model: AnyModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> "PrefillScorer":
+    """Return a model that lm-evaluation-harness can use: a PrefillScorer that is also the harness's TemplateLM."""
+    from lm_eval.api.model import TemplateLM  # pyright: ignore[reportMissingImports]
+
+    class PrefillLM(PrefillScorer, TemplateLM):
+        pass
+
+    return PrefillLM(model, tokenizer, seed)
+
+
+class PrefillScorer:
     """Score requests from final hidden states, many at once, padded on the right; write text greedily or by temperature.
 
     model: a Teacher (streamed or resident) or a transformers causal LM. Tokens are encoded as the harness's own HFLM does.
     """
+
+    cache_hook: Any  # the harness's own, which stores what has been answered
 
     def __init__(self, model: AnyModel, tokenizer: PreTrainedTokenizerBase, seed: int = 0):
         super().__init__()
@@ -107,6 +117,11 @@ class PrefillLM(TemplateLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Return the log-likelihood of whole texts, in windows of the model's length that do not overlap."""
+        from lm_eval.utils import (  # pyright: ignore[reportMissingImports]
+            get_rolling_token_windows,
+            make_disjoint_window,
+        )
+
         windows, owner = [], []
         for i, request in enumerate(requests):
             (text,) = request.args

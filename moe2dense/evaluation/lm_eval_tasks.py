@@ -17,6 +17,7 @@ import yaml
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError, first_line, nearest
+from moe2dense.evaluation.lm_eval_model import prefill_lm
 from moe2dense.evaluation.reference import AnyModel
 
 
@@ -80,8 +81,6 @@ def run_tasks(
     check_harness()
     from lm_eval import evaluator  # pyright: ignore[reportMissingImports]
 
-    from moe2dense.evaluation.lm_eval_model import PrefillLM
-
     names, manager = read_tasks(tasks)
     os.environ.setdefault("DISABLE_MULTIPROC", "1")  # or the harness's resampling forks a process for every core
     settings = {"tasks": names, "task_manager": manager, "limit": limit, "log_samples": False, "bootstrap_iters": 1000}
@@ -92,7 +91,7 @@ def run_tasks(
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # the harness prints there; our own stdout is for results
-                result = run(model=PrefillLM(model, tokenizer, seed=seed), **settings)
+                result = run(model=prefill_lm(model, tokenizer, seed=seed), **settings)
         except UserError:
             raise
         except (OSError, ValueError) as error:  # of the task's data or its file, of many kinds

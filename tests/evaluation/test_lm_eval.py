@@ -14,7 +14,7 @@ pytest.importorskip("lm_eval")
 from lm_eval.api.instance import Instance
 
 from moe2dense.__main__ import main
-from moe2dense.evaluation.lm_eval_model import PrefillLM
+from moe2dense.evaluation.lm_eval_model import prefill_lm
 from moe2dense.evaluation.lm_eval_tasks import read_tasks, run_tasks
 from moe2dense.teacher.load import load_teacher
 
@@ -101,7 +101,7 @@ def own_loglikelihood(model, context, tokens):
 def test_loglikelihoods_equal_transformers_own(teacher, whole, tokenizer, monkeypatch):
     pairs = [("The captain", " of the ship"), ("", "In the beginning"), ("It was a dark and stormy night; " * 9, "the rain fell"),
              ("She said ", "nothing"), ("A", " b")]  # fmt: skip
-    lm = PrefillLM(teacher, tokenizer)
+    lm = prefill_lm(teacher, tokenizer)
     monkeypatch.setattr("moe2dense.evaluation.lm_eval_model.LEAST_TOKENS", 8)  # several macro-batches
     lengths = [9, 3, 60, 4, 2]
     batches = list(lm._batches(lengths))
@@ -131,7 +131,7 @@ def test_long_texts_are_cut_as_the_harness_does(teacher, whole, tokenizer):
 
     text = " ".join(f"word{i} and" for i in range(150))
     ids = tokenizer(text)["input_ids"]
-    lm = PrefillLM(teacher, tokenizer)
+    lm = prefill_lm(teacher, tokenizer)
     lm.max_length = 60
     theirs = HFLM(pretrained=whole, tokenizer=tokenizer, max_length=60, batch_size=2, device="cpu")
     rolling = [request(text), request("short")]
@@ -168,7 +168,7 @@ def test_local_tasks_run_offline_for_teacher_and_student_alike(teacher, whole, t
 
 
 def test_writing_stops_where_the_task_says(whole, tokenizer, monkeypatch):
-    lm = PrefillLM(whole, tokenizer)
+    lm = prefill_lm(whole, tokenizer)
     options = {"until": ["stop", "."], "max_gen_toks": 4}
     monkeypatch.setattr(
         lm, "_write", lambda prompts, new, sampling: [tokenizer(" a stop. b")["input_ids"]] * len(prompts)
