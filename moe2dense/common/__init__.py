@@ -1,1 +1,4 @@
-"""Files, processes, progress, units, seeds and versions: what every package uses, and nothing that is particular to models."""
+"""Small tools that know nothing of models: files written whole, processes, progress, units, seeds, versions.
+
+Every other package may use them; they use nothing of this project but its errors.
+"""

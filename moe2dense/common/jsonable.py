@@ -2,11 +2,20 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
+
+
+@runtime_checkable
+class ArrayLike(Protocol):
+    """A number or an array of numpy or torch."""
+
+    def tolist(self) -> Any:
+        """Return plain numbers, in nested lists."""
+        ...
 
 
 def clean(value: Any) -> Any:
-    """JSON values only: tuples become lists, numpy and torch numbers plain ones, NaN and infinity None."""
+    """Return JSON values only: tuples become lists, numpy and torch numbers plain ones, NaN and infinity None."""
     if isinstance(value, Mapping):
         return {str(k): clean(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -15,7 +24,7 @@ def clean(value: Any) -> Any:
         return value
     if isinstance(value, int):
         return int(value)
-    if hasattr(value, "tolist"):
+    if isinstance(value, ArrayLike):
         return clean(value.tolist())
     if isinstance(value, float):
         return float(value) if math.isfinite(value) else None

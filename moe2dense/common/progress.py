@@ -1,4 +1,4 @@
-"""Progress for people: bars with rate and ETA on a terminal, plain lines elsewhere.
+"""Show progress: bars with rate and ETA on a terminal, plain lines elsewhere.
 
 Stages call `progress(stage, done, total, **numbers)`; nothing in the stages knows how it is shown.
 """
@@ -20,6 +20,7 @@ class Report(Protocol):
 
 
 def _show(name: str, value: Any) -> str:
+    """Return a number with its name, four digits of it where it is a float."""
     return f"{name} {value:.4g}" if isinstance(value, float) else f"{name} {value}"
 
 
@@ -30,7 +31,7 @@ class Pace:
         self._first: dict[str, tuple[float, int, int]] = {}
 
     def numbers(self, stage: str, done: int, total: int, numbers: dict[str, Any]) -> list[str]:
-        """What to show beside done/total: tokens/s, the stage's own numbers, the time left or taken."""
+        """Return what to show beside done/total: tokens/s, the stage's own numbers, the time left or taken."""
         tokens = numbers.pop("tokens", 0)
         now = time.perf_counter()
         start, done_then, tokens_then = self._first.setdefault(stage, (now, done, tokens))
@@ -92,5 +93,5 @@ class Bars:
 
 
 def progress_for(console: Console) -> Lines | Bars:
-    """Bars on a terminal, lines elsewhere."""
+    """Return bars on a terminal, lines elsewhere."""
     return Bars(console) if console.is_terminal and sys.stdout.isatty() else Lines(console)

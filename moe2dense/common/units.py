@@ -1,4 +1,4 @@
-"""Sizes as people write them: 7b, 500k, 2GB, 25%."""
+"""Read and show sizes as people write them: 7b, 500k, 2GB, 25%."""
 
 import re
 
@@ -13,6 +13,7 @@ _NUMBER = re.compile(r"^\s*([0-9]*\.?[0-9]+)\s*([a-z]*)\s*$", re.IGNORECASE)
 
 
 def _parse(text: str | int | float, scales: dict[str, int], what: str, example: str) -> int:
+    """Read a number with one of the suffixes in `scales`. Raises UserError naming `what` on anything else."""
     if isinstance(text, (int, float)):
         return int(text)
     match = _NUMBER.match(text.replace("_", "").replace(",", ""))
@@ -22,12 +23,12 @@ def _parse(text: str | int | float, scales: dict[str, int], what: str, example: 
 
 
 def parse_count(text: str | int | float, what: str = "the count") -> int:
-    """`500k` -> 500_000, `7b` -> 7_000_000_000. Raises UserError naming `what` on anything else."""
+    """Read a count: `500k` -> 500_000, `7b` -> 7_000_000_000. Raises UserError naming `what` on anything else."""
     return _parse(text, _COUNT, what, "500k, 3.2m or 7b")
 
 
 def parse_bytes(text: str | int | float, what: str = "the size") -> int:
-    """`2GB` -> 2_000_000_000, `2GiB` -> 2**31. Raises UserError naming `what` on anything else."""
+    """Read a size in bytes: `2GB` -> 2_000_000_000, `2GiB` -> 2**31. Raises UserError naming `what` on anything else."""
     return _parse(text, _BYTES, what, "300MB or 2GB")
 
 
@@ -45,7 +46,7 @@ def parse_memory(text: str | int | float, what: str = "memory") -> int:
 
 
 def show_count(n: int | float) -> str:
-    """7241732096 -> '7.24B'."""
+    """Show a count: 7241732096 -> '7.24B'."""
     for scale, suffix in ((10**12, "T"), (10**9, "B"), (10**6, "M"), (10**3, "k")):
         if n >= scale:
             return f"{n / scale:.3g}{suffix}"
@@ -53,7 +54,7 @@ def show_count(n: int | float) -> str:
 
 
 def show_bytes(n: int | float) -> str:
-    """93_400_000_000 -> '93.4 GB' (decimal units)."""
+    """Show bytes in decimal units: 93_400_000_000 -> '93.4 GB'."""
     for scale, suffix in ((10**12, "TB"), (10**9, "GB"), (10**6, "MB"), (10**3, "kB")):
         if n >= scale:
             return f"{n / scale:.3g} {suffix}"
@@ -61,7 +62,7 @@ def show_bytes(n: int | float) -> str:
 
 
 def show_seconds(s: float) -> str:
-    """93784 -> '1 d 2 h'; 75 -> '1 min 15 s'."""
+    """Show a time: 93784 -> '1 d 2 h'; 75 -> '1 min 15 s'."""
     s = round(s)
     parts = [(s // 86400, "d"), (s % 86400 // 3600, "h"), (s % 3600 // 60, "min"), (s % 60, "s")]
     shown = [f"{n} {unit}" for n, unit in parts if n]
@@ -69,5 +70,5 @@ def show_seconds(s: float) -> str:
 
 
 def names(text: str | None) -> list[str] | None:
-    """'code, drama' -> ['code', 'drama']; None stays None."""
+    """Split a list of names: 'code, drama' -> ['code', 'drama']; None stays None."""
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]

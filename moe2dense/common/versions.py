@@ -1,4 +1,4 @@
-"""Versions of this package and of those a result depends on."""
+"""Tell the versions of this package and of those a result depends on."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version

@@ -1,4 +1,4 @@
-"""Cards: what the tool knows about a family of teachers or a dense host, as TOML. Cards are data; nothing here imports torch.
+"""Read cards: TOML files that hold what is known of a family of teachers or a dense host. Nothing here imports torch.
 
 A card is looked up in the wheel (moe2dense/teachers, moe2dense/students) and, in a checkout, in the root folders.
 """
@@ -74,30 +74,29 @@ class StudentCard:
     up: str = "up_proj"
     down: str = "down_proj"
     width: str = "intermediate_size"  # config field of the FFN width
-    experts: str = (
-        ""  # moe_shaped: path within the FFN block of its stacked experts; the block's other tensors are set to zero
-    )
-    output_scale: float = 1.0  # moe_shaped: what a router of zeros multiplies the sum of the (identical) experts with
+    # moe_shaped: path within the FFN block of its stacked experts; the block's other tensors are set to zero
+    experts: str = ""
+    # moe_shaped: what a router of zeros multiplies the sum of the (identical) experts with
+    output_scale: float = 1.0
     copy: tuple[str, ...] = ()  # config fields taken over from the teacher; ["*"] = all that both configs have
     rename: dict[str, str] = field(default_factory=dict)  # student config field = teacher config field
-    set: dict[str, Any] = field(
-        default_factory=dict
-    )  # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
+    # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
+    set: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
-    heads: dict[str, str] = field(
-        default_factory=lambda: dict(HEADS)
-    )  # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
+    # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
+    heads: dict[str, str] = field(default_factory=lambda: dict(HEADS))
     loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
     notes: str = ""
 
 
 def card_folder(kind: str) -> Path:
-    """The folder of the `teachers` or `students` cards: inside the wheel, else beside the package in a checkout."""
+    """Return the folder of the `teachers` or `students` cards: inside the wheel, else beside the package in a checkout."""
     inside = _PACKAGE / kind
     return inside if inside.is_dir() else _PACKAGE.parent / kind
 
 
 def _read(path: Path) -> dict[str, Any]:
+    """Read a TOML file. Raises UserError naming it."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -107,6 +106,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
+    """Build a card from a table. Raises UserError for a key that is unknown or missing."""
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
@@ -123,12 +123,12 @@ def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
 
 
 def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """TOML has no null: a checkpoint's config says "null" where config.json does."""
+    """Return a checkpoint's row with None for "null" in its config: TOML has no null."""
     return {**row, "config": {k: None if v == "null" else v for k, v in row.get("config", {}).items()}}
 
 
 def read_teacher_card(path: str | Path) -> TeacherCard:
-    """A teacher card from a TOML file. Raises UserError naming the file and the key that is wrong."""
+    """Read a teacher card from a TOML file. Raises UserError naming the file and the key that is wrong."""
     path = Path(path)
     table = _read(path)
     rows = [_build(Checkpoint, _with_nulls(row), path) for row in table.pop("checkpoints", [])]
@@ -136,26 +136,26 @@ def read_teacher_card(path: str | Path) -> TeacherCard:
 
 
 def read_student_card(path: str | Path) -> StudentCard:
-    """A student card from a TOML file; its name is the file's. Raises UserError naming the file and the key."""
+    """Read a student card from a TOML file; its name is the file's. Raises UserError naming the file and the key."""
     path = Path(path)
     return _build(StudentCard, {"name": path.stem, **_read(path)}, path)
 
 
 @cache
 def teacher_cards() -> dict[str, TeacherCard]:
-    """Every shipped teacher card by model_type."""
+    """Return every shipped teacher card by model_type."""
     cards = (read_teacher_card(p) for p in sorted(card_folder("teachers").glob("*.toml")))
     return {card.model_type: card for card in cards}
 
 
 @cache
 def student_cards() -> dict[str, StudentCard]:
-    """Every shipped student card (hosts and named targets) by name."""
+    """Return every shipped student card (hosts and named targets) by name."""
     return {p.stem: read_student_card(p) for p in sorted(card_folder("students").glob("*.toml"))}
 
 
 def student_host(name: str) -> StudentCard:
-    """The host card called `name`. Raises UserError listing the hosts."""
+    """Return the host card called `name`. Raises UserError listing the hosts."""
     card = student_cards().get(name)
     if card is None or card.host:
         hosts = [n for n, c in student_cards().items() if not c.host]
@@ -164,7 +164,7 @@ def student_host(name: str) -> StudentCard:
 
 
 def find_checkpoint(name: str) -> tuple[TeacherCard, Checkpoint] | None:
-    """The public checkpoint that a bare name, an alias or a known hub id means, or None."""
+    """Return the public checkpoint that a bare name, an alias or a known hub id means, or None."""
     wanted = name.lower()
     for card in teacher_cards().values():
         for row in card.checkpoints:

@@ -8,7 +8,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Without transformers' own progress bars and reports; restored afterwards."""
+    """Switch transformers' own progress bars and reports off within the context."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
