@@ -65,11 +65,16 @@ def columns_that_fit(
 def _filled(rows: dict[str, Any], columns: Sequence[str]) -> Table:
     table = plain_table("", *(MODEL[key].name for key in columns))
     for name, row in rows.items():
-        title = row_title(name).split(":")[0].lower() if name in ROW_TITLES else name
+        title = row_title(name).split(":")[0].lower() if name in ROW_TITLES else _shortened(name)
         table.add_row(
             SHORT_TITLES.get(name, title), *(show_half_interval(row.get(key), MODEL[key].unit) for key in columns)
         )
     return table
+
+
+def _shortened(name: str, most: int = 24) -> str:
+    """Return the end of a name, such as a path, that is longer than `most`."""
+    return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
 def show_half_interval(estimate: dict[str, Any] | None, unit: str = "") -> str:

@@ -8,8 +8,9 @@ from typing import Any
 from rich.console import Console
 
 from moe2dense.cli.actions.common import open_teacher, read_text
-from moe2dense.cli.tables import score_table, task_table
+from moe2dense.cli.tables import task_table
 from moe2dense.common.files import atomic_write
+from moe2dense.common.numbers import show_number
 from moe2dense.common.units import parse_count
 from moe2dense.config.schema import EvaluateConfig, RunConfig
 from moe2dense.conversion.checks import check_allowed
@@ -22,6 +23,7 @@ from moe2dense.evaluation.reference import reference
 from moe2dense.evaluation.samples import side_by_side
 from moe2dense.reporting.assemble import split_rows
 from moe2dense.reporting.rating_sheet import write_sheet
+from moe2dense.reporting.score_tables import legend, print_scores
 from moe2dense.reporting.terminal import written_table
 from moe2dense.teacher.model import Teacher
 
@@ -99,15 +101,16 @@ def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judg
 
 
 def _print(results: dict[str, Any], student: str, title: str, console: Console) -> None:
-    console.print(score_table(results["rows"], title))
-    domains = results["rows"][student]["by_domain"]
-    if sorted(domains) != [""]:
-        shown = "  ".join(f"{d} {domains[d]['kl']['value']:.3f}" for d in sorted(domains))
-        console.print(f"KL by domain: {shown}")
+    tables = [(title, results["rows"])]
     if apart := results["apart"]:
         lost = ", ".join(apart["domains"])
-        console.print(score_table(apart["kept"], f"without {lost}"))
-        console.print(score_table(apart["lost"], f"{lost} alone: may be lost"))
+        tables += [(f"without {lost}", apart["kept"]), (f"{lost} alone: may be lost", apart["lost"])]
+    columns = print_scores(tables, console)
+    domains = results["rows"][student]["by_domain"]
+    if sorted(domains) != [""]:
+        shown = "  ".join(f"{d or '(no label)'} {show_number(domains[d]['kl']['value'])}" for d in sorted(domains))
+        console.print(f"\nKL by domain: {shown}", highlight=False)
+    console.print(legend(columns), highlight=False)
     if results["tasks"]:
         console.print(task_table(results["tasks"], list(results["rows"])))
     if samples := results["samples"]:
