@@ -5,13 +5,14 @@ A command is a typed function whose annotations say which option a flag sets:
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from typing import Any, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
 
 from moe2dense.common.units import parse_count
-from moe2dense.config.options import Entry, entries
+from moe2dense.config.options import Entry, Option, entries
 from moe2dense.config.schema import RunConfig
 
 # Headings of a help page, in their order.
@@ -24,14 +25,21 @@ GROUPS = {
 
 
 class Flag(Parameter):
-    """A cyclopts parameter that knows the dotted key of the option it sets; "" where it sets none."""
+    """A cyclopts parameter that knows the dotted key of the option it sets ("" where it sets none) and its description."""
 
-    key = ""
+    key: str
+    option: Option
+    heading: str
 
 
-def _described(help: str, unit: str, example: str) -> str:
-    details = "; ".join(part for part in (unit, f"e.g. {example}" if example else "") if part)
-    return f"{help}\n({details})" if details else help
+def _flag(option: Option, key: str, heading: str, **settings: Any) -> Flag:
+    """A flag whose help page shows the description: help, then unit and example on a line of their own."""
+    details = "; ".join(part for part in (option.unit, f"e.g. {option.example}" if option.example else "") if part)
+    help = f"{option.help}\n({details})" if details else option.help
+    flag = Flag(help=help, group=GROUPS[heading], **settings)
+    for name, value in (("key", key), ("option", option), ("heading", heading)):
+        object.__setattr__(flag, name, value)  # cyclopts' parameters are frozen
+    return flag
 
 
 def argument(
@@ -40,20 +48,15 @@ def argument(
     group: str = "Essentials",
     unit: str = "",
     example: str = "",
-    default: str | None = None,
+    default: str = "",
     metavar: str | None = None,
 ) -> Flag:
     """Return the parameter of an argument that sets no option of the config.
 
     default: what the help page shows where the signature's default says nothing (None, "" or 0); metavar: what stands for the value.
     """
-    return Flag(
-        help=_described(help, unit, example),
-        group=GROUPS[group],
-        show_default=default or _default_text,
-        metavar=metavar,
-        negative=(),
-    )
+    described = Option(help, unit, example, shown=default)
+    return _flag(described, "", group, show_default=default or _default_text, metavar=metavar, negative=())
 
 
 def _default_text(value: Any) -> str:
@@ -72,17 +75,15 @@ def flag(key: str, *, group: str = "", default: str = "") -> Flag:
     group: another heading than the option's; default: another text where a command's own default differs.
     """
     entry = option_entries()[key]
-    option = entry.option
-    parameter = Flag(
-        help=_described(option.help, option.unit, option.example),
-        group=GROUPS[group or entry.group],
+    return _flag(
+        replace(entry.option, shown=default or entry.default_text),
+        key,
+        group or entry.group,
         show_default=default or entry.default_text,
-        choices=tuple(choice for choice in option.choices if choice) or None,
+        choices=tuple(choice for choice in entry.option.choices if choice) or None,
         metavar=_metavar(entry),
         negative_iterable=(),
     )
-    object.__setattr__(parameter, "key", key)
-    return parameter
 
 
 def _metavar(entry: Entry) -> str:
@@ -97,11 +98,21 @@ def _metavar(entry: Entry) -> str:
 
 
 @cache
-def option_flags(function: Callable[..., Any]) -> dict[str, str]:
-    """Return the option that each parameter of a command sets, as {parameter: dotted key}, read from its annotations."""
+def described_parameters(function: Callable[..., Any]) -> dict[str, Flag]:
+    """Return the description of each parameter of a command, read from its annotations."""
     hints = get_type_hints(function, include_extras=True)
-    found = {name: [a for a in get_args(hint) if isinstance(a, Flag) and a.key] for name, hint in hints.items()}
-    return {name: flags[0].key for name, flags in found.items() if flags}
+    flags = {name: [a for a in get_args(hint) if isinstance(a, Flag)] for name, hint in hints.items()}
+    return {name: own[0] for name, own in flags.items() if own}
+
+
+def option_flags(function: Callable[..., Any]) -> dict[str, str]:
+    """Return the option that each parameter of a command sets, as {parameter: dotted key}."""
+    return {name: flag.key for name, flag in described_parameters(function).items() if flag.key}
+
+
+def default_text(flag: Flag, default: Any) -> str:
+    """Return what help pages and the reference show for a parameter with this default."""
+    return flag.option.shown or _default_text(default)
 
 
 def given_options(function: Callable[..., Any], arguments: dict[str, Any]) -> dict[str, Any]:

@@ -120,7 +120,8 @@ def _print_store(out: Path, format: str, console: Console) -> None:
 
 def _analysis(teacher: Teacher, blocks: Blocks, out: Path | None, progress: Report) -> dict[str, Any]:
     targets = hidden_targets(teacher, blocks) if out is None else open_targets(out, blocks)
-    return analyze_targets(targets, blocks, teacher.tokenizer().decode, progress)
+    tokenizer = teacher.tokenizer()
+    return analyze_targets(targets, blocks, lambda ids: str(tokenizer.decode(ids)), progress)
 
 
 def _print_analysis(analysis: dict[str, Any], console: Console, as_json: bool) -> None:
