@@ -17,6 +17,11 @@ OPTIONAL = {
     "compressed_tensors", "gguf", "grouped_gemm", "lm_eval", "megablocks", "stk", "tensorboard", "trackio", "wandb",
 }  # fmt: skip
 LAZY = ("cli", "conversion", "__main__")  # packages whose help must not wait for torch
+# read by help, lists and the types of plans, which wait for no torch: what needs it is imported where a plan is made
+TORCH_FREE = (
+    "families/resolve.py", "modeling/empty.py", "modeling/shape.py", "student/target/dense_config.py",
+    "student/target/pruned.py", "student/target/resolve.py",
+)  # fmt: skip
 
 
 @cache
@@ -60,11 +65,13 @@ def test_no_module_is_long():
 
 def test_imports_stand_at_the_top():
     places = [(p, n) for p, tree in modules().items() for n in imports_inside(tree)]
-    assert len(places) < 100
+    assert len(places) < 50
     wrong = [
         f"{name_of(p)}:{n.lineno}"
         for p, n in places
-        if p.relative_to(PACKAGE).parts[0].removesuffix(".py") not in LAZY and not roots(n) <= OPTIONAL
+        if p.relative_to(PACKAGE).parts[0].removesuffix(".py") not in LAZY
+        and p.relative_to(PACKAGE).as_posix() not in TORCH_FREE
+        and not roots(n) <= OPTIONAL
     ]
     assert not wrong
 
