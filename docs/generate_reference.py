@@ -41,6 +41,12 @@ def _table(columns: Iterable[str], rows: Iterable[Iterable[str]]) -> list[str]:
     ]
 
 
+def _plain(text: str) -> str:
+    """Text in which `A[+b][+c]` is no link: brackets that meet are kept apart from Markdown, except in code font."""
+    parts = text.split("`")
+    return "`".join(part if at % 2 else part.replace("][", "]\\[") for at, part in enumerate(parts))
+
+
 def _code(text: str) -> str:
     return f"`{text}`" if text else ""
 
@@ -59,7 +65,7 @@ def _parameter_row(parameter: inspect.Parameter, flag: Flag) -> list[str]:
         default = f"{default} ({flag.option.unit})"
     choices = [choice for choice in flag.option.choices or _literals(parameter.annotation) if choice]
     parts = [
-        flag.option.help,
+        _plain(flag.option.help),
         f"One of {', '.join(choices)}." if choices else "",
         f"Sets `{flag.key}`." if flag.key else "",
     ]
@@ -110,7 +116,7 @@ def _option_row(entry: Entry) -> list[str]:
     else:
         example = "[" + ", ".join(f'"{part}"' for part in option.example.split(",")) + "]"
     kind = " or ".join(_code(choice) for choice in option.choices if choice) or _kind(entry.kind)
-    return [_code(entry.key.rpartition(".")[2]), kind, default, option.unit, option.help, _code(example)]
+    return [_code(entry.key.rpartition(".")[2]), kind, default, option.unit, _plain(option.help), _code(example)]
 
 
 def _is_number(text: str) -> bool:
