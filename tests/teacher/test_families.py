@@ -118,7 +118,7 @@ class Contributions(Observer):
         y.index_add_(0, rows, output * weights[:, None])
         self.calls += 1
         x = layer.x[rows]
-        if layer._layer.card.input_scaled:
+        if layer.ffns.card.input_scaled:
             slots = (layer.top_k_index[rows] == e).float()
             x = x * (layer.top_k_weights[rows] * slots).sum(1, keepdim=True)
         close(layer.experts[e].hidden(x), hidden)
