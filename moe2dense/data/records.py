@@ -14,6 +14,7 @@ import numpy as np
 import xxhash
 from huggingface_hub import constants, dataset_info
 
+from moe2dense.common.hub import hub_unreachable
 from moe2dense.errors import UserError, first_line
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".txt": "text", ".parquet": "parquet", ".arrow": "arrow"}
@@ -143,6 +144,8 @@ def _hub(name: str, split: str, seed: int) -> tuple[Iterable[dict[str, Any]], bo
 
     Raises UserError where it cannot be reached, or has no such split.
     """
+    if reason := hub_unreachable():
+        raise UserError(f"data {name!r} is no file or folder here, and the hub cannot be reached ({reason}); {HOW}")
     repository, _, configuration = name.partition(":")
     with _without_bars():
         try:

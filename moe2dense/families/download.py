@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 from huggingface_hub import hf_hub_download, snapshot_download
-from huggingface_hub.errors import EntryNotFoundError
+from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+from moe2dense.common.hub import hub_unreachable
 
 _INDEX = "model.safetensors.index.json"
 _SMALL_FILES = ("*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
@@ -16,7 +18,9 @@ def weight_files(hub_id: str) -> list[str]:
     Other copies of the weights, such as `original/` or consolidated.safetensors, are not among them.
     """
     try:
-        index = Path(hf_hub_download(hub_id, _INDEX))
+        index = Path(hf_hub_download(hub_id, _INDEX, local_files_only=bool(hub_unreachable())))
+    except LocalEntryNotFoundError:  # not in the cache, and no network to ask whether there is one
+        raise
     except EntryNotFoundError:
         return ["model.safetensors"]
     return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
@@ -31,6 +35,9 @@ def download_model(hub_id: str) -> Path:
     elsewhere = any("/" in name for name in weights)
     return Path(
         snapshot_download(
-            hub_id, allow_patterns=[*_SMALL_FILES, *weights], ignore_patterns=None if elsewhere else ["*/*"]
+            hub_id,
+            allow_patterns=[*_SMALL_FILES, *weights],
+            ignore_patterns=None if elsewhere else ["*/*"],
+            local_files_only=bool(hub_unreachable()),
         )
     )

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from huggingface_hub import try_to_load_from_cache
 
+from moe2dense.common.hub import hub_unreachable
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.families.cards import Checkpoint, TeacherCard, find_checkpoint, read_teacher_card, teacher_cards
 from moe2dense.families.download import download_model
@@ -105,6 +106,11 @@ def resolve_teacher(given: str, card_path: str = "") -> ResolvedTeacher:
         card, row = known
         card = read_teacher_card(card_path) if card_path else card
         return ResolvedTeacher(given, name, None, hub_id, _offline_config(card, row), card, row)
+    if local is None and (reason := hub_unreachable()):
+        raise UserError(
+            f"TEACHER {given!r} is on the hub, which cannot be reached ({reason}); pass the folder of a checkpoint, or plan with a "
+            f"name of `moe2dense list teachers`"
+        )
     config = _read_config(local or hub_id, given)
     return ResolvedTeacher(
         given, name, None, hub_id, config, family_card(config, card_path), known[1] if known else None
@@ -128,6 +134,6 @@ def fetch(teacher: ResolvedTeacher) -> Path:
         return download_model(teacher.hub_id)
     except Exception as error:  # the hub client raises many kinds; all mean that the files are not to be had
         raise UserError(
-            f"TEACHER {teacher.given!r} means {teacher.hub_id} on the hub, which cannot be downloaded ({first_line(error)}); "
+            f"TEACHER {teacher.given!r} means {teacher.hub_id} on the hub, which cannot be downloaded ({hub_unreachable() or first_line(error)}); "
             f"download it where there is a network and pass the folder"
         ) from error

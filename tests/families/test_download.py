@@ -20,7 +20,7 @@ def fetched(monkeypatch, tmp_path):
     """Return what is fetched of a listing, with the hub client's own rules for patterns."""
 
     def fetch(listing: list[str], index: dict[str, str] | None) -> list[str]:
-        def one_file(hub_id, name):
+        def one_file(hub_id, name, local_files_only):
             if index is None:
                 raise EntryNotFoundError(name)
             (tmp_path / name).write_text(json.dumps({"weight_map": index}))
@@ -28,7 +28,7 @@ def fetched(monkeypatch, tmp_path):
 
         chosen: list[str] = []
 
-        def snapshot(hub_id, allow_patterns, ignore_patterns):
+        def snapshot(hub_id, allow_patterns, ignore_patterns, local_files_only):
             chosen.extend(filter_repo_objects(listing, allow_patterns=allow_patterns, ignore_patterns=ignore_patterns))
             return str(tmp_path)
 

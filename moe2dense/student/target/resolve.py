@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from moe2dense.common.hub import hub_unreachable
 from moe2dense.common.units import parse_count, show_count
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.families.cards import StudentCard, TeacherCard, student_cards, student_host
@@ -83,12 +84,23 @@ def parameter_budget(to: str, shape: Geometry) -> int:
         if not 0 < share < 1:
             raise UserError(f"--to {to} must be more than 0% and less than 100% of the teacher")
         return round(share * shape.parameters)
-    budget = parse_count(to, f"--to (or a named target: {', '.join(named_targets())})")
+    budget = _count(to)
     if budget >= shape.parameters:
         raise UserError(
             f"--to {to} is not smaller than the teacher ({show_count(shape.parameters)} parameters); choose a smaller target"
         )
     return budget
+
+
+def _count(to: str) -> int:
+    """`to` as a number of parameters. Raises UserError that names every form it may have."""
+    try:
+        return parse_count(to)
+    except UserError:
+        raise UserError(
+            f"--to must be a size such as 7b or 350m, a share of the teacher such as 25%, a named target "
+            f"({', '.join(named_targets())}) or the folder of a dense checkpoint; found {to!r}"
+        ) from None
 
 
 def named_targets() -> list[str]:
@@ -164,6 +176,10 @@ def _named(to: str, config: "PreTrainedConfig", shape: Geometry) -> Target:
 def _checkpoint(to: str, config: "PreTrainedConfig", shape: Geometry) -> Target:
     from transformers import AutoConfig
 
+    if not Path(to).is_dir() and (reason := hub_unreachable()):
+        raise UserError(
+            f"--to {to} is no folder here, and the hub cannot be reached ({reason}); give a size such as 40% instead"
+        )
     try:
         dense = AutoConfig.from_pretrained(to).get_text_config()
     except (OSError, ValueError) as error:

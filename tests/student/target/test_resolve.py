@@ -74,7 +74,7 @@ def test_whole_experts_only_within_five_percent(tiny_config):
         ("100%", "more than 0% and less than 100%"),
         ("1x%", "fraction such as 25%"),
         ("huge", "no known target"),
-        ("10x", "must be a number"),
+        ("10x", r"must be a size such as 7b .*, a share .*, a named target"),
         ("mistral-7b", "has num_hidden_layers = 32, but the teacher has 4"),
         ("./nowhere/model", "no dense checkpoint can be read"),
     ],
