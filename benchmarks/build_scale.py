@@ -2,15 +2,15 @@
 
     python benchmarks/build_scale.py                        # four sizes, up to 128 experts of width 768, within 2 GB: a few minutes
     python benchmarks/build_scale.py --memory 500MB --sizes 64x512x1024x2048,...
-    python benchmarks/build_scale.py build                   # peak memory of whole builds beside the plan's number: a minute
+    python benchmarks/build_scale.py build                   # peak memory of whole builds next to the plan's number: a minute
 
-Each size is experts x expert width x hidden size x student width; experts are made when they are read (`read s`), as a streamed teacher's are. The
+Each size is experts x expert width x hidden size x student width; experts are generated when they are read (`read s`), as a streamed teacher's are. The
 pool of neurons that the elimination works on is cut to what `--memory` holds (never below the student's width, with which nothing is eliminated),
 and a refit of more neurons than it holds is done in groups, so no Gram matrix exists that does not fit. Each
 size runs in a process of its own, so that peaks are its own; they hold the layer's tokens' inputs and targets too.
 
-`layerwise` builds whole students layer by layer, on disk, from teachers of layers x experts x expert width x hidden size -> student width, and prints the
-process's peak of anonymous memory (its own, not files it has mapped) above where it stood before, beside what the plan says of the same build.
+`build` builds whole students layer by layer, on disk, from teachers of layers x experts x expert width x hidden size -> student width, and prints the
+process's peak of anonymous memory (its own, not files it has mapped) above where it stood before, next to what the plan says of the same build.
 """
 
 import argparse
@@ -22,23 +22,33 @@ import time
 from pathlib import Path
 
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from moe2dense.common.units import parse_bytes, show_bytes
-from moe2dense.config.schema import BuildConfig
+from moe2dense.config.schema import BuildConfig, RunConfig
+from moe2dense.data.blocks import Blocks
+from moe2dense.families.cards import student_host
+from moe2dense.modeling.empty import count_parameters, empty_model
+from moe2dense.modeling.shape import teacher_geometry
+from moe2dense.student.build.api import build_to_folder
+from moe2dense.student.build.cost import build_bytes
 from moe2dense.student.ffn.dense import DenseFFN
-from moe2dense.student.ffn.local import relative_error
+from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.ffn.make import make_ffn
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.ffn.refit import refit
 from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.footprint import pool_limit, refit_limit
+from moe2dense.student.target.dense_config import dense_config
+from moe2dense.student.target.resolve import Target
+from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.routing import LayerStats
 
 SIZES = "8x256x192x512,32x256x512x1024,64x512x1024x2048,128x768x2048x6144"
 BUILDS = "6x8x512x256x1024,24x8x512x256x1024,4x4x1024x512x3072"
 
 
-class Made:
+class GeneratedExperts:
     """Experts that exist only while they are used."""
 
     def __init__(self, count: int, width: int, hidden: int):
@@ -49,16 +59,16 @@ class Made:
 
     def __getitem__(self, e: int) -> DenseFFN:
         begun = time.monotonic()
-        made = random_ffn(self.width, self.hidden, self.hidden**-0.5, seed=e)
+        ffn = random_ffn(self.width, self.hidden, self.hidden**-0.5, seed=e)
         self.seconds += time.monotonic() - begun
-        return made
+        return ffn
 
 
 def measure(size: str, memory: int, tokens: int) -> tuple[float, ...]:
-    """(neurons, pool, bytes of its Gram matrix, seconds of reading, of the choice and of the refit, peak bytes above the start, relative error)."""
+    """Return (neurons, pool, bytes of its Gram matrix, seconds of reading, of the choice and of the refit, peak bytes above the start, relative error)."""
     torch.manual_seed(0)
     count, width, hidden, dense = (int(n) for n in size.split("x"))
-    experts = Made(count, width, hidden)
+    experts = GeneratedExperts(count, width, hidden)
     x = torch.randn(tokens, hidden)
     routed = torch.rand(tokens, count).topk(min(4, count), 1).indices
     target, stats = torch.zeros(tokens, hidden), LayerStats.zeros(count, hidden, width)
@@ -87,7 +97,7 @@ def measure(size: str, memory: int, tokens: int) -> tuple[float, ...]:
 
 
 class AnonymousPeak(threading.Thread):
-    """The most anonymous memory of this process above where it stood, looked at every few milliseconds (Linux)."""
+    """Measure the most anonymous memory of this process above where it stood, looked at every few milliseconds (Linux)."""
 
     def __init__(self):
         super().__init__(daemon=True)
@@ -97,7 +107,7 @@ class AnonymousPeak(threading.Thread):
 
     @staticmethod
     def now() -> int:
-        """Bytes."""
+        """Return the bytes now."""
         rows = Path("/proc/self/status").read_text().splitlines()
         return 1024 * int(next(row for row in rows if row.startswith("RssAnon")).split()[1])
 
@@ -106,16 +116,14 @@ class AnonymousPeak(threading.Thread):
             self.most = max(self.most, self.now())
 
     def end(self) -> int:
-        """Bytes above the start."""
+        """Stop, and return the most bytes above the start."""
         self.ended.set()
         self.join()
         return self.most - self.before
 
 
 def write_teacher(folder: str, layers: int, experts: int, width: int, hidden: int) -> None:
-    """A Mixtral with random weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
+    """Write a Mixtral with random weights."""
     config = AutoConfig.for_model(
         "mixtral", vocab_size=512, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_attention_heads=4,
         num_key_value_heads=4, num_local_experts=experts, num_experts_per_tok=min(2, experts), max_position_embeddings=256,
@@ -124,18 +132,7 @@ def write_teacher(folder: str, layers: int, experts: int, width: int, hidden: in
 
 
 def measure_build(folder: str, dense: int, memory: str, tokens: int) -> tuple[int, int, int, float]:
-    """(bytes of the student, what the plan says of its build, peak bytes of the build above the start, seconds); few steps, all of them."""
-    from moe2dense.config.schema import RunConfig
-    from moe2dense.data.blocks import Blocks
-    from moe2dense.families.cards import student_host
-    from moe2dense.modeling.empty import count_parameters, empty_model
-    from moe2dense.modeling.shape import teacher_geometry
-    from moe2dense.student.build.api import build_to_folder
-    from moe2dense.student.build.cost import build_bytes
-    from moe2dense.student.target.dense_config import dense_config
-    from moe2dense.student.target.resolve import Target
-    from moe2dense.teacher.load import load_teacher
-
+    """Return (bytes of the student, what the plan says of its build, peak bytes of the build above the start, seconds); few steps, all of them."""
     torch.set_num_threads(1)
     teacher = load_teacher(folder, memory=memory, experts="streamed", device="cpu")
     assert teacher.card is not None
@@ -184,9 +181,9 @@ def main() -> None:
     )
     for size in (args.sizes or SIZES).split(","):
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            neurons, kept, gram, read, choose, fit, peak, error = pool.apply(measure, (size, memory, tokens))
+            neurons, pool_size, gram, read, choose, fit, peak, error = pool.apply(measure, (size, memory, tokens))
         print(
-            f"{size:>20} {neurons:8.0f} {kept:6.0f} {show_bytes(gram):>7} {read:7.1f} {choose:9.1f} {fit:8.1f} {show_bytes(peak):>7} "
+            f"{size:>20} {neurons:8.0f} {pool_size:6.0f} {show_bytes(gram):>7} {read:7.1f} {choose:9.1f} {fit:8.1f} {show_bytes(peak):>7} "
             f"{error:6.3f}",
             flush=True,
         )

@@ -22,11 +22,15 @@ import resource
 import time
 from pathlib import Path
 
+import torch
+from torch.nn import functional as F
+
+from moe2dense.losses.distillation import distillation_loss
+from moe2dense.losses.teacher_rows import HiddenRows
+from moe2dense.modeling.head import Head
+
 
 def plain(h, w, ht, wt):
-    import torch
-    from torch.nn import functional as F
-
     with torch.no_grad():
         log_p = (ht @ wt.T).log_softmax(-1)
     loss = F.kl_div((h @ w.T).log_softmax(-1), log_p, reduction="batchmean", log_target=True)
@@ -34,7 +38,6 @@ def plain(h, w, ht, wt):
 
 
 def trl(h, w, ht, wt):
-    import torch
     from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
     divergence, _ = ChunkedDivergenceFunction.apply(h, w, None, ht, wt, None, 0.0)
@@ -43,12 +46,6 @@ def trl(h, w, ht, wt):
 
 
 def ours(h, w, ht, wt):
-    import torch
-
-    from moe2dense.losses.distillation import distillation_loss
-    from moe2dense.losses.teacher_rows import HiddenRows
-    from moe2dense.modeling.head import Head
-
     loss = distillation_loss(h, Head(w), HiddenRows(ht, Head(wt))).total
     return loss, torch.autograd.grad(loss, (h, w))
 
@@ -61,8 +58,6 @@ def resident() -> int:
 
 
 def measure(name: str, tokens: int, hidden: int, vocabulary: int, rounds: int, queue) -> None:
-    import torch
-
     torch.manual_seed(0)
     h, w = torch.randn(tokens, hidden, requires_grad=True), torch.randn(vocabulary, hidden).mul_(0.05).requires_grad_()
     ht, wt = torch.randn(tokens, hidden), torch.randn(vocabulary, hidden).mul_(0.05)
@@ -105,18 +100,18 @@ def main() -> None:
                 target=measure, args=(name, args.tokens, args.hidden, vocabulary, args.rounds, queue)
             )
             process.start()
-            found = queue.get()
+            row = queue.get()
             process.join()
-            if found is None:
+            if row is None:
                 print(f"{vocabulary:10d} {name:>8s}   not installed")
                 continue
-            base = base or found
+            base = base or row
             print(
-                f"{vocabulary:10d} {name:>8s} {found['seconds']:9.2f} {found['seconds'] / base['seconds']:8.2f} "
-                f"{found['peak'] / 1e6:9.0f} {100 * found['peak'] / base['peak']:8.1f} {found['loss']:12.7f}",
+                f"{vocabulary:10d} {name:>8s} {row['seconds']:9.2f} {row['seconds'] / base['seconds']:8.2f} "
+                f"{row['peak'] / 1e6:9.0f} {100 * row['peak'] / base['peak']:8.1f} {row['loss']:12.7f}",
                 flush=True,
             )
-            rows.append({"vocabulary": vocabulary, "method": name, **found})
+            rows.append({"vocabulary": vocabulary, "method": name, **row})
     if args.json:
         args.json.write_text(json.dumps(rows, indent=1))
 

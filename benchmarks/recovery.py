@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.config.toml import merge_flags
@@ -32,7 +33,7 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.data.records import passages
 from moe2dense.distillation.api import distill
-from moe2dense.distillation.auto_features import AUTO_FEATURES
+from moe2dense.distillation.cost import AUTO_FEATURES
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.reference import Reference, reference
@@ -40,6 +41,7 @@ from moe2dense.losses.feature_spec import teacher_features
 from moe2dense.student.build.api import build_student
 from moe2dense.student.target.dense_config import dense_config
 from moe2dense.student.target.resolve import Target, resolve_target
+from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.model import Teacher
 
@@ -50,8 +52,10 @@ ALL = (
 )  # fmt: skip
 
 
-def one_block_per_passage(folder: str, split: str, tokenizer: Any, block: int, count: int) -> Blocks:
-    """The first `block` tokens of each of `count` passages that are long enough."""
+def one_block_per_passage(
+    folder: str, split: str, tokenizer: PreTrainedTokenizerBase, block: int, count: int
+) -> Blocks:
+    """Return the first `block` tokens of each of `count` passages that are long enough."""
     rows: list[list[int]] = []
     for record in passages(folder, split, 0):
         ids = tokenizer(record["text"], add_special_tokens=False)["input_ids"]
@@ -63,22 +67,24 @@ def one_block_per_passage(folder: str, split: str, tokenizer: Any, block: int, c
 
 
 def width_target(teacher: Teacher, width: int) -> Target:
-    """The teacher's dense host with an FFN of `width` neurons."""
+    """Return the teacher's dense host with an FFN of `width` neurons."""
     base = resolve_target("50%", teacher.config, teacher.card)
     config = dense_config(teacher.config, base.card, width)
     return dataclasses.replace(base, to=f"M={width}", label=f"M={width}", width=width, config=config)
 
 
-def judge(model: Any, texts: dict[str, Reference]) -> dict[str, float]:
-    """{'valid KL', 'valid NLL', ...} in nats per token."""
-    found: dict[str, float] = {}
+def judge(model: Student | PreTrainedModel, texts: dict[str, Reference]) -> dict[str, float]:
+    """Return {'valid KL', 'valid NLL', ...} in nats per token."""
+    numbers: dict[str, float] = {}
     for name, ref in texts.items():
         scores = evaluate(model, ref, bootstrap=10)
-        found |= {f"{name} KL": float(scores.kl), f"{name} NLL": float(scores.nll)}
-    return found
+        numbers |= {f"{name} KL": float(scores.kl), f"{name} NLL": float(scores.nll)}
+    return numbers
 
 
-def trained(student: Any, data: Blocks, targets: Any, budget: int, config: TrainConfig, seed: int) -> None:
+def train(
+    student: Student | PreTrainedModel, data: Blocks, targets: Any, budget: int, config: TrainConfig, seed: int
+) -> None:
     """Distil on the first `budget` tokens of the text."""
     config = dataclasses.replace(config, tokens=budget, eval_every=10**9, save_every=10**9)
     part = slice(0, max(1, budget // data.input_ids.shape[1]))
@@ -86,7 +92,7 @@ def trained(student: Any, data: Blocks, targets: Any, budget: int, config: Train
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row of the table; each is printed when it is known."""
+    """Return every row of the table; each is printed when it is known."""
     teacher = load_teacher(args.teacher)
     tokenizer = teacher.tokenizer()
     texts = {
@@ -101,7 +107,7 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     for seed in seeds:
         data = text[torch.randperm(len(text), generator=torch.Generator().manual_seed(seed))]  # from many passages
         data = data[: max([*budgets, args.build_tokens]) // args.block]
-        targets = hidden_targets(teacher, data, features=followed(teacher, args.features)) if budgets else None
+        targets = hidden_targets(teacher, data, features=states_read(teacher, args.features)) if budgets else None
         for width, method in itertools.product(widths, methods):
             for row in one_student(teacher, method, width, seed, data, targets, texts, budgets, args):
                 rows.append(show(row))
@@ -113,15 +119,15 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def build_config(settings: list[str]) -> BuildConfig:
-    """The defaults, but for KEY=VALUE."""
+    """Return the defaults with these KEY=VALUE changed."""
     pairs = (text.split("=", 1) for text in settings)
     return merge_flags(
         RunConfig(), {f"build.{key}": tomllib.loads(f"value = {value}")["value"] for key, value in pairs}
     ).build
 
 
-def followed(teacher: Teacher, features: str = "auto") -> tuple[str, ...]:
-    """The teacher's states that training reads."""
+def states_read(teacher: Teacher, features: str = "auto") -> tuple[str, ...]:
+    """Return the names of the teacher's states that training reads."""
     layers = teacher.config.get_text_config().num_hidden_layers
     return teacher_features(AUTO_FEATURES if features == "auto" else features, layers, layers)
 
@@ -137,7 +143,7 @@ def one_student(
     budgets: list[int],
     args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
-    """Rows of a student before training and after each budget; `seed` chose the text and chooses every random number."""
+    """Yield the rows of a student before training and after each budget; `seed` chooses every random number."""
     build, begun = data[: max(1, args.build_tokens // args.block)], time.monotonic()
     student = build_student(
         teacher, width_target(teacher, width), build, init=method, config=build_config(args.set), seed=seed
@@ -148,33 +154,33 @@ def one_student(
     training = TrainConfig(features=args.features, epochs=args.epochs)
     for budget in budgets:
         copied, begun = copy.deepcopy(student), time.monotonic()
-        trained(copied, data, targets, budget, training, seed)
+        train(copied, data, targets, budget, training, seed)
         seconds = built + time.monotonic() - begun
         yield row | {"trained": 1, "tokens": budget} | judge(copied, texts) | {"seconds": seconds}
 
 
 def summary(rows: list[dict[str, Any]]) -> Iterator[str]:
-    """A line for each method, width and budget: the mean over seeds and the standard deviation between them."""
+    """Yield a line for each method, width and budget: the mean over seeds and the standard deviation between them."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
         groups.setdefault((row["method"], row["M"], row["trained"], row["tokens"]), []).append(row)
     for (method, width, after, tokens), group in groups.items():
         names = [n for n in group[0] if n.endswith((" KL", " NLL")) or n == "seconds"]
-        found = {n: [row[n] for row in group] for n in names}
-        spread = {n: f" ±{statistics.stdev(v):.3f}" if len(v) > 1 and n != "seconds" else "" for n, v in found.items()}
-        numbers = (f"{n} {statistics.fmean(v):.{0 if n == 'seconds' else 3}f}{spread[n]}" for n, v in found.items())
+        values = {n: [row[n] for row in group] for n in names}
+        spread = {n: f" ±{statistics.stdev(v):.3f}" if len(v) > 1 and n != "seconds" else "" for n, v in values.items()}
+        numbers = (f"{n} {statistics.fmean(v):.{0 if n == 'seconds' else 3}f}{spread[n]}" for n, v in values.items())
         yield f"{method:24s} M {width} {'trained' if after else 'built'} tokens {tokens} seeds {len(group)}  {'  '.join(numbers)}"
 
 
 def judge_teacher(ref: Reference) -> float:
-    """The teacher's own NLL."""
+    """Return the teacher's own NLL."""
     return float(evaluate(ref, ref, bootstrap=10).nll)
 
 
-def sibling(teacher: Teacher, tokenizer: Any, texts: dict[str, Reference], args: argparse.Namespace) -> dict[str, Any]:
-    """A dense model of the student's shape, every weight random, trained on `--sibling` tokens of text without a teacher."""
-    from transformers import AutoModelForCausalLM
-
+def sibling(
+    teacher: Teacher, tokenizer: PreTrainedTokenizerBase, texts: dict[str, Reference], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Return the row of a dense model of the student's shape, trained from random weights on text without a teacher."""
     torch.manual_seed(0)
     width, begun = int(args.widths.split(",")[0]), time.monotonic()
     model = AutoModelForCausalLM.from_config(width_target(teacher, width).config)

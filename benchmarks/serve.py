@@ -21,20 +21,21 @@ import subprocess
 import sys
 import tempfile
 import time
+import urllib.request
 from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM, MixtralConfig
+from transformers.utils import logging
+
+from moe2dense.exporting.api import export
+from moe2dense.families.cards import teacher_cards
+from moe2dense.student.target.resolve import resolve_target
 
 
 def synthetic(folder: Path, hidden: int, layers: int) -> list[Path]:
-    """A random Mixtral (8 experts, top-2, width 3.5 H) and its dense student of one expert's width, in bf16."""
-    from transformers import AutoModelForCausalLM, MixtralConfig
-    from transformers.utils import logging
-
-    from moe2dense.families.cards import teacher_cards
-    from moe2dense.student.target.resolve import resolve_target
-
+    """Write a random Mixtral (8 experts, top-2, width 3.5 H) and its dense student of one expert's width, in bf16; return their folders."""
     width = hidden * 7 // 2 // 32 * 32
     config = MixtralConfig(
         vocab_size=32000, hidden_size=hidden, intermediate_size=width, num_hidden_layers=layers, num_local_experts=8,
@@ -50,23 +51,21 @@ def synthetic(folder: Path, hidden: int, layers: int) -> list[Path]:
         model.save_pretrained(folder / name)
         paths.append(folder / name)
     if importlib.util.find_spec("xllamacpp") and importlib.util.find_spec("gguf"):
-        from moe2dense.exporting.api import export
-
         words = Path(__file__).parent.parent / "examples" / "tiny-mixtral"  # any tokenizer will do for timing
-        done = export(model, folder / "gguf", tokenizer=words, format="gguf", quantize="q8_0")
-        paths.append(done.path / "model-q8_0.gguf")
+        exported = export(model, folder / "gguf", tokenizer=words, format="gguf", quantize="q8_0")
+        paths.append(exported.path / "model-q8_0.gguf")
     return paths
 
 
 def _dense_size(config: Any) -> int:
-    """Parameters of a model with one expert's width per layer."""
+    """Return the parameters of a model with one expert's width per layer."""
     h, kv = config.hidden_size, config.num_key_value_heads * (config.hidden_size // config.num_attention_heads)
     layer = 2 * h * h + 2 * h * kv + 3 * h * config.intermediate_size + 2 * h
     return 2 * config.vocab_size * h + config.num_hidden_layers * layer + h
 
 
 def weights(model: Path) -> list[Path]:
-    """The weight files of a folder, or the GGUF file itself."""
+    """Return the weight files of a folder, or the GGUF file itself."""
     return [model] if model.suffix == ".gguf" else sorted(model.glob("*.safetensors"))
 
 
@@ -79,7 +78,7 @@ def drop_cache(files: list[Path]) -> None:
 
 
 def measure(model: Path, prompt: int, decode: int) -> dict[str, float]:
-    """The numbers of one model, in this process."""
+    """Measure one model in this process."""
     drop_cache(weights(model))
     numbers = _llama_cpp(model, prompt, decode) if model.suffix == ".gguf" else _transformers(model, prompt, decode)
     # VmHWM is of this program; ru_maxrss would count the process it was forked from
@@ -91,9 +90,6 @@ def measure(model: Path, prompt: int, decode: int) -> dict[str, float]:
 
 
 def _transformers(folder: Path, prompt: int, decode: int) -> dict[str, float]:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -123,8 +119,6 @@ def _transformers(folder: Path, prompt: int, decode: int) -> dict[str, float]:
 
 
 def _llama_cpp(path: Path, prompt: int, decode: int) -> dict[str, float]:
-    import urllib.request
-
     import xllamacpp
 
     params = xllamacpp.CommonParams()
@@ -151,7 +145,7 @@ def _llama_cpp(path: Path, prompt: int, decode: int) -> dict[str, float]:
 
 
 def child(model: Path, args: argparse.Namespace) -> dict[str, float]:
-    """`measure` in a process of its own."""
+    """Run `measure` in a process of its own."""
     command = [
         sys.executable,
         __file__,
@@ -162,14 +156,14 @@ def child(model: Path, args: argparse.Namespace) -> dict[str, float]:
         "--decode",
         str(args.decode),
     ]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{model}: {done.stderr.strip().splitlines()[-1]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        sys.exit(f"{model}: {result.stderr.strip().splitlines()[-1]}")
+    return json.loads(result.stdout.splitlines()[-1])
 
 
 def table(rows: dict[str, list[dict[str, float]]]) -> str:
-    """Markdown: medians, and the factor over the first row."""
+    """Return a Markdown table: medians, and the factor over the first row."""
     lines = [
         "| model | files | peak memory | cold load | prefill tokens/s | decode tokens/s (range) |",
         "|---|---|---|---|---|---|",

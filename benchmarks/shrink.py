@@ -3,8 +3,8 @@
     python benchmarks/shrink.py                                     # 40% and 25% of the tiny teacher
     python benchmarks/shrink.py --sizes 25% --prune width,depth --data FOLDER --tokens 98304
 
-For each size and kind of pruning, the build's student before and after training, then the same shape with random FFNs around what is carried
-over of the attention, and with every weight random. All train on the same blocks; text is judged in one block from each passage.
+For each size and kind of pruning: the built student before and after training, then the same shape with random FFNs around the attention copied
+from the teacher, and with every weight random. All train on the same blocks; text is judged in one block from each passage.
 """
 
 import argparse
@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from recovery import ROOT, followed, judge, judge_teacher, one_block_per_passage, show, trained
+from recovery import ROOT, judge, judge_teacher, one_block_per_passage, show, states_read, train
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from moe2dense.config.schema import BuildConfig
 from moe2dense.config.training import TrainConfig
@@ -25,24 +26,25 @@ from moe2dense.evaluation.reference import reference
 from moe2dense.student.build.api import build_student
 from moe2dense.student.target.pruned import pruning_text
 from moe2dense.student.target.resolve import Target, resolve_target
+from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.model import Teacher
 
 
-def made(start: str, teacher: Teacher, target: Target, build: Blocks, config: BuildConfig) -> Any:
-    """A student of the target's shape, or a bare model with every weight random."""
+def make_student(
+    start: str, teacher: Teacher, target: Target, build: Blocks, config: BuildConfig
+) -> Student | PreTrainedModel:
+    """Return a student of the target's shape, or a bare model with every weight random."""
     if start != "every weight random":
         return build_student(
             teacher, target, build, init="layerwise" if start == "layerwise" else "random", config=config
         )
-    from transformers import AutoModelForCausalLM
-
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(target.config)
 
 
 def run(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every row of the table; each is printed when it is known."""
+    """Return every row of the table; each is printed when it is known."""
     teacher = load_teacher(args.teacher)
     assert teacher.card is not None, "a teacher with experts"
     tokenizer = teacher.tokenizer()
@@ -50,30 +52,33 @@ def run(args: argparse.Namespace) -> list[dict[str, Any]]:
     data = load_blocks(args.data, tokenizer, args.block, "train")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
     data = data[order[: args.tokens // args.block]]
-    targets, build = hidden_targets(teacher, data, features=followed(teacher)), data[: args.build_tokens // args.block]
+    targets, build = (
+        hidden_targets(teacher, data, features=states_read(teacher)),
+        data[: args.build_tokens // args.block],
+    )
     print(
         f"teacher NLL {judge_teacher(texts['valid']):.3f}; {data.tokens} tokens, the build's {build.tokens} included",
         flush=True,
     )
     rows = []
     for size in args.sizes.split(","):
-        seen: list[dict[str, Any]] = []
+        tried: list[dict[str, Any]] = []
         for prune in args.prune.split(","):
             try:
                 target = resolve_target(size, teacher.config, teacher.card, prune)
             except UserError as error:
                 print(f"{size} {prune}: {error}", flush=True)
                 continue
-            if target.geometry in seen:
+            if target.geometry in tried:
                 continue
-            seen.append(target.geometry)
-            kept = pruning_text(target.teacher, target.geometry, "influence") or "all outside the FFNs"
-            print(f"{size}, prune = {prune}: {kept}, M = {target.width}, {target.parameters} parameters", flush=True)
+            tried.append(target.geometry)
+            pruning = pruning_text(target.teacher, target.geometry, "influence") or "all outside the FFNs"
+            print(f"{size}, prune = {prune}: {pruning}, M = {target.width}, {target.parameters} parameters", flush=True)
             for start in ("layerwise", "random FFNs", "every weight random"):
-                student = made(start, teacher, target, build, BuildConfig())
+                student = make_student(start, teacher, target, build, BuildConfig())
                 row = {"method": f"{size} {prune} {start}", "tokens": build.tokens if start == "layerwise" else 0}
                 rows.append(show(row | judge(student, texts)))
-                trained(student, data, targets, data.tokens, TrainConfig(epochs=args.epochs), 0)
+                train(student, data, targets, data.tokens, TrainConfig(epochs=args.epochs), 0)
                 rows.append(show(row | {"tokens": data.tokens} | judge(student, texts)))
     return rows
 
