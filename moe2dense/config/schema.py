@@ -156,17 +156,25 @@ class BuildConfig:
     )
     fraction: float = option(0.1, help="Share of --tokens that the build reads.", example="0.2")
     max_tokens: int = option(
-        200_000, help="The most that the build reads.", unit="tokens", example="400k", parse=parse_count
+        200_000,
+        help="The most that the build reads, unless 20 tokens for each of the student's neurons in a layer are more.",
+        unit="tokens",
+        example="400k",
+        parse=parse_count,
     )
     min_tokens: int = option(
         49_152,
-        help="The least that the build reads, where --tokens allows.",
+        help="The least that the build reads, where --tokens allows; at least 20 tokens for each of the student's neurons in a layer.",
         unit="tokens",
         example="100k",
         parse=parse_count,
     )
     ridge: float = option(
-        1e-3, help="Ridge of the least-squares fits, relative to the Gram matrix's mean diagonal.", example="1e-2"
+        0.0,
+        help="Ridge of the least-squares fits, relative to the Gram matrix's mean diagonal. 0 chooses it: for the refit of each "
+        "layer on held-out blocks, for the elimination by the tokens there are for each neuron.",
+        example="1e-2",
+        shown="chosen for each layer",
     )
     local_steps: int = option(
         0,

@@ -70,7 +70,7 @@ def plan(
     from moe2dense.conversion.checks import check_settings
     from moe2dense.conversion.configure import configure
     from moe2dense.conversion.machine import machine_to_plan_for
-    from moe2dense.conversion.plan import make_plan
+    from moe2dense.conversion.planning import make_plan
     from moe2dense.conversion.show_plan import print_plan
 
     settings = configure(config=config, options=options)

@@ -7,7 +7,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
 from moe2dense.conversion.job import Job, load_text, shortfall
-from moe2dense.conversion.plan import make_plan
+from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Plan, Result
 from moe2dense.conversion.run import open_run
 from moe2dense.conversion.show_plan import print_plan

@@ -7,12 +7,11 @@ import psutil
 from moe2dense.common.units import show_bytes, show_count
 from moe2dense.config.schema import RunConfig
 from moe2dense.modeling.shape import Geometry
-from moe2dense.student.build.cost import heal_asked
+from moe2dense.student.build.cost import TOKENS_PER_NEURON, heal_asked
 from moe2dense.student.footprint import heal_bytes
 from moe2dense.student.target.resolve import Target
 
 TOKENS_PER_PARAMETER = 20
-_TOKENS_PER_NEURON = 20  # of the build's text, for least-squares fits that generalise
 _USUAL_BUDGET = (0.05, 0.15)  # share of the teacher's training compute that general quality takes
 _SMALL, _TOO_SMALL = 0.5, 0.1  # student's parameters by those that a token passes in the teacher
 
@@ -45,14 +44,12 @@ def capacity_warning(shape: Geometry, target: Target) -> str:
 
 def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: int, build: int) -> list[str]:
     """Return sentences where the build, or the training, reads less text than is advisable."""
-    warnings, needed = [], _TOKENS_PER_NEURON * target.width
+    warnings, needed = [], TOKENS_PER_NEURON * target.width
     if build < needed:
-        remedy = f"--tokens {_typed(needed / config.build.fraction)}"
-        if needed > config.build.max_tokens:
-            remedy += f" and build.max_tokens = {_typed(needed)}"
+        remedy = f"--tokens {_typed(needed)}"
         warnings.append(
             f"few calibration tokens: the build reads {show_count(build)} for {target.width} neurons a layer, and "
-            f"{_TOKENS_PER_NEURON} a neuron are advisable; {remedy} gives as many"
+            f"{TOKENS_PER_NEURON} a neuron are advisable; {remedy} gives as many"
         )
     active = shape.active_parameters
     trained = 6 * active * TOKENS_PER_PARAMETER * active

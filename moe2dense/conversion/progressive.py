@@ -11,7 +11,7 @@ from dataclasses import replace
 from moe2dense.conversion import stages
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job, Text
-from moe2dense.conversion.plan import stage_targets
+from moe2dense.conversion.planning import stage_targets
 from moe2dense.conversion.run import open_run
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
@@ -51,7 +51,7 @@ def _text(job: Job, rows: range) -> Text:
     """The share of the training text that one stage sees, and its build's part of it."""
     train = job.text.train[list(rows)]
     settings = replace(job.settings, train=replace(job.settings.train, tokens=train.tokens))
-    count = max(1, min(len(train), build_tokens(settings, job.plan.block) // job.plan.block))
+    count = max(1, min(len(train), build_tokens(settings, job.plan.block, job.plan.target.width) // job.plan.block))
     return replace(job.text, train=train, build=train[[i * len(train) // count for i in range(count)]])
 
 

@@ -8,8 +8,8 @@ from rich.table import Table
 
 from moe2dense.common.units import show_bytes, show_count, show_seconds
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.plan import stage_targets
 from moe2dense.conversion.plan_warnings import share_text
+from moe2dense.conversion.planning import stage_targets
 from moe2dense.conversion.results import Plan
 from moe2dense.student.target.pruned import pruning_text
 

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, MistralConfig
 import moe2dense as m2d
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import configure, stage_sizes, with_last_stage
-from moe2dense.conversion.plan import make_plan, stage_targets
+from moe2dense.conversion.planning import make_plan, stage_targets
 from moe2dense.conversion.results import Machine
 from moe2dense.conversion.run import MANIFEST
 from moe2dense.conversion.show_plan import settings_notes

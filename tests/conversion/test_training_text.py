@@ -12,7 +12,7 @@ from moe2dense.conversion import stages
 from moe2dense.conversion import training_text as texts
 from moe2dense.conversion.checks import check_settings, check_text_settings
 from moe2dense.conversion.configure import configure
-from moe2dense.conversion.plan import make_plan
+from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Machine
 from moe2dense.conversion.show_plan import settings_notes
 from moe2dense.conversion.stages import needs_targets

@@ -55,7 +55,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     shape = teacher_geometry(teacher.config, teacher.card)
     target = resolve_target(config.to, teacher.config, teacher.card, config.build.prune, config.build.host)
     block = block_length(config, shape.max_positions)
-    tokens, build = config.train.tokens, build_tokens(config, block)
+    tokens, build = config.train.tokens, build_tokens(config, block, target.width)
     machine = machine or calibrate(teacher.path, device=config.teacher.device)
     size = checkpoint_bytes(teacher, shape)
     budget = memory_budget(config.teacher.memory, "--memory")

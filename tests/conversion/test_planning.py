@@ -7,7 +7,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
 from moe2dense.conversion.configure import default_out
 from moe2dense.conversion.machine import calibrate
-from moe2dense.conversion.plan import block_length, make_plan
+from moe2dense.conversion.planning import block_length, make_plan
 from moe2dense.conversion.results import Machine
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.errors import UserError
