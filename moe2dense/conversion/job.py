@@ -78,7 +78,10 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBas
 
 
 def load_split(settings: RunConfig, split: str, tokenizer: PreTrainedTokenizerBase, block: int, tokens: int) -> Blocks:
-    """Load blocks of the train, valid or ood text that a run's settings name. Raises UserError as `load_text`."""
+    """Load blocks of the train, valid or ood text that a run's settings name. Raises UserError as `load_text`.
+
+    Held-out text is spread over as many passages as there are.
+    """
     path, name = split_source(settings, split)
     return load_blocks(
         path,
@@ -88,6 +91,7 @@ def load_split(settings: RunConfig, split: str, tokenizer: PreTrainedTokenizerBa
         tokens=tokens,
         seed=settings.seed,
         document_masks=settings.data.document_masks,
+        spread=split != "train",
     )
 
 

@@ -14,7 +14,9 @@ class Blocks:
 
     input_ids [N, S] int64; domains: N labels, "" when unknown, the one most of a block's tokens have;
     attention_mask [N, S] bool, None = every token is real; document_ids [N, S] int, None = a block is one document;
-    labels_mask [N, S] bool, the tokens that are to be learnt (the assistant's, in a chat), None = every real one.
+    labels_mask [N, S] bool, the tokens that are to be learnt (the assistant's, in a chat), None = every real one;
+    passages, works [N, S] int64: numbers of the passage and of the work (a record's `source`) that each token comes from,
+    None = unknown. A passage without a source is a work of its own.
     """
 
     input_ids: Tensor
@@ -22,6 +24,8 @@ class Blocks:
     attention_mask: Tensor | None = None
     document_ids: Tensor | None = None
     labels_mask: Tensor | None = None
+    passages: Tensor | None = None
+    works: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.input_ids.dim() == 2 and self.input_ids.dtype == torch.int64, "input_ids must be [N, S] int64"
@@ -33,7 +37,7 @@ class Blocks:
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> "Blocks":
         rows = torch.arange(len(self))[index]
-        optional = (self.attention_mask, self.document_ids, self.labels_mask)
+        optional = (self.attention_mask, self.document_ids, self.labels_mask, self.passages, self.works)
         return Blocks(
             self.input_ids[rows],
             [self.domains[i] for i in rows.tolist()],
@@ -84,6 +88,7 @@ def right_padded(rows: Sequence[Sequence[int]], width: int | None = None) -> tup
 def join_blocks(parts: list[Blocks]) -> Blocks:
     """Join several sets of blocks of one length; a mask that only some have is filled in for the others."""
     ids = torch.cat([p.input_ids for p in parts])
+    any_works = any(p.works is not None for p in parts)
 
     def together(name: str, default: int | bool, dtype: torch.dtype) -> Tensor | None:
         masks = [getattr(p, name) for p in parts]
@@ -98,4 +103,17 @@ def join_blocks(parts: list[Blocks]) -> Blocks:
         together("attention_mask", True, torch.bool),
         together("document_ids", 0, torch.int32),
         together("labels_mask", True, torch.bool),
+        _numbered_on([p.passages for p in parts]),
+        _numbered_on([p.passages if p.works is None else p.works for p in parts]) if any_works else None,
     )
+
+
+def _numbered_on(parts: list[Tensor | None]) -> Tensor | None:
+    """Return the numbers of several texts [N, S] one under the other, each text's counted on from the last; None where one has none."""
+    numbered: list[Tensor] = []
+    for part in parts:
+        if part is None:
+            return None
+        start = int(numbered[-1].max()) + 1 if numbered else 0
+        numbered.append(part - part.min() + start)
+    return torch.cat(numbered)

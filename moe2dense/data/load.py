@@ -14,9 +14,12 @@ from transformers import PreTrainedTokenizerBase
 from moe2dense.data.blocks import Blocks, join_blocks
 from moe2dense.data.chat import chat_tokens, completion_tokens
 from moe2dense.data.records import HOW, passages
+from moe2dense.data.spread import spread_over_passages
 from moe2dense.errors import UserError
 
 # N blocks, S tokens per block
+
+_SPREAD_READ = 16  # times the text that is wanted, which is read at most to spread it over passages
 
 
 def load_blocks(
@@ -27,6 +30,7 @@ def load_blocks(
     tokens: int | None = None,
     seed: int = 0,
     document_masks: str = "auto",
+    spread: bool = False,
 ) -> Blocks:
     """Read blocks of exactly `block` tokens of one split, about `tokens` of them (None = all there is), in a seeded order.
 
@@ -34,6 +38,7 @@ def load_blocks(
     each passage), a hub id (`owner/name` or `owner/name:configuration`), or a mixture {path: weight}, also written
     "PATH=0.7,PATH=0.3", whose parts contribute tokens in proportion. Records have `text`, or `messages` (chat: the assistant's tokens carry the loss),
     `prompt` and `completion` (which carries the loss), and perhaps `domain`. document_masks: on = tokens do not see the document before theirs; auto = on for chat only.
+    spread: take few blocks of each of many passages, for text to judge on, and not all of the first passages.
     Raises UserError when the source is missing, unreadable, without text, or holds less than one block.
     """
     if document_masks not in ("auto", "on", "off"):
@@ -43,8 +48,9 @@ def load_blocks(
     if isinstance(path, str) and "=" in path and not Path(path).exists():
         path = parse_mixture(path)
     if isinstance(path, dict):
-        return _mixture(path, tokenizer, block, split, tokens, seed, document_masks)
-    return blocks_of(passages(path, split, seed), tokenizer, block, _source_name(path, split), tokens, document_masks)
+        return _mixture(path, tokenizer, block, split, tokens, seed, document_masks, spread)
+    rows = passages(path, split, seed)
+    return blocks_of(rows, tokenizer, block, _source_name(path, split), tokens, document_masks, spread)
 
 
 def check_source(path: str, split: str) -> None:
@@ -70,13 +76,18 @@ def blocks_of(
     what: str,
     tokens: int | None = None,
     document_masks: str = "auto",
+    spread: bool = False,
 ) -> Blocks:
     """Turn records into blocks of exactly `block` tokens, in their order; see `load_blocks`. what: how errors call the data."""
     if tokenizer.eos_token_id is None:
         raise UserError("the tokenizer has no end-of-text token (eos_token), which separates passages in a block")
     limit = None if tokens is None else max(1, tokens // block)
-    documents = _documents(iter(rows), tokenizer, what)
-    blocks = _pack(documents, block, limit, document_masks, cast(int, tokenizer.eos_token_id))
+    documents, eos = _documents(iter(rows), tokenizer, what), cast(int, tokenizer.eos_token_id)
+    if spread and limit is not None:
+        blocks = _pack(_many(documents, limit, block), block, None, document_masks, eos)
+        blocks = blocks if isinstance(blocks, int) else spread_over_passages(blocks, limit)
+    else:
+        blocks = _pack(documents, block, limit, document_masks, eos)
     if isinstance(blocks, int):
         size = f"{blocks} tokens, fewer than one block of {block}" if blocks else "no text"
         raise UserError(f"data {what} has {size}; {_remedy(what, blocks)}")
@@ -95,6 +106,17 @@ class _Document:
     tokens: list[int]
     learnt: list[bool] | None  # None: all (plain text)
     domain: str
+    work: str = ""  # the record's `source`: "" where it names none
+
+
+def _many(documents: Iterable[_Document], limit: int, block: int) -> Iterator[_Document]:
+    """Yield documents until there is one for each of `limit` blocks and text for all of these, or 16 times that text."""
+    tokens = 0
+    for count, document in enumerate(documents, 1):
+        yield document
+        tokens += len(document.tokens) + 1
+        if tokens >= limit * block and (count >= limit or tokens >= _SPREAD_READ * limit * block):
+            return
 
 
 def _documents(rows: Iterator[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, what: str) -> Iterator[_Document]:
@@ -106,10 +128,10 @@ def _documents(rows: Iterator[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
             count += 1
             if row.get("messages"):
                 ids, learnt = chat_tokens(row["messages"], tokenizer)
-                yield _Document(ids, learnt, str(row.get("domain") or ""))
+                yield _Document(ids, learnt, str(row.get("domain") or ""), str(row.get("source") or ""))
             elif isinstance(row.get("completion"), str):
                 ids, learnt = completion_tokens(str(row.get("prompt") or ""), row["completion"], tokenizer)
-                yield _Document(ids, learnt, str(row.get("domain") or ""))
+                yield _Document(ids, learnt, str(row.get("domain") or ""), str(row.get("source") or ""))
             elif isinstance(row.get("text"), str):
                 plain.append(row)
             elif row.get("text") is not None:
@@ -119,7 +141,7 @@ def _documents(rows: Iterator[dict[str, Any]], tokenizer: PreTrainedTokenizerBas
         if plain:
             ids = tokenizer([row["text"] for row in plain], add_special_tokens=False)["input_ids"]
             for row, tokens in zip(plain, ids, strict=True):
-                yield _Document(tokens, None, str(row.get("domain") or ""))
+                yield _Document(tokens, None, str(row.get("domain") or ""), str(row.get("source") or ""))
 
 
 def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: str, eos: int) -> Blocks | int:
@@ -131,6 +153,7 @@ def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: 
     learnt: list[bool] = []
     owner: list[int] = []
     domains: list[str] = []
+    works: list[str] = []
     chat = False
     for number, document in enumerate(documents):
         closed = document.tokens if document.tokens[-1:] == [eos] else [*document.tokens, eos]
@@ -140,6 +163,7 @@ def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: 
         learnt += marks + marks[-1:] * (len(closed) - len(marks))  # the closing token is learnt as the turn before it
         owner += [number] * len(closed)
         domains.append(document.domain)
+        works.append(document.work)
         if limit is not None and len(ids) >= limit * block:
             break
     count = len(ids) // block if limit is None else min(limit, len(ids) // block)
@@ -157,7 +181,15 @@ def _pack(documents: Iterable[_Document], block: int, limit: int | None, masks: 
         labels,
         document_ids=(owners - owners[:, :1]).to(torch.int32) if separate else None,
         labels_mask=cut(learnt, torch.bool) if chat else None,
+        passages=owners,
+        works=_work_numbers(works)[owners] if any(works) else None,
     )
+
+
+def _work_numbers(works: list[str]) -> Tensor:
+    """Return the number of each passage's work; a passage that names none is a work of its own."""
+    numbers: dict[str | int, int] = {}
+    return torch.tensor([numbers.setdefault(work or i, len(numbers)) for i, work in enumerate(works)])
 
 
 def parse_mixture(text: str) -> dict[str, float]:
@@ -185,6 +217,7 @@ def _mixture(
     tokens: int | None,
     seed: int,
     masks: str,
+    spread: bool = False,
 ) -> Blocks:
     """Return blocks of several sources, as many of each as its weight says, in one shuffled order."""
     total = sum(weights.values())
@@ -195,7 +228,7 @@ def _mixture(
     parts = []
     for path, weight in weights.items():
         share = round(tokens * weight / total)
-        part = load_blocks(path, tokenizer, block, split, share, seed, masks)
+        part = load_blocks(path, tokenizer, block, split, share, seed, masks, spread)
         if len(part) < share // block:
             raise UserError(
                 f"data {path!r} ({split}) has {part.tokens} tokens, fewer than its share of the mixture ({share}); "

@@ -28,8 +28,9 @@ def block_length(teacher: Teacher, block: int) -> int:
 
 
 def read_text(path: str, teacher: Teacher, block: int, split: str, tokens: int | None, seed: int = 0) -> Blocks:
-    """Read blocks of one split for this teacher's tokenizer."""
-    return load_blocks(path, teacher.tokenizer(), block_length(teacher, block), split, tokens=tokens, seed=seed)
+    """Read blocks of one split for this teacher's tokenizer; those not of the train split are spread over many passages."""
+    length, spread = block_length(teacher, block), split != "train"
+    return load_blocks(path, teacher.tokenizer(), length, split, tokens=tokens, seed=seed, spread=spread)
 
 
 def token_count(tokens: str | None) -> int | None:

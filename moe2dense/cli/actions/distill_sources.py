@@ -144,6 +144,7 @@ def _from_teacher(setting: Setting, train: Blocks) -> Material:
         "valid",
         tokens=_HELD_OUT * train.input_ids.shape[1],
         seed=settings.seed,
+        spread=True,
     )
     return Material(train, settings.train, teacher=teacher, valid=valid, valid_targets=reference(teacher, valid))
 
