@@ -56,10 +56,11 @@ def distill(
     data: N blocks of S tokens; `tokens`: how many of their positions to use (default: all), each seen config.epochs times.
     The teacher's answers come from `targets` (stored, in memory, or hidden states with a head) or, computed once, from
     `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
-    out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU.
-    With config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
-    puts the result into a whole model. `regime` changes where text, targets or models come from (moe2dense.distillation.regimes).
-    Raises UserError for arguments that do not fit together, for targets of another text, and when the loss is not finite.
+    out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU. With
+    config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
+    puts the result into a whole model. `regime` changes where text, targets or models come from
+    (moe2dense.distillation.regimes). Raises UserError for arguments that do not fit together, for targets of another text,
+    and when the loss is not finite.
     """
     model = language_model(student)
     data, block = _checked_data(data, tokens)

@@ -80,7 +80,10 @@ def settle_features(
 def make_match(
     config: TrainConfig, model: PreTrainedModel, targets: Targets | None, teacher: AnyTeacher | None, seed: int
 ) -> FeatureMatch:
-    """Make the feature losses that config.features asks for. Raises UserError when the targets do not hold what they need."""
+    """Make the feature losses that config.features asks for.
+
+    Raises UserError when the targets do not hold what they need.
+    """
     sizes, side = model.config.get_text_config(), _teacher_side(targets, teacher)
     if side is None:
         raise UserError("features need a teacher, or targets that hold its features")

@@ -70,7 +70,10 @@ def _moved(rows: TeacherRows | None, device: torch.device) -> TeacherRows | None
 
 
 def rare_positions(held_out: Blocks, training: Blocks, share: float = 0.1) -> Tensor:
-    """Return [N, S] bool: held-out positions whose next token is among the rarest `share` by its count in the training text."""
+    """Return [N, S] bool: held-out positions whose next token is rare.
+
+    Rare tokens are the rarest `share` of them, by their counts in the training text.
+    """
     labels = held_out.labels()
     size = int(max(held_out.input_ids.max(), training.input_ids.max())) + 1
     counts = torch.bincount(training.input_ids.flatten(), minlength=size)[labels.clamp(min=0)]

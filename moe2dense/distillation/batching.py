@@ -18,7 +18,7 @@ def total_steps(blocks: int, per_step: int, epochs: float) -> int:
 
 
 def step_blocks(blocks: int, per_step: int, step: int, seed: int) -> list[int]:
-    """Return the blocks of one optimiser step: the next ones of an endless row of shuffled passes, each of which has every block once."""
+    """Return the blocks of one optimiser step: the next ones in an endless row of shuffled passes over all blocks."""
     places = range(step * per_step, (step + 1) * per_step)
     return [_epoch(blocks, p // blocks, seed)[p % blocks] for p in places]
 

@@ -38,7 +38,10 @@ class Objective(nn.Module):
         feature_weights: Sequence[float] = (),
         **options: Any,
     ) -> tuple[Tensor, ...]:
-        """Return the loss on inputs [N, S]; teacher: N S rows; options: labels, mask [n] and the rest of `distillation_loss`."""
+        """Return the loss on inputs [N, S].
+
+        teacher: N S rows; options: labels, mask [n] and the rest of `distillation_loss`.
+        """
         with captured(self.model, self.match.student_features if self.match and feature_weights else ()) as states:
             hidden = final_hidden(self.model, inputs).flatten(0, 1)
         loss = distillation_loss(hidden, model_head(self.model), teacher, **options)
@@ -63,7 +66,7 @@ def _teacher_features(teacher: TeacherRows | None, names: Sequence[str], dtype: 
 
 
 def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) -> Tokens:
-    """Return which tokens count for features, and which tokens each sees: its own document up to itself, without padding."""
+    """Return which tokens count for features, and which each sees: its document up to itself, without padding."""
     shape = inputs["input_ids"].shape
     mask = options.get("mask")
     counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask

@@ -1,4 +1,4 @@
-"""What a training regime may change of a run of `distill`: the text and targets of a step, what happens after it, and its state."""
+"""What a training regime may change of a run of `distill`: text and targets of a step, and what follows it."""
 
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -35,10 +35,11 @@ class RunView:
 
 
 class Regime:
-    """Plain distillation on fixed text. A regime overrides what it changes; the loop, its checkpoints and its log stay the trainer's.
+    """Plain distillation on fixed text; a regime overrides what it changes.
 
-    Every process holds its own and calls the same methods in the same order. All that a regime does must be a function of
-    the step, the seed, the weights and its own `state`, so that a run can stop anywhere and go on bit by bit.
+    The loop, its checkpoints and its log stay the trainer's. Every process holds its own and calls the same methods in the
+    same order. All that a regime does must be a function of the step, the seed, the weights and its own `state`, so that a
+    run can stop anywhere and go on bit by bit.
     """
 
     name = ""
@@ -51,7 +52,7 @@ class Regime:
     def create(
         cls, options: RegimeConfig, teacher: AnyTeacher | None, peer: BuiltStudent | PreTrainedModel | None
     ) -> "Regime":
-        """Make the regime for one run of the models at hand. Raises UserError for a model that it needs and does not get."""
+        """Make the regime for one run of the models at hand. Raises UserError for a model that it needs and lacks."""
         return cls()
 
     def settings(self) -> dict[str, Any]:
@@ -66,7 +67,10 @@ class Regime:
         """Prepare for the run: its objective, optimiser and folder exist, no step was made and no checkpoint read."""
 
     def batches_for(self, step: int, batches: Batches, plan: StepPlan) -> tuple[Batches, StepPlan]:
-        """Return text and targets of step `step` (from 0), given those of fixed text, and a plan whose indices count in them."""
+        """Return text and targets of step `step` (from 0), and a plan whose indices count in them.
+
+        batches, plan: those of the fixed text.
+        """
         return batches, plan
 
     def pass_context(self, rows: list[int]) -> AbstractContextManager[None]:

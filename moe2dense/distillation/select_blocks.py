@@ -53,7 +53,10 @@ def parse_selection(text: str) -> Selection | None:
 
 @torch.no_grad()
 def block_divergence(model: PreTrainedModel, targets: Targets, blocks: Blocks, batch: int = 8) -> Tensor:
-    """Return the mean forward KL from teacher to student of every block [N], at the targets' temperature, over positions that count."""
+    """Return the mean forward KL from teacher to student of every block [N].
+
+    It is taken at the targets' temperature, over the positions that count.
+    """
     device = next(model.parameters()).device
     divergences = torch.zeros(len(blocks))
     mask = blocks.loss_mask()

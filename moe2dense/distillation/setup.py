@@ -56,7 +56,7 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
-    """Return the model with low-rank adapters (LoRA, 2106.09685; DoRA, 2402.09353) on its linear layers, all else frozen."""
+    """Return the model, frozen, with low-rank adapters on its linear layers (LoRA, 2106.09685; DoRA, 2402.09353)."""
     adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", use_dora=config.dora)
     # a wrapper that passes everything else on to the model, with the model's attributes and methods
     return get_peft_model(model, adapters)  # type: ignore[return-value]

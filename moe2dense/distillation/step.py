@@ -104,7 +104,10 @@ def train_step(
 
 @torch.no_grad()
 def validate(accelerator: Accelerator, objective: nn.Module, batches: Batches, micro: int) -> dict[str, float]:
-    """Return KL(teacher || student), at the targets' own temperature, and the student's NLL, over all positions that count."""
+    """Return KL(teacher || student) and the student's NLL over all positions that count.
+
+    The KL is taken at the targets' own temperature.
+    """
     everything = list(range(len(batches.blocks)))
     counts, device = batches.denominators(everything), accelerator.device
     sums = torch.zeros(3, dtype=torch.float64, device=device)

@@ -1,4 +1,4 @@
-"""Choose the temperature to distil at: short trainings of equal length, judged by KL at temperature 1 on held-out text.
+"""Choose the temperature to distil at, by short trainings that are judged on held-out text.
 
 Losses at different temperatures cannot be compared with each other, so the held-out KL at T = 1 decides.
 """

@@ -19,7 +19,8 @@ from moe2dense.generation.prompts import read_prompts
 def read_completions(path: str | Path) -> tuple[list[dict[str, Any]], str]:
     """Return (records of a .jsonl file, a warning or "").
 
-    A record is {"prompt", "completion"}, {"messages"} that end with an answer, or {"text"}. A last line that was cut short is left out, and the warning says so. Raises UserError naming the line for anything else.
+    A record is {"prompt", "completion"}, {"messages"} that end with an answer, or {"text"}. A last line that was cut short is
+    left out, and the warning says so. Raises UserError naming the line for anything else.
     """
     try:
         lines = Path(path).read_bytes().split(b"\n")
@@ -65,7 +66,7 @@ def ask_endpoint(
     seed: int,
     progress: Callable[..., None] | None = None,
 ) -> list[dict[str, Any]]:
-    """Return the endpoint's answers to the prompts in `data`, about `tokens` tokens of the student's tokenizer. See `collect`."""
+    """Return the endpoint's answers to the prompts in `data`, about `tokens` student tokens. See `collect`."""
     stride = write.prompt_tokens + endpoint.max_tokens
     prompts = read_prompts(data, tokenizer, "train", seed, write.prompt_tokens, stride)
     sizes: list[int] = []

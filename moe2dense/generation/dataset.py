@@ -37,7 +37,7 @@ _MIN_PASSING = 0.02  # share of the texts: fewer after two shards is the filters
 
 
 def stop_ids(teacher: Teacher, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return ids that end a text: the tokenizer's end-of-text token and those the checkpoint's generation_config.json names."""
+    """Return ids that end a text: the tokenizer's, and those in the checkpoint's generation_config.json."""
     ids = {*_ids(tokenizer.eos_token_id), *_ids(teacher.config.get_text_config().eos_token_id)}
     file = Path(teacher.path) / "generation_config.json"
     if file.is_file():
@@ -51,7 +51,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def sizes(settings: WriteConfig, positions: int, block: int) -> tuple[int, int]:
-    """Return (prompt tokens, new tokens), which is what is left of a block where new_tokens is 0. Raises UserError for nothing."""
+    """Return (prompt tokens, new tokens); new_tokens 0 = what is left of a block. Raises UserError when nothing is."""
     new = settings.new_tokens or min(block, positions) - settings.prompt_tokens
     if new < 1:
         raise UserError(
@@ -73,7 +73,7 @@ def write_text(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[..., None] | None = None,
 ) -> Path:
-    """Let the teacher write about `tokens` tokens, prompts included, into `folder`; an unfinished folder is continued.
+    """Let the teacher write about `tokens` tokens, prompts included; an unfinished folder is continued.
 
     Prompts are beginnings of `source`'s passages (see `read_prompts`); where the text needs more, they are continued again with
     other random numbers. Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Under torch.distributed

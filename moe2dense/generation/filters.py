@@ -21,7 +21,7 @@ def _script(letter: str) -> str:
 
 
 def script_of(text: str) -> str:
-    """Return the script of most letters of a text, "" without letters. Languages that share an alphabet have one script."""
+    """Return the script of most letters of a text, "" without letters. It does not tell languages apart."""
     counts = Counter(_script(c) for c in text if c.isalpha())
     return counts.most_common(1)[0][0] if counts else ""
 
@@ -36,7 +36,7 @@ def word_sequences(text: str) -> frozenset[int]:
 
 
 class NearDuplicates:
-    """The texts added so far, by their five-word sequences: exact Jaccard similarity through an index of the sequences."""
+    """The texts added so far: exact Jaccard similarity through an index of their five-word sequences."""
 
     def __init__(self, threshold: float):
         self.threshold = threshold
@@ -65,8 +65,9 @@ class NearDuplicates:
 class Filters:
     """What a text must satisfy.
 
-    min_tokens: written, at least; nll: (low, high) of the teacher's mean nats per written token; duplicates: Jaccard similarity of
-    five-word sequences from which a text is dropped, 0 drops none; same_script: most of its letters are of its prompt's script.
+    min_tokens: written, at least; nll: (low, high) of the teacher's mean nats per written token; duplicates: Jaccard
+    similarity of five-word sequences from which a text is dropped, 0 drops none; same_script: most of its letters are of its
+    prompt's script.
     """
 
     min_tokens: int = 1

@@ -20,7 +20,7 @@ TokenChooser = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class MixedSampler:
-    """Chooses the words of N texts and records, at each word's position, its log-probabilities; 0 where none was drawn.
+    """Chooses the words of N texts and records the log-probabilities of each at its position, 0 elsewhere.
 
     log_q [N, S]: under the model as it is; log_b [N, S]: under the distribution it was drawn from: the model at the temperature
     and top-p of `sampling`, mixed with `share` of the teacher as it is. Only the first `vocabulary` ids are drawn.

@@ -1,4 +1,4 @@
-"""Read prompts to continue: beginnings of passages, prompts as they stand, or conversations up to the user's last turn."""
+"""Read prompts to continue: beginnings of passages, given prompts, or conversations up to the user's last turn."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ _MIN_TOKENS = 4  # of a passage's beginning
 
 @dataclass
 class Prompt:
-    """Token ids to continue, and the text they encode; messages: the conversation that the text renders, where it is one."""
+    """Token ids to continue, and their text; messages: the conversation that the text renders, if any."""
 
     ids: list[int]
     text: str

@@ -12,7 +12,7 @@ from moe2dense.errors import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """Temperature 0 is greedy; top_p keeps the likeliest tokens that together have that mass; beams > 1 is beam search."""
+    """Temperature 0 is greedy; top_p keeps the likeliest tokens up to that mass; beams > 1 is beam search."""
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -33,7 +33,10 @@ class Sampling:
 
 
 def nucleus(p: Tensor, top_p: float) -> Tensor:
-    """Return p [B, V] with everything but the likeliest tokens that together reach `top_p` set to 0, not renormalised (1904.09751)."""
+    """Return p [B, V] with 0 for all but the likeliest tokens that together reach `top_p` (1904.09751).
+
+    It is not renormalised.
+    """
     if top_p >= 1:
         return p
     values, order = p.sort(-1, descending=True)
@@ -42,7 +45,10 @@ def nucleus(p: Tensor, top_p: float) -> Tensor:
 
 
 def choose(logits: Tensor, sampling: Sampling, u: Tensor) -> Tensor:
-    """Return next tokens [B] from logits [B, V] and uniform numbers u [B], by the inverse of the cumulative distribution."""
+    """Return next tokens [B] from logits [B, V] and uniform numbers u [B].
+
+    It inverts the cumulative distribution.
+    """
     if sampling.temperature == 0:
         return logits.argmax(-1)
     p = nucleus((logits.double() / sampling.temperature).softmax(-1), sampling.top_p)

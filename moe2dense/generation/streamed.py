@@ -1,4 +1,4 @@
-"""Let a streamed teacher continue thousands of prompts at once, in as few passes over its weights as memory allows."""
+"""Let a streamed teacher continue thousands of prompts at once, in few passes over its weights."""
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
@@ -55,9 +55,9 @@ def generate(
 ) -> list[Completion]:
     """Write at most `new_tokens` tokens after each prompt; any id of `stop` ends a text.
 
-    Each token costs one pass over the teacher's weights for as many sequences as its memory budget has room for keys and values.
-    `first`: number of the first prompt: what is drawn depends on the seed and a prompt's number, not on the other prompts.
-    Raises UserError for prompts that are empty or too long, and when memory has no room for one sequence.
+    Each token costs one pass over the teacher's weights for as many sequences as its memory budget has room for keys and
+    values. `first`: number of the first prompt: what is drawn depends on the seed and a prompt's number, not on the other
+    prompts. Raises UserError for prompts that are empty or too long, and when memory has no room for one sequence.
     """
     sampling = sampling or Sampling()
     check_lengths(teacher, prompts, new_tokens)
@@ -165,7 +165,10 @@ def _advance(
     best: list[Completion | None],
     number: int,
 ) -> list[tuple[float, int, int]]:
-    """Return the `beams` best continuations (score, parent, token), sorted by parent; texts that end compete for `best[number]`."""
+    """Return the `beams` best continuations (score, parent, token), sorted by parent.
+
+    Texts that end compete for `best[number]`.
+    """
     going: list[tuple[float, int, int]] = []
     for rank, (score, place) in enumerate(zip(values, places, strict=True)):
         parent, token = divmod(place, vocabulary)

@@ -58,9 +58,10 @@ def scaled(value: Tensor, share: float) -> Tensor:
 
 
 class HeadsLoss(nn.Module):
-    """The heads' distillation loss, `weight` times their mean; `trunk` of its gradient reaches the model that they sit on.
+    """The heads' distillation loss, `weight` times their mean.
 
-    `values`: the loss of each head [K], summed over the passes of a step.
+    `trunk` of its gradient reaches the model that they sit on. `values`: the loss of each head [K], summed over the passes of
+    a step.
     """
 
     def __init__(self, heads: Heads):

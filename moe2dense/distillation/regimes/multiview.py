@@ -44,7 +44,7 @@ def scaled_embeddings(model: PreTrainedModel, scale: Tensor) -> Iterator[None]:
 
 
 class MultiView(PeerRegime):
-    """The peer is the student itself, seen through `regime.views` masks; the pass that learns is made through one more."""
+    """The peer is the student itself, seen through `regime.views` masks; it learns through one more."""
 
     name = "multiview"
 

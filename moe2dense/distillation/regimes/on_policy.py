@@ -1,4 +1,4 @@
-"""On-policy distillation (GKD, 2306.13649): the student writes, and the teacher gives its distribution at every word of it.
+"""On-policy distillation (GKD, 2306.13649): the student writes, the teacher gives its distribution at every word.
 
 A share of the steps trains on the student's own continuations of the text's blocks, the others on the text. A window is
 `rollout_steps` steps: at its start the student, as it is then, continues all blocks of its own steps, and the teacher reads
@@ -133,14 +133,14 @@ class OnPolicy(Regime):
         self._window_opened(own, rollouts)
 
     def _window_opened(self, own: list[int], rollouts: dict[str, Tensor]) -> None:
-        """Use the window's blocks and targets, which are there now; rollouts: what `_write_rollouts` gave for the rows `own`."""
+        """Use the window's blocks and targets; rollouts: what `_write_rollouts` gave for the rows `own`."""
 
     def _targets_of(self, rows: slice, own: bool) -> Targets:
         """Return the teacher's answers on some of the window's blocks."""
         return self.targets[rows]
 
     def _write_rollouts(self, fixed: Blocks, own: list[int], first: int) -> dict[str, Tensor]:
-        """Return input_ids [n, S] of a window, those of the rows `own` continued by the student, and records of its words.
+        """Return input_ids [n, S] of a window, the rows `own` continued by the student, and records of its words.
 
         Processes share the work.
         """

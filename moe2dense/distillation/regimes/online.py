@@ -6,8 +6,7 @@ load-balancing loss is not part of it.
 
 from dataclasses import replace
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moe2dense.config.training import RegimeConfig
 from moe2dense.distillation.batches import Batches
@@ -15,9 +14,9 @@ from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.peers import TrainedPeerRegime
 from moe2dense.distillation.step import StepPlan
 from moe2dense.distillation.targets.protocols import Targets
-from moe2dense.errors import UserError, first_line
+from moe2dense.errors import UserError
 from moe2dense.modeling.kinds import BuiltStudent
-from moe2dense.modeling.load import quiet
+from moe2dense.modeling.load import load_model
 from moe2dense.teacher.kinds import AnyTeacher
 from moe2dense.teacher.model import Teacher
 
@@ -50,10 +49,6 @@ def trainable(teacher: AnyTeacher | None) -> PreTrainedModel:
         raise UserError("the online regime trains the teacher too and needs it in memory: pass teacher=")
     if not isinstance(teacher, Teacher):
         return teacher
-    try:
-        with quiet():
-            return AutoModelForCausalLM.from_pretrained(
-                teacher.path, dtype=torch.float32, experts_implementation="eager" if teacher.card else None
-            )
-    except (OSError, ValueError) as error:
-        raise UserError(f"the online regime cannot load {teacher.path} for training: {first_line(error)}") from error
+    return load_model(
+        teacher.path, "the online regime's teacher", experts_implementation="eager" if teacher.card else None
+    )

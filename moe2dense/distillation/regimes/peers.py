@@ -63,7 +63,10 @@ class PeerRegime(Regime, ABC):
         return self._batches, plan
 
     def mixed(self, step: int, batches: Batches, peer: Targets) -> Targets:
-        """Return the teacher's targets with regime.share of `peer`. Raises UserError where a share is left and no teacher."""
+        """Return the teacher's targets with regime.share of `peer`.
+
+        Raises UserError where a share is left for a teacher that is not there.
+        """
         share = scheduled(self.options.share, step, self.steps)
         if batches.targets is None:
             if share < 1:

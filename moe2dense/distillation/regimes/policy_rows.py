@@ -71,9 +71,9 @@ class PolicyRows:
 def gains(reward: Tensor, written: Tensor, weight: Tensor, normalize: bool, baseline: bool) -> Tensor:
     """Return [N, S]: each written word's importance weight times the reward of the words after it; 0 for the last.
 
-    reward [N, S]: log p(word) - log q(word); written [N, S] bool. normalize: the mean of those rewards, not their sum, so that
-    early words of long texts do not outweigh the rest. baseline: subtract what the other texts earn from the same position on, on
-    average. It does not depend on this word, so the expectation stays and the variance falls.
+    reward [N, S]: log p(word) - log q(word); written [N, S] bool. normalize: the mean of those rewards, not their sum, so
+    that early words of long texts do not outweigh the rest. baseline: subtract what the other texts earn from the same
+    position on, on average. It does not depend on this word, so the expectation stays and the variance falls.
     """
     reward = reward * written
     later, count = (x.flip(1).cumsum(1).flip(1) - x for x in (reward, written.to(reward.dtype)))
@@ -86,7 +86,7 @@ def gains(reward: Tensor, written: Tensor, weight: Tensor, normalize: bool, base
 
 @dataclass
 class PolicyTargets:
-    """The teacher's hidden states on N texts and, [N, S], id, log q, weight and gain of the word that follows each token."""
+    """The teacher on N texts and, [N, S], id, log q, weight and gain of the word after each token."""
 
     targets: HiddenTargets
     ids: Tensor
@@ -111,7 +111,7 @@ class PolicyTargets:
 
 @torch.no_grad()
 def teacher_log_p(targets: HiddenTargets, ids: Tensor, vocabulary: int) -> Tensor:
-    """Return [N, S] float64: the teacher's log-probability of each token of ids [N, S] given those before it; 0 for the first."""
+    """Return the teacher's log-probability of each token of ids, [N, S] float64; 0 for the first."""
     values = torch.zeros(ids.shape, dtype=torch.float64)
     for i in range(len(ids)):
         rows = targets.batch([i])

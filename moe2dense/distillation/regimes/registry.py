@@ -1,4 +1,4 @@
-"""The training regimes, one row each. Loads no torch, so that the command line can name and check regimes at once."""
+"""The training regimes, one row each. Reading them loads no torch."""
 
 from dataclasses import dataclass
 from typing import Literal
@@ -6,11 +6,11 @@ from typing import Literal
 
 @dataclass(frozen=True)
 class RegimeRow:
-    """What is known of a regime without loading it. implementation: `module:Class`, a subclass of `Regime` of the same name.
+    """What is known of a regime without loading it.
 
-    targets: whose answers the student learns from. "teacher": the given teacher's on the given text; "mixed": that with
-    regime.share of a second model's; "own": the regime computes them itself. writes_text: the student writes what it learns from.
-    needs_peer: a second student trains along.
+    implementation: `module:Class`, a subclass of `Regime` of the same name; targets: whose answers the student learns from.
+    "teacher": the given teacher's on the given text; "mixed": that with regime.share of a second model's; "own": the regime
+    computes them itself. writes_text: the student writes what it learns from. needs_peer: a second student trains along.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""Distributions of a teacher with another tokenizer, compared where both tokenizers have read the same characters.
+"""Targets of a teacher with another tokenizer, compared where both have read the same characters.
 
 uld      sorted probabilities against sorted probabilities: the Wasserstein distance where all tokens are equally far apart
          (Universal Logit Distillation, 2402.12030, which pairs positions by their number; here they are paired by characters)
@@ -36,7 +36,10 @@ def common_boundaries(student: Sequence[int], teacher: Sequence[int]) -> list[tu
 
 
 def shared_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
-    """Return (student ids [K], teacher ids [K]) of tokens spelt alike, whatever sign stands for a space, and of end of text."""
+    """Return (student ids [K], teacher ids [K]) of tokens spelt alike, and of the end of text.
+
+    Tokenizers have different signs for a space; all are taken as one.
+    """
 
     def spelt(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
         special = set(tokenizer.all_special_ids)
@@ -49,7 +52,10 @@ def shared_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizer
 
 
 def uld(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (sum_i |p_(i) - q_(i)| [r], its gradient with respect to q's logits [r, V]); p [r, W] and log_q [r, V], sorted inside."""
+    """Return (sum_i |p_(i) - q_(i)| [r], its gradient with respect to q's logits [r, V]).
+
+    p [r, W] and log_q [r, V] need not be sorted; the sum is over sorted ones.
+    """
     q = log_q.exp()
     a = p.sort(-1, descending=True).values
     b, order = q.sort(-1, descending=True)
@@ -61,9 +67,10 @@ def uld(p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass
 class CrossRows:
-    """The teacher at n student positions: hidden [n, H], and `known` [n]: whether it has read the same characters there.
+    """The teacher at n student positions.
 
-    loss: one of CROSS_TOKENIZER_LOSSES; shared: ids of tokens spelt alike; weight: of the known positions.
+    hidden [n, H]; known [n]: whether it has read the same characters there; loss: one of CROSS_TOKENIZER_LOSSES; shared: ids
+    of tokens spelt alike; weight: of the known positions.
     """
 
     hidden: Tensor
@@ -194,10 +201,10 @@ def cross_targets(
     seed: int,
     teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Blocks, CrossTargets]:
-    """Return (student blocks, padded on the right; the teacher's answers at them) on about `tokens` tokens of the training text.
+    """Return (student blocks, the teacher's answers at them) on about `tokens` tokens of the training text.
 
-    tokenizer: the student's; teacher_tokenizer: by default the teacher's own. Raises UserError for an unknown loss, and where
-    the two tokenizers share no boundary or no token.
+    Blocks are padded on the right. tokenizer: the student's; teacher_tokenizer: by default the teacher's own. Raises
+    UserError for an unknown loss, and where the two tokenizers share no boundary or no token.
     """
     if loss not in CROSS_TOKENIZER_LOSSES:
         raise UserError(f"--cross-tokenizer must be text, {' or '.join(CROSS_TOKENIZER_LOSSES)}; found {loss!r}")

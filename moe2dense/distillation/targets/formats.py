@@ -1,4 +1,4 @@
-"""How a teacher's distributions are stored: a class for each format that writes tensors, reads them and makes rows of them.
+"""How a teacher's distributions are stored: a class for each format writes tensors and reads them as rows.
 
 registry.py lists them. Features and token weights (record.py) are stored with any format that holds them.
 """

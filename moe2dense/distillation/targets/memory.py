@@ -1,4 +1,4 @@
-"""Targets kept in memory: the teacher's final hidden states, computed in one pass, or a resident teacher asked anew."""
+"""Targets in memory: the teacher's final hidden states, computed in one pass, or a model that is asked anew."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

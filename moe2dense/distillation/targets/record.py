@@ -1,4 +1,4 @@
-"""Record more of a streamed teacher than its distributions: features of chosen layers, and how it routed each token."""
+"""Record more of a streamed teacher than its distributions: features of layers, and how tokens were routed."""
 
 import contextlib
 from collections.abc import Iterator, Sequence
@@ -28,7 +28,10 @@ class FeatureRecorder(Observer):
 
     @contextlib.contextmanager
     def attached(self, teacher: Teacher) -> Iterator[None]:
-        """Hook the teacher's attention within the context where a feature needs it. Raises UserError where it has no such part."""
+        """Hook the teacher's attention within the context where a feature needs it.
+
+        Raises UserError where the attention has no such part.
+        """
         with contextlib.ExitStack() as stack:
             stack.enter_context(eager_attention(teacher.model.config, self.parts))
             for name in self.parts:

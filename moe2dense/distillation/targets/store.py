@@ -77,10 +77,10 @@ def stored_blocks(manifest: dict[str, Any]) -> int:
 def open_targets(
     folder: str | Path, blocks: Blocks, teacher: AnyTeacher | None = None, verify: bool = True
 ) -> "StoredTargets":
-    """Open the stored targets of `blocks`, found by the content of each block: any part of the stored text in any order.
+    """Open the stored targets of `blocks`, which may be any part of the stored text in any order.
 
-    verify: compare every shard with its checksum first. Raises UserError for a store that is unfinished or damaged, of other
-    text or another tokenizer, or, when `teacher` is given, of another teacher.
+    Blocks are told by their content. verify: compare every shard with its checksum first. Raises UserError for a store that
+    is unfinished or damaged, of other text or another tokenizer, or, when `teacher` is given, of another teacher.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)

@@ -1,4 +1,4 @@
-"""Weights of single tokens in the distillation loss: their names, and how recorded values become weights of mean 1."""
+"""Weights of single tokens in the loss: their names, and how recorded values become weights of mean 1."""
 
 from typing import TYPE_CHECKING
 

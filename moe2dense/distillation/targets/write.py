@@ -60,12 +60,13 @@ def write_targets(
     routing: Sequence[str] = (),
     progress: Callable[..., None] | None = None,
 ) -> Path:
-    """Store the teacher's distributions at every position of `blocks`; an unfinished store is continued at its next shard.
+    """Store the teacher's distributions at every position of `blocks`.
 
-    teacher: a Teacher, streamed in as few passes as its memory budget allows, or a transformers model. format: hidden, sampled
-    (`draws` at `temperature`), topk (`k` at `temperature`) or full; features: of some layers, stored with hidden targets in 8
-    bits, by name or layer number; routing: names of token weights to store. Under torchrun every process writes its share.
-    Raises UserError for what cannot be stored, a folder that holds other targets, or a full disk.
+    An unfinished store is continued at its next shard. teacher: a Teacher, streamed in as few passes as its memory budget
+    allows, or a transformers model. format: hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full;
+    features: of some layers, stored with hidden targets in 8 bits, by name or layer number; routing: names of token weights
+    to store. Under torchrun every process writes its share. Raises UserError for what cannot be stored, a folder that holds
+    other targets, or a full disk.
     """
     names = tuple(feature_name(f) for f in features)
     _check(format, temperature, k, draws, names)
@@ -96,7 +97,7 @@ def _check(format: str, temperature: float, k: int, draws: int, features: Sequen
 
 
 def _begin(folder: Path, teacher: AnyTeacher, blocks: Blocks, options: StoreOptions, world: int) -> dict[str, Any]:
-    """Return store.json of a new store, or of the unfinished one in the folder. Raises UserError where that is of other targets."""
+    """Return store.json of a new or an unfinished store. Raises UserError where that is of other targets."""
     head, keys = teacher_head(teacher), blocks.keys()
     identity = _identity(teacher, head, blocks, keys, options)
     folder.mkdir(parents=True, exist_ok=True)
