@@ -22,26 +22,28 @@ from typing import Any
 
 import xxhash
 
+from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
-from moe2dense.conversion import stages
+from moe2dense.conversion import scoring, stages
 from moe2dense.conversion.checks import check_settings
 from moe2dense.conversion.configure import configure
 from moe2dense.conversion.job import Job, load_text
-from moe2dense.conversion.plan import make_plan
+from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.progressive import last_stage
 from moe2dense.conversion.run import open_run
-from moe2dense.conversion.training_text import prepare_text
+from moe2dense.conversion.training_text import with_training_text
 from moe2dense.data.load import load_blocks
 from moe2dense.evaluation.api import evaluate
-from moe2dense.evaluation.reference import reference
+from moe2dense.evaluation.reference import Reference, reference
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
 
 ROOT = Path(__file__).parent.parent
 RECIPES = ROOT / "examples" / "recipes"
 
 
-def settings_of(recipe: Path, args: argparse.Namespace, seed: int, out: Path) -> Any:
-    """The recipe at this benchmark's tokens, text and seed."""
+def settings_of(recipe: Path, args: argparse.Namespace, seed: int, out: Path) -> RunConfig:
+    """Return the recipe at this benchmark's tokens, text and seed."""
     flags: dict[str, Any] = {"data.path": args.data, "data.valid": args.data, "data.ood": args.data, "out": str(out)}
     flags |= {"seed": seed, "data.eval_blocks": args.blocks, "teacher.memory": "1GB"}
     settings = configure(args.teacher, args.to, recipe, flags)
@@ -53,9 +55,9 @@ def settings_of(recipe: Path, args: argparse.Namespace, seed: int, out: Path) ->
     return merge_flags(settings, {"train.eval_every": 10**9, "train.save_every": 10**9})
 
 
-def build_key(settings: Any, args: argparse.Namespace) -> str:
-    """What tells builds apart."""
-    what = [
+def build_key(settings: RunConfig, args: argparse.Namespace) -> str:
+    """Return a hash that tells builds apart."""
+    identity = [
         dataclasses.asdict(settings.build),
         settings.seed,
         settings.teacher.quantize,
@@ -63,13 +65,13 @@ def build_key(settings: Any, args: argparse.Namespace) -> str:
         args.teacher,
         args.to,
     ]
-    return xxhash.xxh3_64_hexdigest(json.dumps(what, sort_keys=True).encode())
+    return xxhash.xxh3_64_hexdigest(json.dumps(identity, sort_keys=True).encode())
 
 
 def measure(
-    recipe: Path, args: argparse.Namespace, seed: int, teacher: Any, references: dict[str, Any]
+    recipe: Path, args: argparse.Namespace, seed: int, teacher: Teacher, references: dict[str, Reference]
 ) -> dict[str, Any]:
-    """One recipe with one seed."""
+    """Run one recipe with one seed; return its row."""
     with tempfile.TemporaryDirectory() as folder:
         settings = settings_of(recipe, args, seed, Path(folder) / "run")
         check_settings(settings)
@@ -81,19 +83,18 @@ def measure(
             if not settings.stages and (cached / "entry.json").is_file():
                 shutil.copytree(cached / "build", run.folder / "build")
                 run.finish("build", **json.loads((cached / "entry.json").read_text()))
-            begun = time.monotonic()
+            start_time = time.monotonic()
             job = last_stage(job)
             student = stages.build(job)
             entry = job.run.finished("build") or {}
             if not settings.stages and not (cached / "entry.json").is_file():
                 shutil.copytree(run.folder / "build", cached / "build", dirs_exist_ok=True)
                 (cached / "entry.json").write_text(json.dumps({k: v for k, v in entry.items() if k != "finished"}))
-                begun += entry["seconds"]
+                start_time += entry["seconds"]
             if plan.tokens:
-                prepare_text(job, student)
-                student = stages.train(job, student)
-            seconds = time.monotonic() - begun + (0 if settings.stages else entry["seconds"])
-            scores = stages.score(job, student)
+                student = stages.train(with_training_text(job, student), student)
+            seconds = time.monotonic() - start_time + (0 if settings.stages else entry["seconds"])
+            scores = scoring.score(job, student)
             written = (run.finished("write") or {}).get("tokens", 0)
     return {
         "recipe": recipe.stem, "set": args.set, "seed": seed, "tokens": plan.tokens or plan.build_tokens, "written": written,
@@ -103,7 +104,7 @@ def measure(
 
 
 def rounded_teachers(args: argparse.Namespace) -> None:
-    """KL from the full teacher to the same teacher with rounded experts, on held-out text of both kinds."""
+    """Print the KL from the full teacher to the same teacher with rounded experts, on held-out text of both kinds."""
     full = load_teacher(args.teacher, memory="1GB")
     texts = {
         split: load_blocks(args.data, full.tokenizer(), 256, split, tokens=args.blocks * 256)
@@ -113,28 +114,28 @@ def rounded_teachers(args: argparse.Namespace) -> None:
     print("| experts | KL to the full teacher | NLL | ood KL |\n|---|---|---|---|")
     for bits in ["", *args.teachers.split(",")]:
         teacher = load_teacher(args.teacher, memory="1GB", quantize=bits)
-        found = {name: evaluate(reference(teacher, blocks), truths[name]) for name, blocks in texts.items()}
-        numbers = [found["valid"].kl, found["valid"].nll, found["ood"].kl]
+        scores = {name: evaluate(reference(teacher, blocks), truths[name]) for name, blocks in texts.items()}
+        numbers = [scores["valid"].kl, scores["valid"].nll, scores["ood"].kl]
         print(f"| {bits or 'as stored'} | " + " | ".join(f"{float(n):.4f}" for n in numbers) + " |", flush=True)
 
 
 def show(rows: list[dict[str, Any]]) -> str:
-    """The table, best first; several seeds as mean and range."""
+    """Return the table, best first; several seeds as mean and range."""
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     common = set.intersection(*(set(row["set"]) for row in rows)) if rows else set()  # said once, in the command
     for row in rows:
         groups.setdefault((row["recipe"], *(pair for pair in row["set"] if pair not in common)), []).append(row)
 
-    def cell(found: list[dict[str, Any]], key: str) -> str:
-        values = [r[key] for r in found]
+    def cell(group: list[dict[str, Any]], key: str) -> str:
+        values = [r[key] for r in group]
         spread = f" ({min(values):.4f}-{max(values):.4f})" if len(values) > 1 else ""
         return f"{statistics.mean(values):.4f}{spread}"
 
     lines = ["| recipe | KL | NLL | ood KL | tokens | written | seconds |", "|---|---|---|---|---|---|---|"]
     ranked = sorted(groups.items(), key=lambda kv: statistics.mean(r["kl"] for r in kv[1]))
-    for name, found in ranked:
-        cells = [" ".join(name), *(cell(found, k) for k in ("kl", "nll", "ood_kl")), str(found[0]["tokens"])]
-        cells += [str(found[0]["written"]), f"{statistics.mean(r['seconds'] for r in found):.0f}"]
+    for name, group in ranked:
+        cells = [" ".join(name), *(cell(group, k) for k in ("kl", "nll", "ood_kl")), str(group[0]["tokens"])]
+        cells += [str(group[0]["written"]), f"{statistics.mean(r['seconds'] for r in group):.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
