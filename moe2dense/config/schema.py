@@ -157,7 +157,7 @@ class BuildConfig:
     fraction: float = option(0.1, help="Share of --tokens that the build reads.", example="0.2")
     max_tokens: int = option(
         200_000,
-        help="The most that the build reads, unless 20 tokens for each of the student's neurons in a layer are more.",
+        help="The most that the build reads; its memory grows with it.",
         unit="tokens",
         example="400k",
         parse=parse_count,

@@ -13,7 +13,7 @@ from moe2dense.student.target.resolve import Target
 
 TOKENS_PER_PARAMETER = 20
 _USUAL_BUDGET = (0.05, 0.15)  # share of the teacher's training compute that general quality takes
-_SMALL, _TOO_SMALL = 0.5, 0.1  # student's parameters by those that a token passes in the teacher
+_SMALL, _TOO_SMALL = 0.5, 0.2  # student's parameters by those that a token passes in the teacher
 
 
 def share_text(share: float) -> str:
@@ -47,6 +47,8 @@ def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: in
     warnings, needed = [], TOKENS_PER_NEURON * target.width
     if build < needed:
         remedy = f"--tokens {_typed(needed)}"
+        if needed > config.build.max_tokens:
+            remedy += f" and build.max_tokens = {_typed(needed)}"
         warnings.append(
             f"few calibration tokens: the build reads {show_count(build)} for {target.width} neurons a layer, and "
             f"{TOKENS_PER_NEURON} a neuron are advisable; {remedy} gives as many"
@@ -65,9 +67,17 @@ def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: in
     return warnings
 
 
-def memory_warnings(config: RunConfig, target: Target, distill: int, heal: bool, budget: int) -> list[str]:
-    """Return sentences where training, or the build's end-to-end fit, takes more memory than there is."""
-    warnings, total = [], psutil.virtual_memory().total
+def memory_warnings(config: RunConfig, target: Target, memory: dict[str, int], heal: bool, budget: int) -> list[str]:
+    """Return sentences where the build, its end-to-end fit or training takes more memory than there is.
+
+    memory: bytes by stage.
+    """
+    warnings, total, distill = [], psutil.virtual_memory().total, memory["distill"]
+    if memory["build"] > total:
+        warnings.append(
+            f"memory: the build takes {show_bytes(memory['build'])} and this machine has {show_bytes(total)}; a smaller "
+            f"build.max_tokens (now {show_count(config.build.max_tokens)}) takes less"
+        )
     if distill > total:
         what = "training adapters" if config.train.lora else "training all weights"
         remedy = "" if config.train.lora else "--lora 64 trains adapters instead, "

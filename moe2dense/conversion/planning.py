@@ -77,7 +77,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     warnings = [
         capacity_warning(shape, target),
         *text_warnings(config, shape, target, tokens, build),
-        *memory_warnings(config, target, memory["distill"], heal, budget),
+        *memory_warnings(config, target, memory, heal, budget),
         host_warning(target),
         disk_warning(sum(disk.values()), free_bytes(out), out),
     ]

@@ -79,3 +79,23 @@ def fit(
             p.requires_grad_(False)
             p.grad = None
     return Fit(first, best, best_step)
+
+
+RATE_FACTOR, RATE_TRIES = 4.0, 4
+
+
+def fit_at_a_rate_that_helps(run: Callable[[float], Fit], lr: float, tries: int = RATE_TRIES) -> tuple[Fit, float]:
+    """Run a fit at rate `lr`; as long as it keeps step 0, run it again at a quarter of the rate, `tries` times in all.
+
+    `run(rate)` starts from the same values each time and leaves them where nothing helped. Rates that suit narrow models are
+    too high for wide ones, where a fit would otherwise be computed and thrown away. Returns the last fit and its rate, which
+    later layers begin with.
+    """
+    for _ in range(tries):
+        result = run(lr)
+        if result.best_step > 0 or not math.isfinite(result.before):
+            break
+        lr /= RATE_FACTOR
+    else:
+        lr *= RATE_FACTOR
+    return result, lr

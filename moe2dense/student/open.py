@@ -5,11 +5,10 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
 
-from moe2dense.errors import UserError, first_line
+from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard, student_cards
-from moe2dense.modeling.load import quiet
+from moe2dense.modeling.load import load_model
 from moe2dense.student.locate import is_training_checkpoint, student_folder
 from moe2dense.student.store import load_student
 from moe2dense.student.types import Student
@@ -25,11 +24,7 @@ def open_student(path: str) -> Student:
     folder = student_folder(path)
     if (folder / "student.json").is_file():
         return load_student(folder)
-    try:
-        with quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path!r} cannot be loaded: {first_line(error)}") from error
+    model = load_model(folder)
     kind = model.config.model_type
     card = next((c for c in student_cards().values() if c.model_type == kind), StudentCard(kind, kind, model_type=kind))
     return Student(model, card, [None] * model.config.num_hidden_layers, "", "checkpoint", 0)

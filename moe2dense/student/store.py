@@ -8,12 +8,11 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from moe2dense.common.files import whole_folder
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_host
-from moe2dense.modeling.load import quiet
+from moe2dense.modeling.load import load_model, quiet
 from moe2dense.student.types import LayerProvenance, Student
 
 _PROVENANCE_FIELDS = [f.name for f in dataclasses.fields(LayerProvenance)]
@@ -91,10 +90,8 @@ def load_student(folder: str | Path) -> Student:
         else None
         for layer in range(metadata["layers"])
     ]
-    with quiet():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     return Student(
-        model=model,
+        model=load_model(folder),
         card=student_host(metadata["host"]),
         provenance=provenance,
         teacher_path=metadata["teacher"],

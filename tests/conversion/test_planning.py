@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from moe2dense.common.units import parse_count
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
 from moe2dense.conversion.configure import default_out
@@ -60,9 +61,28 @@ def test_warnings():
 
 def test_the_build_takes_a_fixed_share():
     config = merge_flags(RunConfig(), {"train.tokens": 1_000_000, "build.fraction": 0.1})
-    assert build_tokens(config, 256) == 1_000_000 // 10 // 256 * 256
-    assert build_tokens(merge_flags(config, {"train.tokens": 5000}), 256) == 4864  # never more than there is
-    assert build_tokens(merge_flags(config, {"train.tokens": 10}), 256) == 256
+    assert build_tokens(config, 256, 512) == 1_000_000 // 10 // 256 * 256
+    assert build_tokens(merge_flags(config, {"train.tokens": 5000}), 256, 512) == 4864  # never more than there is
+    assert build_tokens(merge_flags(config, {"train.tokens": 10}), 256, 512) == 256
+    # 20 for each neuron of a wide student, up to build.max_tokens
+    assert build_tokens(config, 256, 7000) == 20 * 7000 // 256 * 256
+    assert build_tokens(config, 256, 14336) == 200_000 // 256 * 256
+    assert build_tokens(merge_flags(config, {"train.tokens": 100_000_000}), 256, 512) == 200_000 // 256 * 256
+
+
+def test_the_remedy_for_few_calibration_tokens_works():
+    """What the warning asks for makes it go away, also for a student whose neurons need more than build.max_tokens."""
+    few = planned(train__tokens=100_000)
+    (warning,) = [w for w in few.warnings if "few calibration tokens" in w]
+    tokens = parse_count(warning.split("--tokens ")[1].split()[0])
+    most = parse_count(warning.split("build.max_tokens = ")[1].split()[0])
+    done = planned(train__tokens=tokens, build__max_tokens=most)
+    assert not any("few calibration" in w for w in done.warnings)
+
+
+def test_a_build_that_does_not_fit_is_said():
+    large = planned(build__max_tokens=10**9, build__min_tokens=10**8, train__tokens=10**9)
+    assert any("memory: the build takes" in w and "build.max_tokens" in w for w in large.warnings)
 
 
 def test_block_length():
@@ -95,7 +115,7 @@ def test_the_build_costs_its_fits():
     assert build.flops["build"] > 2 * plain.flops["build"]
     healed = planned(teacher__memory="200GB")  # five copies of 7.24B fp32 weights
     assert healed.flops["build"] > build.flops["build"] == planned(build__heal_epochs=0.0).flops["build"]
-    assert healed.memory["build"] > 20 * 7_241_732_096 > 4 * build.memory["build"]
+    assert healed.memory["build"] > 20 * 7_241_732_096 > 3 * build.memory["build"]
     assert any("without its end-to-end fit, which takes 145 GB" in w for w in build.warnings)
     assert not any("end-to-end fit" in w for w in (*healed.warnings, *plain.warnings))
 

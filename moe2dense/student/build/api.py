@@ -245,6 +245,7 @@ def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
     if state.store:
         unload(layer)
     release_freed_memory()
+    state.begin_where(record)
     state.provenance.append(provenance)
     state.history.append(record)
     return record

@@ -12,14 +12,18 @@ if TYPE_CHECKING:
     from moe2dense.student.target.resolve import Target
 
 
-def build_tokens(config: RunConfig, block: int) -> int:
+TOKENS_PER_NEURON = 20  # of the student's FFN in a layer: fits of fewer learn their text by heart
+
+
+def build_tokens(config: RunConfig, block: int, width: int) -> int:
     """Return the teacher positions that the build uses: a share of --tokens in whole blocks, at least one block.
 
-    A small budget is used whole.
+    It is no less than build.min_tokens or 20 tokens for each of the student's `width` neurons in a layer, no more than
+    build.max_tokens or --tokens: a small budget is used whole.
     """
-    wanted = min(
-        config.build.max_tokens, max(round(config.build.fraction * config.train.tokens), config.build.min_tokens)
-    )
+    settings = config.build
+    share = round(settings.fraction * config.train.tokens)
+    wanted = min(max(share, settings.min_tokens, TOKENS_PER_NEURON * width), settings.max_tokens)
     if config.train.tokens:
         wanted = min(wanted, config.train.tokens)
     return max(1, wanted // block) * block

@@ -90,6 +90,7 @@ def graft(
             for name, value in before.items():
                 assign(module, name, value)
         state.hidden = runner.run(layer_pass.index, state.hidden)
+        state.begin_where(record)
         state.provenance.append(provenance if grafted else None)
         state.history.append(record | {"seconds": round(time.monotonic() - begun, 2)})
         if progress:

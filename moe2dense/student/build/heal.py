@@ -19,7 +19,7 @@ from moe2dense.modeling.head import Head, OutputHead, model_head
 from moe2dense.modeling.hooks import captured
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.state import BuildState, Progress
-from moe2dense.student.fit import fit
+from moe2dense.student.fit import Fit, fit, fit_at_a_rate_that_helps
 
 if TYPE_CHECKING:
     from moe2dense.teacher.model import Teacher
@@ -119,12 +119,17 @@ def heal(
         return mean_kl(model, runner, head, teacher_head, targets, held_out, real)
 
     parameters: list[Tensor] = list(model.parameters())
-    result = fit(
-        parameters, loss, held_out_kl, len(rows), steps, config.heal_lr, batch, state.seed, clip=1.0, warmup=0.03
-    )
+
+    def run(rate: float) -> Fit:
+        nonlocal steps_taken
+        steps_taken = 0
+        return fit(parameters, loss, held_out_kl, len(rows), steps, rate, batch, state.seed, clip=1.0, warmup=0.03)
+
+    result, rate = fit_at_a_rate_that_helps(run, config.heal_lr, tries=2)
     return {
         "heal_kl_before": round(result.before, 6),
         "heal_kl_after": round(result.after, 6),
         "heal_best_step": result.best_step,
+        "heal_rate": rate,
         "seconds": round(time.monotonic() - begun, 2),
     }

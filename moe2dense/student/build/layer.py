@@ -13,11 +13,12 @@ from torch import Tensor
 from moe2dense.student.build.assemble import put_ffn
 from moe2dense.student.build.state import BuildState
 from moe2dense.student.ffn.dense import DenseFFN, dense
-from moe2dense.student.ffn.local import local, relative_error
+from moe2dense.student.ffn.errors import relative_error, weights_by_size
+from moe2dense.student.ffn.local import local
 from moe2dense.student.ffn.make import make_ffn
-from moe2dense.student.ffn.refit import refit
+from moe2dense.student.ffn.refit import refit, refit_by_held_out
 from moe2dense.student.ffn.task import FFNTask
-from moe2dense.student.fit import Fit, fit
+from moe2dense.student.fit import Fit, fit, fit_at_a_rate_that_helps
 from moe2dense.student.footprint import layer_bytes, pool_limit, refit_limit
 from moe2dense.student.memory import device_with_room, release_freed_memory
 from moe2dense.student.prune.views import mean_gate
@@ -35,34 +36,83 @@ def build_layer(state: BuildState, layer_pass: LayerPass, index: int) -> tuple[L
     del ffn
     release_freed_memory()
     if "layer" in state.steps and state.config.layer_steps and bool(state.held_out.any()):
-        record |= _fit_record("layer", fit_layer(state, layer_pass, index))
+        record |= fit_layer(state, layer_pass, index)
     record["error"] = float(layer_error(state, layer_pass, index, torch.ones_like(state.held_out)))
-    return provenance, {k: round(v, 6) if isinstance(v, float) else v for k, v in record.items()}
+    return provenance, {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
 
 
 def build_ffn(
     state: BuildState, layer_pass: LayerPass, index: int
 ) -> tuple[DenseFFN, LayerProvenance | None, dict[str, Any]]:
     """Make, refit and fit one layer's FFN; return it with its provenance and the errors after each step."""
-    config = state.config
     x, target = ffn_inputs_and_targets(state, layer_pass, index)
+    weights = weights_by_size(layer_pass.hidden_out.reshape(-1, x.shape[1])[state.real_tokens])
     held_out = held_out_tokens(state)
+    judge = held_out if bool(held_out.any()) else torch.ones_like(held_out)
     with torch.no_grad():
-        ffn, provenance = make_ffn(task_of(state, layer_pass, x, target), state.base)
-        limit, device = refit_limit(state.teacher.budget // 2), fit_device(state, ffn, x)
-        record: dict[str, Any] = {"layer": index, "error_init": relative_error(ffn.to(device), x, target)}
+        task = task_of(state, layer_pass, x[~held_out], target[~held_out], weights[~held_out])
+        ffn, provenance = make_ffn(task, state.base)
+        device = fit_device(state, ffn, x)
+
+        def error(candidate: DenseFFN) -> float:
+            return relative_error(candidate.to(device), x[judge], target[judge], weights[judge])
+
+        record: dict[str, Any] = {"layer": index, **_pool_record(task), "error_init": error(ffn)}
         if "refit" in state.steps:
-            ffn = refit(ffn, x, target, config.ridge, limit, device)
-            record["error_refit"] = relative_error(ffn.to(device), x, target)
+            ffn, record["ridge"] = _refit(state, ffn, x, target, held_out, weights, device)
+            record["error_refit"] = error(ffn)
     if "local" in state.steps and bool(held_out.any()):
-        settings = (config.local_steps, config.local_lr, config.local_batch)
-        ffn, result = local(ffn, x, target, held_out, *settings, state.seed + index, device)
-        record |= _fit_record("local", result)
+        ffn, fit_record = fit_ffn(state, ffn, x, target, weights, index)
+        record |= fit_record
     return ffn, provenance, record
 
 
-def task_of(state: BuildState, layer_pass: LayerPass, x: Tensor, target: Tensor) -> FFNTask:
-    """Return what the methods need to know of a layer, whose FFN is to write target [T, H] on inputs x [T, H]."""
+def _pool_record(task: FFNTask) -> dict[str, int]:
+    """Return how many of a layer's neurons an elimination could choose from, where memory keeps it from all of them."""
+    neurons = sum(expert.gate.shape[0] for expert in task.experts)
+    return {"pool": task.pool_limit, "neurons": neurons} if 0 < task.pool_limit < neurons else {}
+
+
+def _refit(
+    state: BuildState,
+    ffn: DenseFFN,
+    x: Tensor,
+    target: Tensor,
+    held_out: Tensor,
+    weights: Tensor,
+    device: torch.device,
+) -> tuple[DenseFFN, float | None]:
+    """Refit on the tokens that are not held out, with the ridge that is set or the one that is best on those that are."""
+    limit = refit_limit(state.teacher.budget // 2)
+    if state.config.ridge:
+        fitted, ridge = ~held_out, state.config.ridge
+        return refit(ffn, x[fitted], target[fitted], ridge, limit, device, weights=weights[fitted]), ridge
+    result = refit_by_held_out(ffn, x, target, held_out, state.ridge, limit, device, weights)
+    return result.ffn, result.ridge
+
+
+def fit_ffn(
+    state: BuildState, ffn: DenseFFN, x: Tensor, target: Tensor, weights: Tensor, index: int
+) -> tuple[DenseFFN, dict[str, Any]]:
+    """Fit an FFN to target [T, H] on inputs x [T, H] by gradient steps; return it and the fit's record."""
+    config, device, held_out = state.config, fit_device(state, ffn, x), held_out_tokens(state)
+    fitted = ffn
+
+    def run(rate: float) -> Fit:
+        nonlocal fitted
+        settings = (config.local_steps, rate, config.local_batch, state.seed + index)
+        fitted, result = local(ffn, x, target, held_out, *settings, device, weights)
+        return result
+
+    result, rate = fit_at_a_rate_that_helps(run, state.rates.get("local", config.local_lr))
+    return fitted, _fit_record("local", result, rate)
+
+
+def task_of(state: BuildState, layer_pass: LayerPass, x: Tensor, target: Tensor, weights: Tensor) -> FFNTask:
+    """Return what the methods need to know of a layer, whose FFN is to write target [T, H] on inputs x [T, H].
+
+    weights [T]: how much each token's squared error counts.
+    """
     always_on = [] if layer_pass.sparse else [dense(layer_pass.dense)]
     probability = None
     if layer_pass.sparse:
@@ -71,7 +121,7 @@ def task_of(state: BuildState, layer_pass: LayerPass, x: Tensor, target: Tensor)
         probability = layer_pass.router_logits[layer_pass.token_mask].float().softmax(-1).sum(0)
     index, hidden_size = layer_pass.index, x.shape[1]
     task = FFNTask(
-        width=state.target.width, hidden_size=hidden_size, x=x, target=target, always_on=always_on,
+        width=state.target.width, hidden_size=hidden_size, x=x, target=target, weights=weights, always_on=always_on,
         experts=layer_pass.experts or (), stats=state.stats[index] if layer_pass.sparse else None, probability=probability,
         input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
         seed=state.seed * 1000 + index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
@@ -104,51 +154,70 @@ def fit_device(state: BuildState, ffn: DenseFFN, x: Tensor) -> torch.device:
     return device_with_room(state.teacher.device, need + 2 * x.nbytes)
 
 
-def _fit_record(name: str, result: Fit) -> dict[str, Any]:
-    return {f"{name}_before": result.before, f"{name}_after": result.after, f"{name}_best_step": result.best_step}
+def _fit_record(name: str, result: Fit, rate: float) -> dict[str, Any]:
+    return {
+        f"{name}_before": result.before,
+        f"{name}_after": result.after,
+        f"{name}_best_step": result.best_step,
+        f"{name}_rate": rate,
+    }
 
 
 @torch.no_grad()
 def layer_error(state: BuildState, layer_pass: LayerPass, index: int, blocks: Tensor) -> float:
     """Return the squared error of the student's layer, over the squared change that the teacher's layer makes.
 
-    Counted on the real tokens of `blocks` [N] bool; NaN where there are none.
+    Each token's count relative to the size of its hidden state (`weights_by_size`), on the real tokens of `blocks` [N]
+    bool; NaN where there are none.
     """
     runner, missed, size = state.runner, 0.0, 0.0
-    real = state.real_tokens.view(layer_pass.hidden_in.shape[:2])
+    weights = block_weights(state, layer_pass)
     for rows in runner.chunks():
         picked = torch.arange(rows.start, rows.stop)[blocks[rows]]
         if len(picked) == 0:
             continue
         output = runner.call(index, state.hidden[picked], picked)
-        weight = real[picked].unsqueeze(-1)
+        weight = weights[picked].unsqueeze(-1)
         missed += float(((output - layer_pass.hidden_out[picked]).pow(2) * weight).sum())
         size += float(((layer_pass.hidden_out[picked] - layer_pass.hidden_in[picked]).pow(2) * weight).sum())
     return missed / max(size, 1e-30) if size else math.nan
 
 
-def fit_layer(state: BuildState, layer_pass: LayerPass, index: int) -> Fit:
-    """Train a whole decoder layer towards what the teacher's layer returns, on the student's own hidden states."""
+def block_weights(state: BuildState, layer_pass: LayerPass) -> Tensor:
+    """Return [N, S] how much each token's squared error counts: by `weights_by_size`, 0 for padding."""
+    shape = layer_pass.hidden_out.shape
+    weights = layer_pass.hidden_out.new_zeros(shape[0] * shape[1])
+    weights[state.real_tokens] = weights_by_size(layer_pass.hidden_out.reshape(-1, shape[2])[state.real_tokens])
+    return weights.view(shape[:2])
+
+
+def fit_layer(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str, Any]:
+    """Train a whole decoder layer towards what the teacher's layer returns, on the student's own hidden states.
+
+    Returns the fit's record.
+    """
     runner, config = state.runner, state.config
     layer = runner.body.layers[index]
     rows = torch.nonzero(~state.held_out).flatten()
-    real = state.real_tokens.view(layer_pass.hidden_in.shape[:2])
-    scale = (layer_pass.hidden_out - layer_pass.hidden_in).pow(2).mean().clamp_min(1e-30)
+    weights = block_weights(state, layer_pass)
+    change = (layer_pass.hidden_out - layer_pass.hidden_in).pow(2).mean(2)
+    scale = (change * weights).mean().clamp_min(1e-30)
 
     def loss(pick: Tensor) -> Tensor:
         blocks = rows[pick]
         missed = (runner.call(index, state.hidden[blocks], blocks) - layer_pass.hidden_out[blocks]).pow(2)
-        weight = real[blocks].unsqueeze(-1)
-        return (missed * weight).sum() / (weight.sum().clamp_min(1) * missed.shape[-1]) / scale
+        return (missed.mean(2) * weights[blocks]).mean() / scale
 
     def held_out_loss() -> float:
         return layer_error(state, layer_pass, index, state.held_out)
 
     batch = max(1, config.layer_batch // layer_pass.hidden_in.shape[1])
-    seed = state.seed + index
-    return fit(
-        list(layer.parameters()), loss, held_out_loss, len(rows), config.layer_steps, config.layer_lr, batch, seed, clip=1.0
-    )  # fmt: skip
+    steps, seed, parameters = config.layer_steps, state.seed + index, list(layer.parameters())
+
+    def run(rate: float) -> Fit:
+        return fit(parameters, loss, held_out_loss, len(rows), steps, rate, batch, seed, clip=1.0)
+
+    return _fit_record("layer", *fit_at_a_rate_that_helps(run, state.rates.get("layer", config.layer_lr)))
 
 
 def held_out_tokens(state: BuildState) -> Tensor:

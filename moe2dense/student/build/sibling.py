@@ -2,11 +2,11 @@
 
 from typing import TYPE_CHECKING
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoTokenizer
 
 from moe2dense.data.vocabulary import compare_vocabularies
-from moe2dense.errors import UserError, first_line
+from moe2dense.errors import UserError
+from moe2dense.modeling.load import load_model
 from moe2dense.student.build.graft import graft
 from moe2dense.student.build.state import Progress
 from moe2dense.student.target.resolve import Target
@@ -42,10 +42,7 @@ def pretrained_sibling(
             f"--to {target.checkpoint} has another tokenizer than the teacher ({compared.difference}), so their logits cannot be compared; "
             f"train it on text that the teacher writes: moe2dense distill {target.checkpoint} --teacher {teacher.path} --data TEXT"
         )
-    try:
-        model = AutoModelForCausalLM.from_pretrained(target.checkpoint, dtype=torch.float32)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--to {target.checkpoint} cannot be loaded: {first_line(error)}") from error
+    model = load_model(target.checkpoint, "--to")
     model.eval().requires_grad_(True)
     layers = model.config.get_text_config().num_hidden_layers
     student = Student(model, target.card, [None] * layers, str(teacher.path), "checkpoint", 0)

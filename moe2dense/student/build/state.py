@@ -10,6 +10,7 @@ from moe2dense.config.schema import BuildConfig
 from moe2dense.student.build.assemble import CopiedTensors
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.layer_store import LayerStore
+from moe2dense.student.ffn.refit import FIRST_RIDGE, RIDGES
 from moe2dense.student.prune.cut import Cut
 from moe2dense.student.target.resolve import Target
 from moe2dense.student.types import LayerProvenance
@@ -39,8 +40,18 @@ class BuildState:
     stats: RoutingStats
     # [N, S, H] the student's hidden states before the next layer
     hidden: Tensor
+    # learning rates of the fits, by name, that later layers begin with
+    rates: dict[str, float] = field(default_factory=dict)
+    # the ridge that the layer before was refitted with
+    ridge: float = FIRST_RIDGE
     provenance: list[LayerProvenance | None] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    def begin_where(self, record: dict[str, Any]) -> None:
+        """Let the next layer's fits begin with the rates and the ridge that a layer's record ended with."""
+        self.rates |= {name: record[f"{name}_rate"] for name in ("local", "layer") if f"{name}_rate" in record}
+        if record.get("ridge") in RIDGES:
+            self.ridge = record["ridge"]
 
 
 @dataclass

@@ -10,17 +10,16 @@ from torch import nn
 from moe2dense.families.cards import StudentCard
 from moe2dense.student.build.assemble import linear_of, put_ffn, unload
 from moe2dense.student.build.layer import (
+    block_weights,
     ffn_inputs_and_targets,
-    fit_device,
+    fit_ffn,
     fit_layer,
-    held_out_tokens,
     layer_error,
     on_cpu,
 )
 from moe2dense.student.build.layer_store import LayerStore
 from moe2dense.student.build.state import BuildState, Progress, StudentBuild
 from moe2dense.student.ffn.dense import DenseFFN, Gating
-from moe2dense.student.ffn.local import local
 from moe2dense.student.memory import release_freed_memory
 from moe2dense.teacher.layer_pass import LayerPass
 
@@ -100,8 +99,8 @@ def fit_again(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
         gating = layer_pass.experts[0].gating if layer_pass.experts else layer_pass.dense.gating
         current = present_ffn(runner.ffn(index), runner.card, gating)
         x, target = ffn_inputs_and_targets(state, layer_pass, index)
-        device, settings = fit_device(state, current, x), (config.local_steps, config.local_lr, config.local_batch)
-        fitted, _ = local(current, x, target, held_out_tokens(state), *settings, state.seed + index, device)
+        weights = block_weights(state, layer_pass).flatten()[state.real_tokens]
+        fitted, _ = fit_ffn(state, current, x, target, weights, index)
         put_ffn(runner.ffn(index), runner.card, fitted)
         if not layer_error(state, layer_pass, index, state.held_out) < before:
             put_ffn(runner.ffn(index), runner.card, current)

@@ -6,19 +6,8 @@ import torch
 from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, dense
+from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.fit import Fit, fit
-from moe2dense.student.footprint import rows_at_once
-
-
-def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor) -> float:
-    """Return the mean of |f(x) - t|^2 over tokens relative to that of |t|^2; x and target [T, H]. Computed where the FFN is."""
-    if len(x) == 0:
-        return math.nan
-    chunk, device, missed = rows_at_once(ffn.width), ffn.down.device, 0.0
-    for i in range(0, len(x), chunk):
-        output = ffn(x[i : i + chunk].to(device))
-        missed += float((output - target[i : i + chunk].to(device)).pow(2).sum())
-    return missed / max(float(target.pow(2).sum()), 1e-30)
 
 
 def local(
@@ -31,25 +20,27 @@ def local(
     batch: int = 2048,
     seed: int = 0,
     device: torch.device | str = "cpu",
+    weights: Tensor | None = None,
 ) -> tuple[DenseFFN, Fit]:
     """Train `ffn` for `steps` batches of tokens towards target [T, H] on inputs x [T, H]; return it and a record of the fit.
 
-    `held_out` [T] bool marks the tokens that choose the step; the error on them is never above what it was at the start.
+    weights [T]: how much each token's squared error counts; None = all alike. `held_out` [T] bool marks the tokens that choose the step; the error on them is never above what it was at the start.
     Computed on `device`; the result is on the CPU.
     """
     copy = dense(ffn).to(device)
-    x, target, held_out = (t.to(device) for t in (x, target, held_out))
+    weights = x.new_ones(len(x)) if weights is None else weights
+    x, target, held_out, weights = (t.to(device) for t in (x, target, held_out, weights))
     rows = torch.nonzero(~held_out).flatten()
-    x_held_out, target_held_out = x[held_out], target[held_out]
-    scale = target.pow(2).mean().clamp_min(1e-30)
+    judged = x[held_out], target[held_out], weights[held_out]
+    scale = (target.pow(2).mean(1) * weights).mean().clamp_min(1e-30)
 
     def loss(index: Tensor) -> Tensor:
         pick = rows[index.to(rows.device)]
-        return (copy(x[pick]) - target[pick]).pow(2).mean() / scale
+        return ((copy(x[pick]) - target[pick]).pow(2).mean(1) * weights[pick]).mean() / scale
 
     def check() -> float:
         with torch.no_grad():
-            return relative_error(copy, x_held_out, target_held_out)
+            return relative_error(copy, *judged)
 
     if len(rows) == 0 or not bool(held_out.any()):
         return copy.to("cpu"), Fit(math.nan, math.nan, 0)

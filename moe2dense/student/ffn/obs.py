@@ -130,7 +130,8 @@ def obs_method(task: FFNTask, width: int) -> SourcedFFN:
         return pool
     need = pool_bytes(count, task.hidden_size) + activation_bytes(count, len(target))
     device, step = device_with_room(task.device, need), max(1, count // 256)
-    gram, cross = grams(replace(pool.ffn, down_bias=None), task.x[tokens], target, device=device)
+    weights = None if task.weights is None else task.weights[tokens]
+    gram, cross = grams(replace(pool.ffn, down_bias=None), task.x[tokens], target, device=device, weights=weights)
     start = pool.ffn.down.T.to(device)
-    keep = eliminate(gram, cross, start, min(width, count), task.config.ridge, step, overwrite=True).cpu()
+    keep = eliminate(gram, cross, start, min(width, count), task.ridge, step, overwrite=True).cpu()
     return SourcedFFN(dense(pool.ffn, rows=keep), pool.expert[keep], pool.neuron[keep])

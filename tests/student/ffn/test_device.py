@@ -10,7 +10,8 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from moe2dense.student import memory as places
 from moe2dense.student.ffn.dense import DenseFFN
-from moe2dense.student.ffn.local import local, relative_error
+from moe2dense.student.ffn.errors import relative_error
+from moe2dense.student.ffn.local import local
 from moe2dense.student.ffn.obs import eliminate
 from moe2dense.student.ffn.refit import grams, refit, ridge_solve
 from moe2dense.student.memory import device_with_room

@@ -10,7 +10,8 @@ from torch import Tensor
 from moe2dense.student.ffn import symmetric
 from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
 from moe2dense.student.ffn.energy import output_energy
-from moe2dense.student.ffn.local import local, relative_error
+from moe2dense.student.ffn.errors import relative_error
+from moe2dense.student.ffn.local import local
 from moe2dense.student.ffn.obs import eliminate
 from moe2dense.student.ffn.refit import grams, refit, ridge_solve
 from moe2dense.student.ffn.select import best_neurons, gather

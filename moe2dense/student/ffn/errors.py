@@ -1,0 +1,36 @@
+"""Measure how far an FFN is from what it should write."""
+
+import math
+
+from torch import Tensor
+
+from moe2dense.student.ffn.dense import DenseFFN
+from moe2dense.student.footprint import rows_at_once
+
+
+def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor, weights: Tensor | None = None) -> float:
+    """Return the mean of |f(x) - t|^2 over tokens relative to that of |t|^2; x and target [T, H]. Computed where the FFN is.
+
+    weights [T]: how much each token counts; None = all alike. NaN without tokens.
+    """
+    if len(x) == 0:
+        return math.nan
+    chunk, device, missed = rows_at_once(ffn.width), ffn.down.device, 0.0
+    for i in range(0, len(x), chunk):
+        squares = (ffn(x[i : i + chunk].to(device)) - target[i : i + chunk].to(device)).pow(2)
+        if weights is not None:
+            squares = squares * weights[i : i + chunk, None].to(device)
+        missed += float(squares.sum())
+    size = target.pow(2) if weights is None else target.pow(2) * weights[:, None]
+    return missed / max(float(size.sum()), 1e-30)
+
+
+def weights_by_size(states: Tensor) -> Tensor:
+    """Return [T] weights that make each token's squared error relative to its own hidden state [T, H]; their mean is 1.
+
+    What reads a residual stream norms it, so an error counts by its share of the token's state. Without such weights the few
+    tokens whose states are hundreds of times larger than the others' (attention sinks, "massive activations",
+    arXiv 2402.17762) are all that a least-squares fit sees.
+    """
+    weights = 1.0 / states.float().pow(2).mean(1).clamp_min(1e-20)
+    return weights / weights.mean()
