@@ -26,7 +26,7 @@ class Rounded:
 
 
 def search_scales(weight: Tensor, energy: Tensor, bits: int, group: int, dtype: torch.dtype, steps: int = 20) -> Tensor:
-    """Return scales [O, G], representable in `dtype`: of `steps` clippings from none to 60 %, those of least weighted error.
+    """Return scales [O, G], representable in `dtype`: of `steps` clippings from none to 60%, those of least weighted error.
 
     weight [O, I] fp32 or fp64; energy [I], the mean square of each input.
     """

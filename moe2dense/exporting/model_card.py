@@ -124,7 +124,7 @@ def _quality(info: dict[str, Any], quantized: dict[str, float] | None) -> list[s
     lines = []
     if info.get("rows"):
         judged = f" on {info['tokens_judged']:,} held-out tokens" if info.get("tokens_judged") else " on held-out text"
-        lines += [f"Measured{judged}, with 95 % intervals:", "", score_table(info["rows"]), ""]
+        lines += [f"Measured{judged}, with 95% intervals:", "", score_table(info["rows"]), ""]
     else:
         lines += ["Not measured.", ""]
     if quantized:
@@ -141,7 +141,7 @@ def _quality(info: dict[str, Any], quantized: dict[str, float] | None) -> list[s
 def _lost(info: dict[str, Any]) -> list[str]:
     lines = ["For the uses the teacher was meant for, where its size is too much; judge it on your own text first.", ""]
     if "transferred" in info:
-        lines += [f"Of the experts' saliency, {100 * info['transferred']:.0f} % was found again in the student.", ""]
+        lines += [f"Of the experts' saliency, {100 * info['transferred']:.0f}% was found again in the student.", ""]
     lines += [f"- {sentence}" for sentence in info.get("lost", [])] + [""] * bool(info.get("lost"))
     if not info.get("lost"):
         lines += ["A dense student of fewer parameters knows less than its teacher: expect rare facts to go first.", ""]

@@ -65,6 +65,21 @@ def test_help_does_not_load_torch(arguments):
         (["plan", "mixtral", "--to", "90b"], "not smaller than the teacher"),
         (["plan", "mixtral", "--to", "7b", "--config", "nowhere.toml"], "--config nowhere.toml cannot be read"),
         (["plan", "mixtral", "--to", "7b", "--memory", "lots"], "--memory must be a number such as 300MB"),
+        (
+            ["plan", "mixtral", "--to", "7b", "--memory", "2"],
+            "--memory must be at least 16 MB; found '2' (did you mean 2GB?)",
+        ),
+        (["plan", "mixtral", "--to", "7b", "--memory", "3MB"], "--memory must be at least 16 MB; found '3MB'"),
+        (
+            ["plan", "mixtral", "--to", "7g"],
+            "a share of the teacher such as 25%, a named target (mistral-7b) or the folder",
+        ),
+        (["plan", "mixtral", "--to", "7b", "--loss", "forward_kll"], "(did you mean 'forward_kl'?)"),
+        (["plan", "mixtral", "--to", "7b", "--init", "walk"], "--init 'walk' was renamed; did you mean 'layerwise'?"),
+        (["plan", "mixtral", "--to", "7b", "--device", "tpu"], "--device must be auto, cpu or cuda; found 'tpu'"),
+        (["convert", "--to", "7b"], "TEACHER is missing"),
+        (["convert", "--resume"], "TEACHER is missing"),
+        (["convert", "--resume", "--out", "nowhere"], "nowhere holds no run"),
         (["plan", "mixtral", "--to", "7b", "--tokens", "many"], "--tokens must be a number"),
         (["plan", "mixtral", "--to", "7b", "--nonsense", "3"], "nonsense"),
         (["convert", "examples/tiny-mixtral", "--to", "3.2m", "--init", "magic"], "starts with no known method"),
@@ -163,3 +178,65 @@ def test_inspect_marks_dense_layers(capsys):
     routing = {"tokens": 9, "layers": [{"layer": 0, "sparse": False}, sparse], "prediction": "even"}
     print_routing(routing, Console(width=100))
     assert "dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data", "nowhere.jsonl"], "data 'nowhere.jsonl' does not exist"),
+        (["--data", "words.jsonl"], "has no `text` field"),
+        (["--ood", "nowhere.jsonl"], "--ood: data 'nowhere.jsonl' does not exist"),
+        (["--data", "small.txt"], "pass --valid with text of its own to hold out"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--out", "full"], "continue it with --resume, or choose another --out"),
+    ],
+)
+@pytest.mark.parametrize("more", [[], ["--dry-run"]], ids=["run", "dry run"])
+def test_data_out_and_device_are_checked_before_the_plan(tiny, tmp_path, monkeypatch, capsys, arguments, message, more):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    (tmp_path / "words.jsonl").write_text('{"words": "a"}\n')
+    (tmp_path / "small.txt").write_text("\n\n".join(f"A line of text, number {i}." for i in range(60)))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    before = sorted(tmp_path.rglob("*"))
+    out = [] if "--out" in arguments else ["--out", "out"]
+    assert main(["convert", str(tiny), "--to", "3.2m", *out, *arguments, *more]) == 2
+    shown = capsys.readouterr()
+    assert message in shown.err and shown.err.count("\n") == 1
+    assert shown.out == "" and sorted(tmp_path.rglob("*")) == before  # no plan, no folder
+
+
+def plan_text(capsys, *arguments):
+    assert main(["plan", *arguments, "--speed", "100t", "--disk-speed", "2GB"]) == 0
+    return " ".join(capsys.readouterr().out.split())
+
+
+def test_a_plan_says_for_which_machine_and_what_its_words_mean(capsys, tiny):
+    text = plan_text(capsys, "mixtral", "--to", "7b")
+    assert "Times are for the machine of --speed at 100 TFLOP/s of fp32 products and 2 GB/s from disk" in text
+    assert "--memory limits what of the teacher is held at once, not the student's training" in text
+    assert all(f" {word} " in text for word in ("build", "targets", "distill", "evaluate", "reading", "host"))
+    assert "0.00017% of the teacher's training compute" in text and "e-0" not in text
+    assert "(--tokens 14.4b or more)" in text
+    own = plan_text(capsys, str(tiny), "--to", "3.2m")
+    assert "ood.jsonl (named by the teacher's folder)" in own
+
+
+def test_a_plan_warns_of_what_is_asked_for(capsys):
+    adapters = plan_text(capsys, "mixtral", "--to", "7b", "--lora", "64", "--memory", "8GB")
+    assert "--lora 64 trains adapters instead" not in adapters
+    build = plan_text(capsys, "mixtral", "--to", "7b", "--tokens", "0")
+    assert (
+        "nothing is trained after it" in build
+        and "training all weights" not in build
+        and "93.4 GB a token" not in build
+    )
+    small = plan_text(capsys, "deepseek-v3", "--to", "7b")
+    assert "too small to be sensible" in small and "-0." not in small and " 0% of the expert" not in small
+
+
+def test_inspect_of_an_unfinished_run(tmp_path, capsys):
+    (tmp_path / "moe2dense.toml").write_text("")
+    assert main(["inspect", str(tmp_path)]) == 2
+    assert f"{tmp_path} is an unfinished run" in capsys.readouterr().err
