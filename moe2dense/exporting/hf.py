@@ -14,6 +14,7 @@ from moe2dense.common.units import parse_bytes
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting import verify
+from moe2dense.modeling.load import quiet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 TokenizerSource = str | Path | PreTrainedTokenizerBase
@@ -72,7 +73,7 @@ def write_model(
     try:
         # This method keeps transformers' own names on disk, for hosts whose layout in memory is another one too.
         state = cast_state(model, torch_dtype(dtype)) if state is None else state
-        with verify.quiet():
+        with quiet():
             model.save_pretrained(folder, state_dict=state, max_shard_size=parse_bytes(shard_size, "shard_size"))
     finally:
         model.config = config

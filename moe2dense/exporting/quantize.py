@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
+from transformers import CompressedTensorsConfig, PreTrainedModel
 
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
 from moe2dense.exporting.gptq import Rounded, round_weight
 from moe2dense.modeling.forward import evaluation_mode
+from moe2dense.modeling.load import load_model
 
 # N blocks, S block length, V vocabulary, I inputs of a linear layer
 
@@ -166,15 +167,11 @@ def compare_quantized(loaded: PreTrainedModel, student: PreTrainedModel, rounded
 
 def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
     """Load a quantised checkpoint with transformers, its weights unpacked to fp32."""
-    with verify.quiet(), warnings.catch_warnings():
+    with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # only to unpack it
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            quantization_config=CompressedTensorsConfig(dequantize=True),
-            local_files_only=True,
-        )
-    return model.eval().to(device)
+        options = CompressedTensorsConfig(dequantize=True)
+        model = load_model(folder, quantization_config=options, local_files_only=True)
+    return model.eval().to(device)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -3,16 +3,15 @@
 import json
 import re
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError
 from moe2dense.modeling.forward import evaluation_mode
-from moe2dense.modeling.load import quiet
+from moe2dense.modeling.load import load_model
 
 # Parameter names by which a mixture of experts is recognised.
 _MOE_TENSOR = re.compile(
@@ -52,22 +51,11 @@ def load_plain(folder: Path, device: torch.device | str = "cpu") -> PreTrainedMo
 
     Raises VerificationError naming a tensor that is missing, left over or of another shape.
     """
-    with quiet():
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, output_loading_info=True, local_files_only=True
-        )
-    model, info = loaded
-    problems = (
-        ("missing_keys", "is not in the checkpoint"),
-        ("unexpected_keys", "is in the checkpoint but not part of the architecture"),
-        ("mismatched_keys", "has another shape than the architecture's"),
-        ("error_msgs", "could not be loaded"),
-    )
-    for key, text in problems:
-        if info.get(key):
-            first = sorted(info[key], key=str)[0]
-            raise VerificationError(f"export: tensor {first if isinstance(first, str) else first[0]} {text}")
-    return model.eval().to(device)
+    try:
+        model = load_model(folder, local_files_only=True)
+    except UserError as error:
+        raise VerificationError(f"export: {error}") from error
+    return model.eval().to(device)  # type: ignore[arg-type]
 
 
 def compare_tensors(loaded: PreTrainedModel, student: PreTrainedModel, dtype: torch.dtype) -> int:

@@ -73,6 +73,8 @@ class KeyMap:
     converters: dict[str, WeightConverter] = field(default_factory=dict)
     # checkpoint tensors that the model has no place for
     ignored: list[str] = field(default_factory=list)
+    # parameters that the config ties and the checkpoint holds both of
+    tied: dict[str, str] = field(default_factory=dict)
 
 
 def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
@@ -174,7 +176,11 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> K
                 key_map.converters[target] = converter
         key_map.sources.setdefault(target, []).append(source)
     for name, twin in tied_names(model).items():
-        if twin in key_map.sources:
+        if name in key_map.sources and twin in key_map.sources:
+            key_map.tied[name] = twin
+        elif name in key_map.sources:
+            key_map.sources[twin] = key_map.sources[name]
+        elif twin in key_map.sources:
             key_map.sources[name] = key_map.sources[twin]
     return key_map
 

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from moe2dense.errors import UserError
 from moe2dense.modeling.internals import Source
+from moe2dense.modeling.load import wrapper_hint
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.skeleton import Skeleton
 from moe2dense.weights import bitsandbytes
+from moe2dense.weights.packed import scale_grid
 
 _FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _METHODS = ("fp8", "mxfp4", "bitsandbytes")
@@ -37,18 +39,31 @@ def check_coverage(skeleton: Skeleton, layers: Sequence[Layer]) -> None:
     sources = skeleton.weights.map.sources
     for name, want in skeleton.shapes.items():
         if name not in sources:
-            raise UserError(
-                f"checkpoint {skeleton.path}: no tensor for parameter {name!r}; the checkpoint is incomplete"
+            missing = [n for n in skeleton.shapes if n not in sources]
+            reason = (
+                wrapper_hint(skeleton.ignored, missing) or _untied(skeleton, name) or "the checkpoint is incomplete"
             )
+            raise UserError(f"checkpoint {skeleton.path}: no tensor for parameter {name!r}; {reason}")
         for source in sources[name]:
             _check_dtype(skeleton, source)
             if name not in skeleton.weights.map.converters:
                 _check_shape(skeleton, name, source, want)
+            _check_scales(skeleton, source)
     for layer in layers:
         experts = layer.experts
         if experts is not None:
             for name in (n for n in sources if n.startswith(experts.prefix)):
                 _check_experts(skeleton, name, len(experts))
+
+
+def _untied(skeleton: Skeleton, name: str) -> str:
+    """Return a sentence where the language-model head alone is missing and the config does not tie it, else ''."""
+    if name != "lm_head.weight" or skeleton.embedding_name not in skeleton.weights.map.sources:
+        return ""
+    return (
+        "config.json says that it is not tied to the embedding (tie_word_embeddings false), and transformers would start it at "
+        "random; set tie_word_embeddings to true if the two are one, or give the whole checkpoint"
+    )
 
 
 def _check_dtype(skeleton: Skeleton, source: Source) -> None:
@@ -63,6 +78,32 @@ def _check_dtype(skeleton: Skeleton, source: Source) -> None:
         f"checkpoint file {info.file}: tensor {source.key!r} has dtype {dtype}"
         + (" and no tensor of scales beside it" if info.dtype in (torch.uint8, *_FP8) else ", which is no weight")
     )
+
+
+def _check_scales(skeleton: Skeleton, source: Source) -> None:
+    """Raise UserError where the scales of a packed tensor are not as many, or not of the dtype, that unpacking it takes."""
+    if not source.scale:
+        return
+    checkpoint, block = skeleton.checkpoint, skeleton.weights.block
+    if source.from_bitsandbytes:
+        bitsandbytes.check_scales(checkpoint, source.key)
+        return
+    info, scale = checkpoint[source.key], checkpoint[source.scale]
+    if info.dtype == torch.uint8:
+        fits, wanted = scale.shape == info.shape[:-1] and info.shape[-1:] == (16,), list(info.shape[:-1])
+        what = f"one for each 32 values, {wanted}"
+    else:
+        fits = scale_grid(info.shape, scale.shape, block) is not None
+        what = "one for the tensor, for each row, or for each block" + (f" of {block[0]} x {block[1]}" if block else "")
+    if not fits:
+        raise UserError(
+            f"checkpoint file {scale.file}: the scales {source.scale!r} have shape {list(scale.shape)}, which does not fit "
+            f"{source.key!r} of shape {list(info.shape)} ({what}); correct weight_block_size in config.json, or give a checkpoint "
+            f"that is not quantised"
+        )
+    if not scale.dtype.is_floating_point and scale.dtype != torch.uint8:
+        dtype = str(scale.dtype).removeprefix("torch.")
+        raise UserError(f"checkpoint file {scale.file}: the scales {source.scale!r} have dtype {dtype}")
 
 
 def _check_shape(skeleton: Skeleton, name: str, source: Source, want: Tensor) -> None:

@@ -1,5 +1,6 @@
 """Open a checkpoint as a teacher: find it, its family's card, and how its experts are routed, rounded and computed."""
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -83,6 +84,7 @@ def load_teacher(
     card: the family's card, for a family that is not shipped; a model without experts needs none and has `.card` None.
     quantize: int8 | int4 | nf4 rounds every expert as it is read (simulated: nothing gets smaller); top_k: experts per token, in the
     place of the checkpoint's own number; draw: draw that many from the router's distribution, each number another time (`seed`).
+    What the checkpoint holds and is not used is said in a warning, and in `.remarks`.
     Raises UserError naming file and tensor when the checkpoint is incomplete or damaged.
     """
     folder = _folder_of(path, card)
@@ -97,7 +99,10 @@ def load_teacher(
         widen_routing(config, family, top_k)
     if resample is not None:
         widen_routing(config, family, getattr(config.get_text_config(), family.num_experts if family else ""))
-    return Teacher(folder, config, family, memory, backend, device, quantize, resample)
+    teacher = Teacher(folder, config, family, memory, backend, device, quantize, resample)
+    for remark in teacher.remarks:
+        warnings.warn(remark, stacklevel=2)
+    return teacher
 
 
 def _folder_of(path: str | Path, card: TeacherCard | str | Path | None) -> Path:

@@ -11,7 +11,7 @@ from moe2dense.errors import UserError
 from moe2dense.modeling.internals import KeyMap, Source, convert
 from moe2dense.weights import bitsandbytes
 from moe2dense.weights.checkpoint import Checkpoint
-from moe2dense.weights.packed import unpack_fp8, unpack_mxfp4
+from moe2dense.weights.packed import Block, unpack_fp8, unpack_mxfp4
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,12 @@ class Layout:
 
     transposed: bool
     interleaved: bool
+
+
+def fp8_block(quantization: dict[str, Any] | None) -> Block | None:
+    """Return the block of weights that shares a scale, as the config says; None where it says that there are no blocks."""
+    size = (quantization or {}).get("weight_block_size", (128, 128))
+    return (int(size[0]), int(size[1])) if size else None
 
 
 class Weights:
@@ -36,8 +42,7 @@ class Weights:
         quantization: dict[str, Any] | None = None,
     ):
         self.checkpoint, self.map, self.model = checkpoint, key_map, model
-        size = (quantization or {}).get("weight_block_size") or (128, 128)
-        self.block: tuple[int, int] = (size[0], size[1])
+        self.block = fp8_block(quantization)
 
     def _read(self, source: Source, expert: int | None = None, buffer: Tensor | None = None) -> Tensor:
         """Read one source, unpacked, or one expert of it; into `buffer` where it is not packed. Raises UserError for other dtypes."""
@@ -47,7 +52,7 @@ class Weights:
         packed = source.scale != ""
         raw = self.checkpoint.read(source.key, *span, buffer=None if packed else buffer)
         if packed:
-            scale = self.checkpoint.read(source.scale, *span)
+            scale = self._read_scale(source, span)
             raw = unpack_mxfp4(raw, scale) if raw.dtype == torch.uint8 else unpack_fp8(raw, scale, self.block)
         elif not raw.is_floating_point() or raw.dtype.itemsize == 1:
             info = self.checkpoint[source.key]
@@ -56,6 +61,12 @@ class Weights:
                 "which is not a weight that can be read as it is"
             )
         return raw if expert is None else raw[0]
+
+    def _read_scale(self, source: Source, span: tuple[int, int | None]) -> Tensor:
+        """Read the scales of these experts of a stack; all of them where one is shared by the whole stack."""
+        weight, scale = self.checkpoint[source.key].shape, self.checkpoint[source.scale].shape
+        shared = not scale or scale[0] != weight[0]
+        return self.checkpoint.read(source.scale) if shared else self.checkpoint.read(source.scale, *span)
 
     def source_bytes(self, source: Source, expert: bool = False) -> int:
         """Return the stored bytes of one source, or of one expert's share of it."""

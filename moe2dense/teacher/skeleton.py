@@ -17,15 +17,18 @@ from moe2dense.modeling import internals
 from moe2dense.modeling.head import logit_rules
 from moe2dense.teacher.lm_head import LMHead
 from moe2dense.teacher.parameters import Weights, assign
-from moe2dense.weights.checkpoint import Checkpoint
+from moe2dense.weights.checkpoint import Checkpoint, same_values
+from moe2dense.weights.remarks import unread_files
 
 _TABLE_ROWS = 4096  # rows of an embedding table read at once
+_NAMED = 3  # ignored tensors that are named
 
 
 class Skeleton:
     """A causal language model without weights, and the checkpoint that holds them.
 
-    `card` is None for a dense model, whose layers stream all the same. `ignored` names checkpoint tensors the model has no place for.
+    `card` is None for a dense model, whose layers stream all the same. `ignored` names checkpoint tensors the model has no place for;
+    `remarks` are sentences on what the checkpoint holds and is not used. `config` is corrected where it ties tensors that differ.
     """
 
     def __init__(self, path: Path, config: PreTrainedConfig, card: TeacherCard | None, device: str, quantize: str = ""):
@@ -38,6 +41,11 @@ class Skeleton:
         prefix = "" if text is config else _language_prefix(self.checkpoint)
         key_map = internals.map_keys(self.model, self.checkpoint.tensors, prefix)
         self.ignored = key_map.ignored
+        self.remarks = [
+            *unread_files(self.checkpoint),
+            *_untie(text, key_map, self.checkpoint),
+            *_ignored_tensors(path, key_map.ignored),
+        ]
         self.weights = Weights(self.checkpoint, key_map, self.model, getattr(config, "quantization_config", None))
         name, self.body = internals.decoder(self.model)
         self.layers_prefix = f"{name}.layers." if name else "layers."
@@ -99,6 +107,32 @@ class Skeleton:
             for name in module._non_persistent_buffers_set:
                 if (value := module._buffers.get(name)) is not None:
                     module._buffers[name] = value.to(self.device)
+
+
+def _untie(config: PreTrainedConfig, key_map: internals.KeyMap, checkpoint: Checkpoint) -> list[str]:
+    """Correct a config that ties tensors which the checkpoint holds with different values; return a sentence on each.
+
+    transformers does not tie those either.
+    """
+    remarks = []
+    for name, twin in key_map.tied.items():
+        (first,), (second,) = key_map.sources[name], key_map.sources[twin]
+        if same_values(checkpoint[first.key], checkpoint[second.key]):
+            continue
+        config.tie_word_embeddings = False
+        remarks.append(
+            f"{checkpoint.folder}: config.json ties {name} to {twin} (tie_word_embeddings), but the checkpoint holds both with "
+            f"different values; they are not tied, as in transformers"
+        )
+    return remarks
+
+
+def _ignored_tensors(path: Path, ignored: Sequence[str]) -> list[str]:
+    """Return a sentence on the tensors that the model has no place for, else nothing."""
+    if not ignored:
+        return []
+    names = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
+    return [f"{path}: {len(ignored)} tensors are ignored, which the model has no place for: {names}"]
 
 
 def _language_prefix(checkpoint: Checkpoint) -> str:

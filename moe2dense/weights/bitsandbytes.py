@@ -85,6 +85,27 @@ def shape_of(checkpoint: Checkpoint, key: str) -> tuple[int, ...]:
     return info.shape if info.dtype == torch.int8 else read_state(checkpoint, key).shape
 
 
+def check_scales(checkpoint: Checkpoint, key: str) -> None:
+    """Raise UserError where the tensors beside weight `key` are missing, or not as many values as unpacking it takes."""
+    info = checkpoint[key]
+    if info.dtype == torch.int8:
+        wanted = {key.removesuffix("weight") + "SCB": info.shape[0]}
+    else:
+        state = read_state(checkpoint, key)
+        values = torch.Size(state.shape).numel()
+        blocks = -(-values // state.block) if state.block > 0 else 0
+        wanted = {key: -(-values // 2), key + ".absmax": blocks, key + ".quant_map": 16}
+        if checkpoint[key + ".absmax"].dtype == torch.uint8:
+            nested = -(-blocks // state.nested_block) if state.nested_block > 0 else 0
+            wanted |= {key + ".nested_absmax": nested, key + ".nested_quant_map": 256}
+    for name, count in wanted.items():
+        there = torch.Size(checkpoint[name].shape).numel()
+        if there != count:
+            raise UserError(
+                f"checkpoint file {checkpoint[name].file}: tensor {name!r} has {there} values, unpacking {key!r} takes {count}"
+            )
+
+
 def read_weight(checkpoint: Checkpoint, key: str) -> Tensor:
     """Read weight `key` in float32. Raises UserError naming what is missing."""
     if checkpoint[key].dtype == torch.int8:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
+from moe2dense.weights.files import WeightFiles, weight_files
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -26,6 +27,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F8_E8M0": torch.float8_e8m0fnu,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000  # the safetensors format's own bound
+_COMPARED_AT_ONCE = 1 << 24  # bytes
 _PREADV = hasattr(os, "preadv")
 _FADVISE = hasattr(os, "posix_fadvise")
 
@@ -106,30 +108,43 @@ def read_header(path: str | Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _index(folder: Path) -> dict[str, TensorInfo]:
-    """Return where every tensor of a folder lies. Raises UserError for what is missing, pickled or damaged."""
-    index_file, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
-    if not index_file.is_file():
-        if single.is_file():
-            return read_header(single)
-        if any(folder.glob("*.bin")) or any(folder.glob("*.pt*")):
-            raise UserError(
-                f"checkpoint {folder} holds pickled weights, which can run code when loaded; convert it to safetensors"
-            )
-        raise UserError(f"checkpoint {folder} has neither model.safetensors nor model.safetensors.index.json")
+def _all_tensors(source: WeightFiles) -> dict[str, TensorInfo]:
+    """Return where every tensor of a folder lies.
+
+    Raises UserError for what is missing or damaged, and for a tensor that two files hold with different values.
+    """
+    tensors: dict[str, TensorInfo] = {}
+    for path in source.files:
+        for name, info in read_header(path).items():
+            other = tensors.get(name)
+            if other is not None and not same_values(other, info):
+                raise UserError(
+                    f"checkpoint {source.folder}: {other.file.name} and {path.name} both hold tensor {name!r}, with different values; "
+                    "download it again"
+                )
+            tensors[name] = info
+    for name, file in (source.weight_map or {}).items():
+        info = tensors.get(name)
+        if info is None or info.file.name != Path(file).name:
+            raise UserError(f"checkpoint file {source.folder / file}: tensor {name!r}, named in the index, is missing")
+    return tensors
+
+
+def same_values(a: TensorInfo, b: TensorInfo) -> bool:
+    """Return whether two tensors on disk have the same dtype, shape and bytes."""
+    if (a.dtype, a.shape) != (b.dtype, b.shape):
+        return False
     try:
-        where: dict[str, str] = json.loads(index_file.read_text(encoding="utf-8"))["weight_map"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"checkpoint index {index_file} is not valid JSON with a weight_map") from error
-    shards: dict[str, dict[str, TensorInfo]] = {}
-    for name in sorted(set(where.values())):
-        if not (folder / name).is_file():
-            raise UserError(f"checkpoint {folder}: file {name}, named in the index, is missing; download it again")
-        shards[name] = read_header(folder / name)
-    for tensor, name in where.items():
-        if tensor not in shards[name]:
-            raise UserError(f"checkpoint file {folder / name}: tensor {tensor!r}, named in the index, is missing")
-    return {tensor: shards[name][tensor] for tensor, name in where.items()}
+        with a.file.open("rb") as first, b.file.open("rb") as second:
+            first.seek(a.start)
+            second.seek(b.start)
+            for left in range(a.nbytes, 0, -_COMPARED_AT_ONCE):
+                count = min(left, _COMPARED_AT_ONCE)
+                if first.read(count) != second.read(count):
+                    return False
+    except OSError as error:
+        raise UserError(f"checkpoint file {a.file} or {b.file} cannot be read: {error.strerror}") from error
+    return True
 
 
 def _close_all(files: dict[Path, int]) -> None:
@@ -152,7 +167,8 @@ class Checkpoint:
         self._files: dict[Path, int] = {}
         self._lock = threading.Lock()
         weakref.finalize(self, _close_all, self._files)  # at the latest before the interpreter takes its modules apart
-        self.tensors = _index(self.folder)
+        self.files = weight_files(self.folder)
+        self.tensors = _all_tensors(self.files)
 
     @property
     def nbytes(self) -> int:

@@ -132,9 +132,12 @@ def test_what_is_missing_is_named(tmp_path):
         load_teacher(tmp_path)
     del tensors[name + ".quant_map"]
     save_file(tensors | {state: load_file_state(name)}, path)
-    teacher = load_teacher(tmp_path)
     with pytest.raises(UserError, match=rf"tensor '{name}.quant_map' is missing"):
-        teacher.run(torch.randint(3, 100, (2, 9)))
+        load_teacher(tmp_path)
+    scales = {name + ".quant_map": torch.ones(16), name + ".absmax": torch.ones(19)}
+    save_file(tensors | {state: load_file_state(name)} | scales, path)
+    with pytest.raises(UserError, match=rf"tensor '{name}.absmax' has 19 values, unpacking '{name}' takes 20"):
+        load_teacher(tmp_path)
 
 
 def load_file_state(name):
