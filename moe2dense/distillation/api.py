@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from moe2dense.common.processes import launched
 from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.frequency import count_tokens, rare_labels
 from moe2dense.distillation.auto_features import make_match, settle_features
-from moe2dense.distillation.batches import Batches, rare_positions
+from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.checks import check_training, needs_teacher
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.make import make_regime
@@ -50,6 +51,7 @@ def distill(
     progress: Callable[..., None] | None = None,
     accelerator: Accelerator | None = None,
     regime: Regime | None = None,
+    token_counts: Tensor | None = None,
 ) -> TrainResult:
     """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
 
@@ -58,7 +60,8 @@ def distill(
     `teacher`. `valid`, with `valid_targets` or the teacher, is measured every config.eval_every steps. With `out`,
     out/metrics.jsonl and out/checkpoints are written, and `resume` continues the last checkpoint, bit by bit on a CPU. With
     config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
-    puts the result into a whole model. `regime` changes where text, targets or models come from
+    puts the result into a whole model. token_counts [V]: how often each id occurs in the text that says which held-out tokens
+    are rare; by default `data`. `regime` changes where text, targets or models come from
     (moe2dense.distillation.regimes). Raises UserError for arguments that do not fit together, for targets of another text,
     and when the loss is not finite.
     """
@@ -77,7 +80,7 @@ def distill(
     if answers is None and teacher is not None and not (regime is not None and regime.brings_targets):
         features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)
         answers = hidden_targets(teacher, data, features=features, routing=routing, progress=progress)
-    held_out = _held_out_batches(valid, valid_targets, teacher, data)
+    held_out = _held_out_batches(valid, valid_targets, teacher, count_tokens(data) if token_counts is None else token_counts)
     batches = Batches(data, answers, weights=_token_weights(config.token_weights, answers, data))
     if config.temperature_schedule == "auto":
         best = settle_temperature(model, batches, held_out, config, seed, out, accelerator)
@@ -137,14 +140,14 @@ def _held_out_batches(
     valid: Blocks | None,
     targets: Targets | HiddenStates | None,
     teacher: AnyTeacher | None,
-    training: Blocks,
+    counts: Tensor,
 ) -> Batches | None:
-    """Return the held-out text with the teacher's answers; None where either is missing."""
+    """Return the held-out text with the teacher's answers; None where either is missing. counts [V]: what is rare."""
     if valid is None or (targets is None and teacher is None):
         return None
     answers = hidden_targets(teacher, valid) if targets is None and teacher is not None else targets
     assert answers is not None
-    return Batches(valid, as_targets(answers, valid, "valid_targets"), rare_positions(valid, training))
+    return Batches(valid, as_targets(answers, valid, "valid_targets"), rare_labels(valid, counts))
 
 
 def _token_weights(name: str, targets: Targets | None, blocks: Blocks) -> Tensor | None:

@@ -67,18 +67,3 @@ class Batches:
 
 def _moved(rows: TeacherRows | None, device: torch.device) -> TeacherRows | None:
     return rows if rows is None or device.type == "cpu" else rows.to(device)
-
-
-def rare_positions(held_out: Blocks, training: Blocks, share: float = 0.1) -> Tensor:
-    """Return [N, S] bool: held-out positions whose next token is rare.
-
-    Rare tokens are the rarest `share` of them, by their counts in the training text.
-    """
-    labels = held_out.labels()
-    size = int(max(held_out.input_ids.max(), training.input_ids.max())) + 1
-    counts = torch.bincount(training.input_ids.flatten(), minlength=size)[labels.clamp(min=0)]
-    labelled = labels >= 0
-    if not bool(labelled.any()):
-        return labelled
-    bound = counts[labelled].sort().values[int(share * (int(labelled.sum()) - 1))]
-    return labelled & (counts <= bound)

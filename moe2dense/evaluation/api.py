@@ -11,6 +11,7 @@ from moe2dense.common.progress import Report
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.bootstrap import Bootstrap
+from moe2dense.evaluation.clusters import clusters_of
 from moe2dense.evaluation.reference import AnyModel, Reference, hidden_states, reference
 from moe2dense.evaluation.scores import Scores
 from moe2dense.evaluation.summary import summarise
@@ -46,8 +47,9 @@ def evaluate(
     """Judge `student` against `teacher` on the blocks `data`; only positions whose next token is known are judged.
 
     teacher: a Teacher, a transformers model, or a Reference made once for several students. targets: stored hidden
-    targets of these blocks in its place. token_counts [V]: how often each id occurs in the training text, for the
-    deciles of token frequency; by default counted on `data`. bootstrap: resamples for the intervals, 0 = none.
+    targets of these blocks in its place. token_counts [V]: how often each id occurs in the training text, for rare tokens and the deciles of
+    token frequency (`data.frequency.count_tokens`); by default counted on `data`, which `Scores.rare_by` then says.
+    bootstrap: resamples of works or passages, else of blocks, for the intervals; 0 = none.
     progress: called as progress(stage, done, total) after every `batch` blocks.
     Raises UserError where there is nothing to judge or no teacher.
     """
@@ -67,7 +69,8 @@ def evaluate(
         if progress:
             progress("evaluate", min(i + batch, len(blocks)), len(blocks))
     values = {k: torch.cat([p[k] for p in parts if p]) for k in next(p for p in parts if p)}
-    return summarise(values, blocks, keep, Bootstrap(len(blocks), bootstrap, seed), token_counts)
+    clusters = clusters_of(blocks)
+    return summarise(values, blocks, keep, clusters, Bootstrap(clusters.count, bootstrap, seed), token_counts)
 
 
 def _student_answers(

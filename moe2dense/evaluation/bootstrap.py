@@ -1,4 +1,4 @@
-"""Intervals by resampling whole blocks: tokens of one block are correlated, blocks are the independent draws."""
+"""Intervals by resampling whole clusters (works, passages): tokens of one are correlated, clusters are independent draws."""
 
 import math
 from collections.abc import Callable
@@ -8,11 +8,13 @@ from scipy import stats
 
 from moe2dense.common.numbers import show_number
 
-# N blocks, B resamples, G groups, k sums per block
+# C clusters, B resamples, G groups, k sums per cluster
+
+_FEWEST_RESAMPLED = 8  # clusters below which resampling cannot reach the tails; a jackknife takes its place
 
 
 class Estimate(float):
-    """A number that is a float and has a 95% interval, `.low` to `.high` (NaN where one block gives none)."""
+    """A number that is a float and has a 95% interval, `.low` to `.high` (NaN where one cluster gives none)."""
 
     low: float
     high: float
@@ -38,37 +40,48 @@ def finite(x: float) -> float | None:
 
 
 class Bootstrap:
-    """Percentile intervals over resampled blocks, widened for few blocks.
+    """Percentile intervals over resampled clusters, widened for few of them; of fewer than eight, a jackknife's.
 
     The percentile level is the "expanded" one of Hesterberg (What Teachers Should Know About the Bootstrap, 2015):
-    Phi(-sqrt(n/(n-1)) * t_{n-1}), which corrects the narrowness of plain percentile intervals at small n. The same
-    seed and number of blocks give the same resamples, so differences between students of one set are paired.
+    Phi(-sqrt(n/(n-1)) * t_{n-1}), which corrects the narrowness of plain percentile intervals at small n. Resamples of a few
+    clusters never leave the range of these, so there the interval is the jackknife's (Tukey 1958) with Student's t. The same
+    seed and number of clusters give the same resamples, so differences between students of one set are paired.
     """
 
-    def __init__(self, blocks: int, resamples: int = 1000, seed: int = 0, level: float = 0.95):
-        self.blocks, self.level = blocks, level
-        draws = np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / max(blocks, 1)), size=resamples)
-        self.weights_BN = draws.astype(np.float64)
+    def __init__(self, clusters: int, resamples: int = 1000, seed: int = 0, level: float = 0.95):
+        self.clusters, self.level = clusters, level
+        generator = np.random.default_rng(seed)
+        draws = generator.multinomial(clusters, np.full(clusters, 1 / max(clusters, 1)), size=resamples)
+        self.weights_BC = draws.astype(np.float64)
 
-    def estimate(self, sums_Nk: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-        """Return the statistic of all blocks and its interval; `statistic` maps totals [..., k] to numbers [...]."""
-        point = float(statistic(sums_Nk.sum(0)))
-        used = int((np.abs(sums_Nk).sum(1) > 0).sum())  # blocks that hold any of it (a domain has only its own)
-        if used < 2 or not len(self.weights_BN):
+    def estimate(self, sums_Ck: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+        """Return the statistic of all clusters and its interval; `statistic` maps totals [..., k] to numbers [...]."""
+        total = sums_Ck.sum(0)
+        point = float(statistic(total))
+        holds_any = np.abs(sums_Ck).sum(1) > 0  # a domain has only its own clusters
+        used = int(holds_any.sum())
+        if used < 2 or not len(self.weights_BC):
             return Estimate(point)
+        t = stats.t.ppf(0.5 - self.level / 2, used - 1)
         with np.errstate(divide="ignore", invalid="ignore"):
-            draws = np.asarray(statistic(self.weights_BN @ sums_Nk), dtype=np.float64)
+            if used < _FEWEST_RESAMPLED:
+                without = np.asarray(statistic(total - sums_Ck[holds_any]), dtype=np.float64)
+                error = math.sqrt((used - 1) / used * float(np.square(without - without.mean()).sum()))
+                return Estimate(point, point + t * error, point - t * error)
+            draws = np.asarray(statistic(self.weights_BC @ sums_Ck), dtype=np.float64)
         draws = draws[np.isfinite(draws)]
         if not len(draws):
             return Estimate(point)
-        t = stats.t.ppf(0.5 - self.level / 2, used - 1)
         tail = float(stats.norm.cdf(math.sqrt(used / (used - 1)) * t))
         low, high = np.quantile(draws, [tail, 1 - tail])
         return Estimate(point, low, high)
 
-    def mean(self, total_N: np.ndarray, count_N: np.ndarray) -> Estimate:
-        """Return the mean per token, from each block's sum and count."""
-        return self.estimate(np.stack([total_N, count_N], 1), ratio)
+    def mean(self, total_C: np.ndarray, count_C: np.ndarray) -> Estimate:
+        """Return the mean per token, from each cluster's sum and count; of sums that are never negative, `low` is not either."""
+        mean = self.estimate(np.stack([total_C, count_C], 1), ratio)
+        if mean.low >= 0 or (total_C < 0).any() or not math.isfinite(mean.low):
+            return mean
+        return Estimate(mean, 0.0, mean.high)
 
 
 def ratio(totals: np.ndarray) -> np.ndarray:

@@ -10,13 +10,13 @@ GROUP_COLUMNS = ("kl", "nll", "teacher_nll", "agreement")
 
 
 def by_group(table: TokenTable, group: np.ndarray, groups: int) -> list[dict[str, Any]]:
-    """Return tokens, blocks and means of every group, `group` [n] giving each token's."""
+    """Return tokens, clusters and means of every group, `group` [n] giving each token's."""
     count = table.sums(np.ones(len(group)), group, groups)
     columns = {k: table.sums(k, group, groups) for k in GROUP_COLUMNS}
     rows = []
     for g in range(groups):
         means = {k: table.bootstrap.mean(v[:, g], count[:, g]) for k, v in columns.items()}
-        rows.append({"tokens": int(count[:, g].sum()), "blocks": int((count[:, g] > 0).sum()), **means})
+        rows.append({"tokens": int(count[:, g].sum()), "clusters": int((count[:, g] > 0).sum()), **means})
     return rows
 
 

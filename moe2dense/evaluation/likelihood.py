@@ -6,7 +6,7 @@ from torch import Tensor
 from moe2dense.data.blocks import Blocks
 from moe2dense.evaluation.reference import AnyModel, Reference, reference
 from moe2dense.evaluation.token_metrics import CHUNK
-from moe2dense.modeling.head import OutputHead
+from moe2dense.modeling.head import OutputHead, in_float32
 
 # n tokens, N blocks, S block length, H hidden size, V vocabulary
 
@@ -17,10 +17,11 @@ def label_scores(hidden: Tensor, head: OutputHead, labels: Tensor, chunk: int = 
 
     Both are on the CPU. [tokens, vocabulary] exists only `chunk` numbers at a time.
     """
+    head = in_float32(head)
     step = max(1, chunk // head.weight.shape[0])
     scores, first = [torch.zeros(0)], [torch.zeros(0, dtype=torch.bool)]
     for i in range(0, len(labels), step):
-        logits = head.logits(hidden[i : i + step].to(head.weight)).float()
+        logits = head.logits(hidden[i : i + step].to(head.weight))
         part = labels[i : i + step].to(logits.device)
         scores.append(logits.log_softmax(-1).gather(1, part[:, None])[:, 0].cpu())
         first.append((logits.argmax(-1) == part).cpu())

@@ -18,13 +18,15 @@ from moe2dense.evaluation.token_table import TokenTable
 
 @dataclass
 class Scores:
-    """The result of `evaluate`. KL and entropies are in nats per token; an Estimate has a 95% interval over blocks.
+    """The result of `evaluate`. KL and entropies are in nats per token; an Estimate has a 95% interval over clusters.
+
+    clusters, unit: how many of what are resampled ("31", "passages").
 
     kl KL(teacher || student); agreement: both have the same first choice; top5: the teacher's first choice is among the
     student's five; correlation: Pearson, over tokens, of the probabilities both give the true next token; ece: expected
     calibration error of the first choice against the text (15 equal bins, Guo et al. 2017); entropy_gap: student minus
-    teacher; rare_kl: KL on the tenth of the tokens that are rarest in the training text; by_decile: rarest tenth of the
-    tokens first; kl_NS: KL at every position [N, S], NaN where not judged.
+    teacher; rare_kl: KL on the tenth of the tokens that is rarest by count in the text `rare_by` names; by_decile: rarest
+    tenth of the tokens first; kl_NS: KL at every position [N, S], NaN where not judged.
     """
 
     kl: Estimate
@@ -46,6 +48,9 @@ class Scores:
     worst_tokens: list[dict[str, Any]] = field(repr=False)
     tokens: int
     blocks: int
+    clusters: int
+    unit: str
+    rare_by: str
     kl_NS: Tensor = field(repr=False)
     token_table: TokenTable = field(repr=False)
 

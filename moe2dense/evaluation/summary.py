@@ -5,27 +5,44 @@ import torch
 from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.frequency import frequency_deciles
 from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
 from moe2dense.evaluation.breakdowns import by_domain, by_group, by_position, worst_tokens
+from moe2dense.evaluation.clusters import Clusters
 from moe2dense.evaluation.scores import Scores
-from moe2dense.evaluation.token_table import TokenTable, frequency_groups
+from moe2dense.evaluation.token_table import TokenTable
 
 # N blocks, S block length
 
 CALIBRATION_BINS = 15
+THIS_TEXT, TRAINING_TEXT = "the scored text", "the training text"
 
 
 def summarise(
-    values: dict[str, Tensor], blocks: Blocks, keep: Tensor, bootstrap: Bootstrap, token_counts: Tensor | None = None
+    values: dict[str, Tensor],
+    blocks: Blocks,
+    keep: Tensor,
+    clusters: Clusters,
+    bootstrap: Bootstrap,
+    token_counts: Tensor | None = None,
 ) -> Scores:
-    """Summarise the per-token numbers of the positions `keep` [N, S-1]."""
+    """Summarise the per-token numbers of the positions `keep` [N, S-1], with intervals over clusters of the text."""
     block, position = (x.numpy() for x in keep.nonzero(as_tuple=True))
-    label = blocks.input_ids[:, 1:][keep].numpy()
-    numbers = {k: v.numpy() for k, v in values.items()}
-    decile = frequency_groups(label, token_counts)
+    labels = blocks.input_ids[:, 1:][keep]
     kl_NS = torch.full(blocks.input_ids.shape, float("nan"))
     kl_NS[:, :-1][keep] = values["kl"]
-    table = TokenTable(numbers, block, position, label, decile, list(blocks.domains), bootstrap)
+    table = TokenTable(
+        values={k: v.numpy() for k, v in values.items()},
+        block=block,
+        cluster=clusters.index[:, :-1][keep].numpy(),
+        position=position,
+        label=labels.numpy(),
+        decile=frequency_deciles(labels, token_counts).numpy(),
+        domains=list(blocks.domains),
+        bootstrap=bootstrap,
+        unit=clusters.unit,
+        counted_in=THIS_TEXT if token_counts is None else TRAINING_TEXT,
+    )
     return scores_of_table(table, kl_NS)
 
 
@@ -55,6 +72,9 @@ def scores_of_table(table: TokenTable, kl_NS: Tensor) -> Scores:
         worst_tokens=worst_tokens(table),
         tokens=len(table.block),
         blocks=len(np.unique(table.block)),
+        clusters=len(np.unique(table.cluster)),
+        unit=table.unit,
+        rare_by=table.counted_in,
         kl_NS=kl_NS,
         token_table=table,
     )

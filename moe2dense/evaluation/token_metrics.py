@@ -5,7 +5,7 @@ from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
-from moe2dense.modeling.head import OutputHead
+from moe2dense.modeling.head import OutputHead, in_float32
 
 # n tokens, H hidden, V vocabulary, N blocks, S block length
 
@@ -39,10 +39,11 @@ def score_tokens(
         raise UserError(f"data: token id {int(labels.max())} is outside the {width} ids both models know")
     step = max(1, chunk // width)
     device = head_s.weight.device
+    exact_t, exact_s = in_float32(head_t), in_float32(head_s)
     parts: list[dict[str, Tensor]] = []
     for i in range(0, len(labels), step):
-        log_t = head_t.logits(hidden_t[i : i + step].to(head_t.weight))[:, :width].float().to(device)
-        log_s = head_s.logits(hidden_s[i : i + step].to(head_s.weight))[:, :width].float()
+        log_t = exact_t.logits(hidden_t[i : i + step].to(exact_t.weight))[:, :width].to(device)
+        log_s = exact_s.logits(hidden_s[i : i + step].to(exact_s.weight))[:, :width]
         parts.append(_score(log_t.log_softmax(-1), log_s.log_softmax(-1), labels[i : i + step].to(device)))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
 

@@ -70,6 +70,8 @@ class StudentCard:
     join_multiplier: str = ""  # config field of the factor, where join = "scaled"
     moe_shaped: bool = False  # the exported checkpoint keeps an MoE wrapper (one expert)
     ffn: str = "mlp"  # path of the dense FFN in a decoder layer
+    # child of a decoder layer that norms the residual stream for the FFN; "" where the FFN reads the stream itself
+    norm: str = "post_attention_layernorm"
     gate: str = "gate_proj"  # paths within the FFN
     up: str = "up_proj"
     down: str = "down_proj"

@@ -15,14 +15,16 @@ from transformers import (
 )
 
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.frequency import count_tokens, frequency_deciles, rare_labels
 from moe2dense.errors import UserError
 from moe2dense.evaluation import token_metrics as metrics
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
+from moe2dense.evaluation.clusters import clusters_of
 from moe2dense.evaluation.reference import reference
 from moe2dense.evaluation.retention import gap_closed, split_domains
-from moe2dense.evaluation.token_table import frequency_groups
-from moe2dense.modeling.head import output_head
+from moe2dense.evaluation.token_table import TokenTable
+from moe2dense.modeling.head import Head, output_head
 
 V = 61
 SHAPE = dict(vocab_size=V, hidden_size=24, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
@@ -161,6 +163,17 @@ def test_scaled_and_capped_heads_are_read_from_the_model():
     assert scores.kl == pytest.approx(wanted["kl"], rel=1e-4)
 
 
+def test_logits_are_compared_in_float32_whatever_the_models_compute_in():
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(V, 24, generator=generator).bfloat16()
+    hidden = (12 * torch.randn(4000, 24, generator=generator)).bfloat16()
+    labels = torch.zeros(4000, dtype=torch.int64)
+    numbers = metrics.score_tokens(hidden, Head(weight), hidden.float(), Head(weight.float()), labels)
+    exact = (hidden.double() @ weight.double().T).log_softmax(-1)
+    assert numbers["kl"].max() < 1e-5 and bool(numbers["agreement"].all())
+    torch.testing.assert_close(numbers["teacher_nll"].double(), -exact[:, 0], rtol=1e-4, atol=1e-4)
+
+
 def test_a_head_that_is_not_linear_is_refused():
     model = llama(0)
     model.lm_head.forward = lambda h: torch.nn.functional.linear(h, model.lm_head.weight) ** 2
@@ -181,12 +194,31 @@ def test_padded_vocabularies_are_compared_on_the_shared_ids():
 
 
 def test_frequency_groups_follow_the_training_counts():
-    label = np.repeat([3, 1, 2, 0], [10, 10, 40, 40])
+    label = torch.tensor([3, 1, 2, 0]).repeat_interleave(torch.tensor([10, 10, 40, 40]))
     counts = torch.tensor([1000, 5, 200, 0])
-    group = frequency_groups(label, counts)
+    group = frequency_deciles(label, counts)
     assert group[label == 3][0] == 0 and group[label == 1][0] == 1
-    assert set(group[label == 2]) == {4} and set(group[label == 0]) == {8}
-    assert frequency_groups(label)[label == 0].min() > frequency_groups(label)[label == 1].max()
+    assert set(group[label == 2].tolist()) == {4} and set(group[label == 0].tolist()) == {8}
+    assert frequency_deciles(label)[label == 0].min() > frequency_deciles(label)[label == 1].max()
+    assert frequency_deciles(label, counts[:3]).tolist() == group.tolist()  # an id beyond the counts was never seen
+
+
+def test_rare_tokens_are_the_same_in_training_and_in_the_report():
+    rng = np.random.default_rng(5)
+    training = Blocks(torch.from_numpy(rng.zipf(1.3, (40, 19)) % V))
+    data = Blocks(torch.from_numpy(rng.zipf(1.2, (30, 17)) % V), document_ids=torch.arange(17).repeat(30, 1) // 6)
+    counts = count_tokens(training)
+    scores = evaluate(llama(0), llama(1), data, bootstrap=0, token_counts=counts)
+    rare = rare_labels(data, counts)
+    assert scores.rare_kl == pytest.approx(float(scores.kl_NS[rare].mean()), rel=1e-6)
+    assert scores.rare_by == "the training text" and scores.by_decile[0]["tokens"] == int(rare.sum())
+    # a tenth of the judged tokens, as near as whole ids allow, and none is commoner in training than any other token
+    labels = data.labels()
+    judged = labels[labels >= 0]
+    often = torch.bincount(judged).max() / len(judged)
+    assert abs(float(rare.sum()) / len(judged) - 0.1) <= often
+    assert counts[labels[rare]].max() <= counts[labels[(labels >= 0) & ~rare]].min()
+    assert evaluate(llama(0), llama(1), data, bootstrap=0).rare_by == "the scored text"
 
 
 def test_retention_is_the_share_of_the_gap_closed_and_paired():
@@ -204,18 +236,42 @@ def test_retention_is_the_share_of_the_gap_closed_and_paired():
         gap_closed(a, evaluate(control, teacher, blocks(12, 15, seed=9), bootstrap=10))
 
 
-def test_intervals_cover_at_their_nominal_rate():
-    # blocks differ in level (correlated tokens) and in length, with skewed noise
-    rng = np.random.default_rng(0)
-    for blocks_n in (8, 32):
-        hits, trials = 0, 600
-        for trial in range(trials):
-            size = rng.integers(20, 40, blocks_n)
-            level = rng.gamma(4.0, 0.05, blocks_n)
-            total = np.array([(level[i] * rng.exponential(1.0, size[i])).sum() for i in range(blocks_n)])
-            estimate = Bootstrap(blocks_n, 400, seed=trial).mean(total, size.astype(float))
-            hits += estimate.low <= 0.2 <= estimate.high
-        assert 0.91 <= hits / trials <= 0.98, (blocks_n, hits / trials)
+def coverage_of_intervals(works, blocks_of, labelled, trials=400):
+    """The share of intervals that hold the true mean, of texts whose works differ in level and in length."""
+    rng, hits = np.random.default_rng(0), 0
+    for trial in range(trials):
+        sizes = rng.integers(1, 2 * blocks_of, works)
+        owner = np.repeat(np.arange(works), sizes)
+        passages = torch.from_numpy(owner)[:, None].expand(-1, 9) if labelled else None
+        clusters = clusters_of(Blocks(torch.zeros(len(owner), 9, dtype=torch.int64), passages=passages))
+        assert clusters.unit == ("passages" if labelled else "blocks")
+        kl = (rng.gamma(8.0, 0.025, works)[owner][:, None] * rng.exponential(1.0, (len(owner), 9))).flatten()
+        nothing = np.zeros(0)
+        bootstrap = Bootstrap(clusters.count, 300, seed=trial)
+        cluster = clusters.index.flatten().numpy()
+        table = TokenTable({"kl": kl}, cluster, cluster, nothing, nothing, nothing, [], bootstrap, clusters.unit, "")
+        estimate = table.mean("kl")
+        hits += estimate.low <= 0.2 <= estimate.high
+    return hits / trials
+
+
+@pytest.mark.parametrize("works", [4, 16, 31])
+def test_intervals_cover_at_their_nominal_rate_where_blocks_of_one_passage_are_alike(works):
+    assert 0.90 <= coverage_of_intervals(works, 6, labelled=True) <= 0.98
+
+
+def test_blocks_taken_for_independent_would_not_cover():
+    assert coverage_of_intervals(16, 6, labelled=False) < 0.75
+
+
+def test_works_are_resampled_where_records_name_them():
+    ids = torch.zeros(4, 3, dtype=torch.int64)
+    passages = torch.arange(4)[:, None].expand(4, 3)
+    two, one = torch.tensor([0, 0, 7, 7]), torch.zeros(4, dtype=torch.int64)
+    for works, unit, count in ((two, "works", 2), (one, "passages", 4), (torch.arange(4), "passages", 4)):
+        clusters = clusters_of(Blocks(ids, passages=passages, works=works[:, None].expand(4, 3)))
+        assert (clusters.unit, clusters.count) == (unit, count)
+    assert clusters_of(Blocks(ids)).unit == "blocks"
 
 
 def test_one_block_gives_no_interval_and_json_has_no_nan():

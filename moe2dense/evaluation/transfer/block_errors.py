@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe2dense.evaluation.transfer import coverage
 from moe2dense.evaluation.transfer.setup import TransferSetup, real_tokens
-from moe2dense.evaluation.transfer.student_side import StudentLayer, ffn_input
+from moe2dense.evaluation.transfer.student_side import FFNInput, StudentLayer
 from moe2dense.teacher.layer_pass import LayerPass
 
 # T tokens, E experts, n real tokens, D tokens followed through the depth, H hidden size
@@ -61,7 +61,7 @@ def block_errors(layer: LayerPass, setup: TransferSetup, chosen: Tensor) -> Bloc
 
 def _student_errors(layer: LayerPass, student: StudentLayer, real: Tensor) -> tuple[Tensor, Tensor]:
     """Return (squared error [n], cosine [n]) of the student's FFN at the real tokens."""
-    inputs = ffn_input(layer, student.layer)
+    inputs = FFNInput(layer, student)
     errors, cosines = [], []
     for i in range(0, len(real), CHUNK):
         rows = real[i : i + CHUNK]
@@ -81,7 +81,8 @@ def _random_errors(
     sampled = real[torch.randperm(len(real), generator=setup.generator)[: 2 * setup.options.sample]]
     if width is None or len(sampled) < LEAST_FITTED:
         return [None] * chosen.shape[1]
-    features = coverage.random_features_like(layer.experts[0], layer.x[sampled].float(), width, setup.generator)
+    random = coverage.random_ffn(width, layer.x.shape[1], setup.generator)
+    features = random.features(layer.x[sampled].float(), layer.experts[0])
     train = coverage.split(len(sampled), setup.generator, held_out=0.5)
     errors = coverage.ridge_errors(features, layer.y[sampled], train).double().cpu()
     test = sampled[~train]

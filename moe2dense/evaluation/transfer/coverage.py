@@ -5,7 +5,7 @@ width reaches that holds the whole expert (its neurons, the rest of the width ra
 another's activations follows linear probing (Alain and Bengio, 1610.01644).
 """
 
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -67,37 +67,53 @@ def press(values: Tensor, vectors: Tensor, targets: Tensor) -> float:
     return float((dual / inverse_diagonal[:, None]).square().sum())
 
 
-def random_features(
-    x: Tensor,
-    width: int,
-    gate_std: float,
-    up_std: float,
-    generator: torch.Generator,
-    glu: Callable[[Tensor, Tensor], Tensor],
-) -> Tensor:
-    """Return activations [n, width] of a random gated FFN whose weights have the given spread."""
-    shape = (width, x.shape[1])
-    gate, up = (torch.randn(shape, generator=generator).to(x) * s for s in (gate_std, up_std))
-    return glu(x @ gate.T, x @ up.T)
+@dataclass(frozen=True)
+class RandomFFN:
+    """Directions of a random gated FFN's rows, drawn once and given the spread of any expert's weights.
+
+    gate, up [M, H]: standard normal.
+    """
+
+    gate: Tensor
+    up: Tensor
+
+    def features(self, x: Tensor, like: ExpertWeights) -> Tensor:
+        """Return its activations [n, M] on x [n, H] with the spread and the gating of an expert's weights."""
+        gate, up = (
+            x @ rows.to(x).T * float(weight.float().std())
+            for rows, weight in ((self.gate, like.gate), (self.up, like.up))
+        )
+        return like.gating(gate, up)
 
 
-def random_features_like(expert: ExpertWeights, x: Tensor, width: int, generator: torch.Generator) -> Tensor:
-    """Return activations [n, width] of a random FFN with the spread and the gating of an expert's weights."""
-    spread = float(expert.gate.std()), float(expert.up.std())
-    return random_features(x, width, *spread, generator, expert.gating)
+def random_ffn(width: int, hidden_size: int, generator: torch.Generator) -> RandomFFN:
+    """Draw a random FFN of `width` neurons."""
+    gate, up = (torch.randn(width, hidden_size, generator=generator) for _ in range(2))
+    return RandomFFN(gate, up)
 
 
 def coverage(
-    errors_student: Tensor, errors_random: Tensor, errors_copy: Tensor, size: float, bootstrap: Bootstrap
+    errors_student: Tensor,
+    errors_random: Tensor,
+    errors_copy: Tensor,
+    size: float,
+    cluster: Tensor | None = None,
+    resamples: int = 200,
+    seed: int = 0,
 ) -> Estimate | None:
-    """Return (random - student) / (random - copy) of squared errors on the same held-out tokens, with an interval over them.
+    """Return (random - student) / (random - copy) of squared errors on the same held-out tokens, with an interval.
 
-    None where a copy reads the expert hardly better than a random FFN does: there is nothing to tell apart.
+    cluster [n]: the work or passage of each token, which is resampled; by default every token is its own. None where a copy
+    reads the expert hardly better than a random FFN does: there is nothing to tell apart.
     """
-    sums = torch.stack([errors_random, errors_student, errors_copy], 1).double().numpy()
+    errors = torch.stack([errors_random, errors_student, errors_copy], 1).double()
+    index = torch.arange(len(errors)) if cluster is None else cluster.unique(return_inverse=True)[1]
+    count = int(index.max()) + 1
+    sums = torch.zeros(count, 3, dtype=torch.float64).index_add_(0, index, errors).numpy()
     random, _, copy = sums.sum(0)
     if not np.isfinite(sums).all() or random - copy < LEAST_GAP * size:
         return None
+    bootstrap = Bootstrap(count, resamples, seed)
     return bootstrap.estimate(sums, lambda t: (t[..., 0] - t[..., 1]) / (t[..., 0] - t[..., 2]))
 
 

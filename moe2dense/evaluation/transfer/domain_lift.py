@@ -5,12 +5,19 @@ import numpy as np
 # N blocks, E experts, D domains
 
 
-def domain_lift(counts_NE: np.ndarray, domains: list[str], shuffles: int = 200, seed: int = 0) -> dict[str, np.ndarray]:
+def domain_lift(
+    counts_NE: np.ndarray,
+    domains: list[str],
+    shuffles: int = 200,
+    seed: int = 0,
+    units_N: np.ndarray | None = None,
+) -> dict[str, np.ndarray]:
     """Compare the domains that an expert's tokens come from with chance.
 
     counts_NE: tokens of each block routed to each expert; domains: one label per block. Returns "names", "share_ED" (of the
     expert's tokens), "overall_D" (of all routed tokens), "lift_E" (largest share / overall, of the expert's favourite
-    domain), and "chance_E": the 95th percentile of that when labels are shuffled among blocks.
+    domain), and "chance_E": the 95th percentile of that when labels are shuffled among works or passages: units_N gives
+    each block's, by default every block is its own.
     """
     names = sorted(set(domains))
     index = np.array([names.index(d) for d in domains])
@@ -27,8 +34,10 @@ def domain_lift(counts_NE: np.ndarray, domains: list[str], shuffles: int = 200, 
     rng = np.random.default_rng(seed)
     total = counts_NE.sum(1)
     chance = []
+    units = np.arange(len(index)) if units_N is None else np.unique(units_N, return_inverse=True)[1]
+    unit_labels = np.array([np.bincount(index[units == u]).argmax() for u in range(units.max() + 1)])
     for _ in range(shuffles if len(names) > 1 else 0):
-        labels = rng.permutation(index)
+        labels = rng.permutation(unit_labels)[units]
         base = np.bincount(labels, total, len(names)) / max(total.sum(), 1)
         chance.append(top(shares(labels), base))
     share = shares(index)

@@ -5,17 +5,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
+from moe2dense.evaluation.bootstrap import Estimate
 from moe2dense.evaluation.transfer import coverage
 from moe2dense.evaluation.transfer.observer import LayerWatch
 from moe2dense.evaluation.transfer.setup import TransferSetup
-from moe2dense.evaluation.transfer.student_side import FFNInput, StudentLayer, ffn_input
-from moe2dense.teacher.experts import ExpertWeights
+from moe2dense.evaluation.transfer.student_side import FFNInput, StudentLayer
 from moe2dense.teacher.layer_pass import LayerPass
 
 # T tokens, E experts, K top_k
 
-RESAMPLES = 200  # of the held-out tokens of one expert
+RESAMPLES = 200  # of the works or passages of one expert's held-out tokens
 RANDOM_NEURONS = 1024  # a narrow random FFN is drawn several times, for narrow ones differ much from one another
 
 
@@ -31,7 +30,10 @@ def expert_function(
     probes = watch.probes() if setup.options.replaceability else None
     if student.width is None and probes is None:
         return {}, {}
-    inputs = ffn_input(layer, student.layer)
+    inputs = FFNInput(layer, student)
+    width = student.width or 0
+    draws = max(1, min(8, RANDOM_NEURONS // max(width, 1)))
+    baselines = [coverage.random_ffn(width, layer.x.shape[1], setup.generator) for _ in range(draws)] if width else []
     covered: list[Estimate | None] = []
     cosine = torch.full((len(layer.experts), len(layer.experts)), -1.0)  # [owner of the tokens, other expert]
     for e in range(len(layer.experts)):
@@ -39,8 +41,8 @@ def expert_function(
             covered.append(None)
             continue
         expert = layer.experts[e]
-        watchable = measured[e] and student.width is not None
-        covered.append(_expert_coverage(layer, e, expert, student, inputs, setup, chosen) if watchable else None)
+        rows = _sampled_rows(chosen[:, e], setup) if measured[e] and width else None
+        covered.append(None if rows is None else _expert_coverage(layer, e, rows, student, inputs, setup, baselines))
         if probes is not None:
             cosine[:, e] = probes.cosines(expert, layer.x)
     metrics: dict[str, Any] = {"coverage": covered} if student.width is not None else {}
@@ -54,20 +56,26 @@ def expert_function(
     return metrics, columns
 
 
+def _sampled_rows(routed: Tensor, setup: TransferSetup) -> Tensor:
+    """Return a sample of the tokens that are routed to an expert; routed [T] is 1 there."""
+    rows = routed.nonzero()[:, 0]
+    if len(rows) > setup.options.sample:
+        rows = rows[torch.randperm(len(rows), generator=setup.generator)[: setup.options.sample]]
+    return rows
+
+
 def _expert_coverage(
     layer: LayerPass,
     e: int,
-    expert: ExpertWeights,
+    rows: Tensor,
     student: StudentLayer,
     inputs: FFNInput,
     setup: TransferSetup,
-    chosen: Tensor,
+    baselines: list[coverage.RandomFFN],
 ) -> Estimate | None:
-    """Measure one expert's coverage on a sample of its tokens; None where there is nothing to tell apart."""
-    rows = chosen[:, e].nonzero()[:, 0]
-    if len(rows) > setup.options.sample:
-        rows = rows[torch.randperm(len(rows), generator=setup.generator)[: setup.options.sample]]
-    x = layer.x[rows].float()
+    """Measure one expert's coverage on the tokens `rows`; None where there is nothing to tell apart."""
+    assert layer.experts is not None
+    expert, x = layer.experts[e], layer.x[rows].float()
     if setup.input_scaled:
         x = x * _routing_weights(layer, rows, e)[:, None]
     hidden = expert.hidden(x.to(expert.dtype)).float()
@@ -77,8 +85,8 @@ def _expert_coverage(
     train = coverage.split(len(rows), setup.generator)
     weights = coverage.relative_weights(output)
     random_errors, copy_errors, width = [], [], activations.shape[1]
-    for _ in range(max(1, min(8, RANDOM_NEURONS // width))):
-        features = coverage.random_features_like(expert, x, width, setup.generator)
+    for baseline in baselines:
+        features = baseline.features(x, expert)
         copy = torch.cat([hidden, features[:, : max(0, width - hidden.shape[1])]], 1)
         random_errors.append(coverage.ridge_errors(features, output, train, weights).cpu())
         copy_errors.append(coverage.ridge_errors(copy, output, train, weights).cpu())
@@ -89,7 +97,9 @@ def _expert_coverage(
         torch.stack(random_errors).mean(0),
         torch.stack(copy_errors).mean(0),
         size=float(size),
-        bootstrap=Bootstrap(len(student_errors), RESAMPLES, setup.options.seed),
+        cluster=setup.cluster[rows][~train],
+        resamples=RESAMPLES,
+        seed=setup.options.seed,
     )
 
 

@@ -127,7 +127,8 @@ def _measure_layer(
     errors = block_errors(layer, setup, chosen)
     kl_metrics, kl_columns = expert_kl(setup, chosen)
     function_metrics, function_columns = expert_function(layer, watch, setup, chosen, measured)
-    lift = domain_lift(by_block.double().numpy(), list(setup.blocks.domains), seed=setup.options.seed)
+    units = setup.cluster.view(n, -1).mode(1).values.numpy()
+    lift = domain_lift(by_block.double().numpy(), list(setup.blocks.domains), seed=setup.options.seed, units_N=units)
     provenance = setup.provenances[layer.index] if layer.index < len(setup.provenances) else None
     origin = provenance_columns(provenance, experts, watch.width)
     metrics = {

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.bootstrap import Bootstrap
+from moe2dense.evaluation.clusters import clusters_of
 from moe2dense.evaluation.scores import Scores
 from moe2dense.evaluation.transfer.student_side import StudentLayer, residual_streams
 from moe2dense.families.cards import StudentCard
@@ -42,7 +43,8 @@ class TransferSetup:
     """The students' side of a measurement.
 
     The keys of students, kl and streams are "after" and "before" (training). kl: KL [T] at every token, NaN where not judged. followed: positions of every block at which residual streams are
-    compared; streams: those streams, one tensor [D, H] for each layer. generator: draws the samples, layer by layer.
+    compared; streams: those streams, one tensor [D, H] for each layer. cluster [T]: the work or passage of each token, which
+    `bootstrap` resamples. generator: draws the samples, layer by layer.
     input_scaled: the family multiplies an expert's input with the routing weight.
     """
 
@@ -55,12 +57,16 @@ class TransferSetup:
     followed: Tensor
     streams: dict[str, list[Tensor]]
     bootstrap: Bootstrap
+    cluster: Tensor
     generator: torch.Generator
     input_scaled: bool
 
     def student_layer(self, index: int, student: str = "after") -> StudentLayer:
         """Return a student's decoder layer."""
-        return StudentLayer(decoder_layers(self.students[student])[index], self.card)
+        model = self.students[student]
+        config, field = model.config.get_text_config(), self.card.join_multiplier
+        multiplier = float(getattr(config, field)) if self.card.join == "scaled" else 1.0
+        return StudentLayer(decoder_layers(model)[index], self.card, multiplier)
 
 
 def prepare_setup(
@@ -86,6 +92,7 @@ def prepare_setup(
         if row.kl_NS.shape != blocks.input_ids.shape:
             raise UserError("scores: of other blocks than `blocks`; evaluate the student on the same blocks")
     n, s = blocks.input_ids.shape
+    clusters = clusters_of(blocks)
     followed = torch.linspace(0, s - 1, max(1, min(s, FOLLOWED_TOKENS // n))).round().long().unique()
     return TransferSetup(
         options,
@@ -96,7 +103,8 @@ def prepare_setup(
         {name: row.kl_NS.flatten() for name, row in scores.items()},
         followed,
         {name: residual_streams(model, blocks, followed) for name, model in models.items()},
-        Bootstrap(n, options.bootstrap, options.seed),
+        Bootstrap(clusters.count, options.bootstrap, options.seed),
+        clusters.index.flatten(),
         torch.Generator().manual_seed(options.seed),
         teacher.card is not None and teacher.card.input_scaled,
     )

@@ -8,23 +8,35 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.data.blocks import Blocks
+from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling.decoder import decoder_layers
-from moe2dense.modeling.forward import final_hidden, model_inputs
+from moe2dense.modeling.forward import evaluation_mode, final_hidden, model_inputs
 from moe2dense.modeling.hooks import first_tensor
 from moe2dense.teacher.layer_pass import LayerPass
 
 # n tokens, H hidden, M student FFN width, D tokens followed through the depth
 
+BATCH = 8  # blocks that a student runs at once
+
 
 class StudentLayer:
-    """One decoder layer's FFN, by the paths its card gives."""
+    """One decoder layer's FFN and the norm before it, by the paths its card gives.
 
-    def __init__(self, layer: nn.Module, card: StudentCard):
-        self.layer = layer
+    multiplier: what the FFN's output is multiplied with when it joins the residual stream.
+    """
+
+    def __init__(self, layer: nn.Module, card: StudentCard, multiplier: float = 1.0):
+        self.layer, self.card, self.multiplier = layer, card, multiplier
         self.ffn = layer.get_submodule(card.ffn)
         down = dict(self.ffn.named_modules()).get(card.down)
         self.down = down if isinstance(down, nn.Linear) else None
+        self.norm = dict(layer.named_children()).get(card.norm)
+        if card.norm and self.norm is None:
+            children = ", ".join(name for name, _ in layer.named_children())
+            raise UserError(
+                f"card {card.name}: a decoder layer has no norm {card.norm!r} (found {children}); set `norm`"
+            )
 
     @property
     def width(self) -> int | None:
@@ -50,63 +62,57 @@ class StudentLayer:
 
 @dataclass(frozen=True)
 class FFNInput:
-    """What a student's FFN is fed for a fair comparison: a tensor [T, H] and the norm it passes, where there is one."""
+    """What a student's FFN is fed for a fair comparison at a layer of the teacher.
 
-    tensor: Tensor
-    norm: nn.Module | None
+    That is the teacher's residual stream before its FFN, through the student's own norm, since training may have moved scale
+    between norm and FFN; where no norm stands before the FFN, the teacher's FFN input.
+    """
+
+    layer: LayerPass
+    student: StudentLayer
 
     def at(self, rows: Tensor) -> Tensor:
         """Return the input [n, H] at some tokens."""
-        x = self.tensor[rows]
-        return x if self.norm is None else self.norm(x.to(next(self.norm.parameters())))
+        if self.student.norm is None:
+            return self.layer.x[rows]
+        weight = next(self.student.norm.parameters())
+        return self.student.norm(self._residual(rows).to(weight))
 
-
-def ffn_input(layer: LayerPass, student: nn.Module) -> FFNInput:
-    """Return what the FFN of the student's decoder layer is to be fed.
-
-    Where the residual before the FFN is known (hidden_out - y) and a norm makes the FFN's input of it, the student's own
-    norm is used, since training may have moved scale between norm and FFN; otherwise the teacher's FFN input as it is.
-    """
-    residual = layer.hidden_out.reshape(layer.x.shape) - layer.y
-    probe = layer.token_mask.nonzero()[:8, 0]
-    name = teacher_norm(layer.module, residual[probe], layer.x[probe])
-    norm = dict(student.named_children()).get(name) if name else None
-    return FFNInput(layer.x, None) if norm is None else FFNInput(residual, norm)
-
-
-def teacher_norm(layer: nn.Module, residual: Tensor, x: Tensor) -> str | None:
-    """Return the name of the child of the teacher's decoder layer that turns `residual` [n, H] into the FFN's input `x`.
-
-    None where no child does. Where two norms are equal (untrained ones) it is the later one; families declare the FFN's
-    after the attention's.
-    """
-    match = None
-    for name, child in layer.named_children():
-        weight = getattr(child, "weight", None)
-        if not isinstance(weight, Tensor) or weight.dim() != 1 or weight.shape[0] != x.shape[1]:
-            continue
-        if torch.allclose(child(residual.to(weight)).float(), x.float(), rtol=1e-3, atol=1e-4 * float(x.abs().max())):
-            match = name
-    return match
+    def _residual(self, rows: Tensor) -> Tensor:
+        """Return the teacher's residual stream before the FFN [n, H] at some tokens, in float32."""
+        layer = self.layer
+        if self.student.card.join == "parallel":
+            return layer.hidden_in.reshape(layer.x.shape)[rows].float()
+        added = self.student.multiplier * layer.y[rows].float()
+        return layer.hidden_out.reshape(layer.x.shape)[rows].float() - added
 
 
 @torch.no_grad()
-def residual_streams(model: nn.Module, blocks: Blocks, positions: Tensor) -> list[Tensor]:
-    """Return the residual stream after each layer at `positions` of every block: L tensors [N * P, H]."""
-    streams: list[Tensor] = []
+def residual_streams(model: nn.Module, blocks: Blocks, positions: Tensor, batch: int = BATCH) -> list[Tensor]:
+    """Return the residual stream after each layer at `positions` of every block: L tensors [N * P, H].
 
-    def keep(stream: Tensor) -> None:
-        streams.append(stream[:, positions.to(stream.device)].flatten(0, 1).float().cpu())
+    Runs `batch` blocks at a time.
+    """
+    streams: list[list[Tensor]] = [[] for _ in decoder_layers(model)]
+    device = next(model.parameters()).device
 
-    with _watched(decoder_layers(model), keep):
-        final_hidden(model, model_inputs(blocks, next(model.parameters()).device))
-    return streams
+    def keep(index: int, stream: Tensor) -> None:
+        streams[index].append(stream[:, positions.to(stream.device)].flatten(0, 1).float().cpu())
+
+    with _watched(decoder_layers(model), keep), evaluation_mode(model):
+        for i in range(0, len(blocks), batch):
+            final_hidden(model, model_inputs(blocks[i : i + batch], device))
+    return [torch.cat(parts) for parts in streams]
 
 
 @contextmanager
-def _watched(layers: nn.ModuleList, keep: Callable[[Tensor], None]) -> Iterator[None]:
-    """Call `keep` with the output of every layer that runs within the context."""
-    handles = [layer.register_forward_hook(lambda _module, _args, out: keep(first_tensor(out))) for layer in layers]
+def _watched(layers: nn.ModuleList, keep: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Call `keep` with the number and the output of every layer that runs within the context."""
+
+    def hook(index: int) -> Callable[..., None]:
+        return lambda _module, _args, output: keep(index, first_tensor(output))
+
+    handles = [layer.register_forward_hook(hook(i)) for i, layer in enumerate(layers)]
     try:
         yield
     finally:

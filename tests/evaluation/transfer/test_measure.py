@@ -12,7 +12,6 @@ from transformers import MistralConfig, MistralForCausalLM, MixtralConfig, Mixtr
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.api import evaluate
-from moe2dense.evaluation.bootstrap import Bootstrap
 from moe2dense.evaluation.transfer import coverage
 from moe2dense.evaluation.transfer.domain_lift import domain_lift
 from moe2dense.evaluation.transfer.measure import measure_transfer
@@ -313,8 +312,32 @@ def test_the_ridge_is_chosen_by_leaving_one_out():
 
 def test_coverage_says_nothing_where_there_is_nothing_to_tell_apart():
     one = torch.ones(10)
-    assert coverage.coverage(one, one, one * 0.999, size=10.0, bootstrap=Bootstrap(10, 50)) is None
-    assert coverage.coverage(one * 0.2, one, one * 0.1, size=10.0, bootstrap=Bootstrap(10, 50)) == pytest.approx(8 / 9)
+    assert coverage.coverage(one, one, one * 0.999, size=10.0) is None
+    assert coverage.coverage(one * 0.2, one, one * 0.1, size=10.0) == pytest.approx(8 / 9)
+
+
+def test_intervals_of_coverage_count_passages_and_not_tokens():
+    generator = torch.Generator().manual_seed(0)
+    of_passage = torch.arange(12).repeat_interleave(50)
+    student = 0.5 + 0.2 * torch.randn(12, generator=generator)[of_passage]
+    one = torch.ones(600)
+    by_token = coverage.coverage(student, one, 0.1 * one, size=600.0)
+    by_passage = coverage.coverage(student, one, 0.1 * one, size=600.0, cluster=of_passage + 7)
+    assert by_token == pytest.approx(float(by_passage))
+    assert by_passage.high - by_passage.low > 4 * (by_token.high - by_token.low)
+
+
+def test_chance_of_domain_lift_shuffles_passages():
+    rng = np.random.default_rng(0)
+    units = np.repeat(np.arange(12), 8)  # eight blocks of each passage, alike
+    above = {"passages": [], "blocks": []}
+    for seed in range(12):
+        counts = rng.poisson(rng.gamma(0.5, 8, (12, 30))[units])
+        labels = [str(x) for x in np.random.default_rng(seed).integers(0, 3, 12)[units]]
+        for name, given in (("passages", units), ("blocks", None)):
+            lift = domain_lift(counts, labels, seed=seed, units_N=given)
+            above[name].append((lift["lift_E"] > lift["chance_E"]).mean())
+    assert np.mean(above["passages"]) < 0.1 < 0.4 < np.mean(above["blocks"])
 
 
 def test_shapes_that_cannot_be_compared_are_refused(tmp_path):
