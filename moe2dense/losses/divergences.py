@@ -70,11 +70,11 @@ def skew_forward_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> tuple[Te
 
 
 def skew_reverse_kl(log_p: Tensor, log_q: Tensor, skew: float = 0.1) -> tuple[Tensor, Tensor]:
-    """Return KL(q || skew p + (1 - skew) q) (DistiLLM, arXiv 2402.03898)."""
-    log_m, q = _mixture(log_p, log_q, skew), log_q.exp()
+    """Return KL(q || (1 - skew) p + skew q): the mixture is mostly the teacher's (DistiLLM, arXiv 2402.03898)."""
+    log_m, q = _mixture(log_p, log_q, 1 - skew), log_q.exp()
     log_ratio = log_q.sub_(log_m)
     value = (q * log_ratio).sum(-1)
-    return value, through_softmax(q, log_ratio - (1 - skew) * log_ratio.exp())
+    return value, through_softmax(q, log_ratio - skew * log_ratio.exp())
 
 
 def tvd(log_p: Tensor, log_q: Tensor) -> tuple[Tensor, Tensor]:

@@ -95,7 +95,7 @@ DIVERGENCES: dict[str, Divergence] = {
             name="skew_reverse_kl",
             title="skew reverse KL",
             paper="DistiLLM, arXiv 2402.03898",
-            help="KL(student || mixture); skew_reverse_kl:0.2 sets the teacher's share of the mixture (default 0.1)",
+            help="KL(student || mixture); skew_reverse_kl:0.2 sets the student's share of the mixture (default 0.1)",
             implementation=_CODE + "divergences:skew_reverse_kl",
             parameter="skew",
         ),

@@ -212,7 +212,8 @@ def fit_layer(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
         return layer_error(state, layer_pass, index, state.held_out)
 
     batch = max(1, config.layer_batch // layer_pass.hidden_in.shape[1])
-    steps, seed, parameters = config.layer_steps, state.seed + index, list(layer.parameters())
+    steps, seed = config.layer_steps, state.seed + index
+    parameters: list[Tensor] = list(layer.parameters())
 
     def run(rate: float) -> Fit:
         return fit(parameters, loss, held_out_loss, len(rows), steps, rate, batch, seed, clip=1.0)
