@@ -13,7 +13,8 @@ from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.feature_match import FeatureMatch
 from moe2dense.losses.hidden_states import Tokens
 from moe2dense.losses.teacher_rows import TeacherRows
-from moe2dense.modeling.forward import document_numbers, evaluation_mode, final_hidden
+from moe2dense.modeling.documents import document_numbers
+from moe2dense.modeling.forward import evaluation_mode, final_hidden
 from moe2dense.modeling.head import model_head
 from moe2dense.modeling.hooks import captured
 

@@ -8,13 +8,21 @@ from torch import Tensor, nn
 
 from moe2dense.data.blocks import Blocks
 from moe2dense.modeling.decoder import decoder_of
+from moe2dense.modeling.documents import separated
+from moe2dense.modeling.kinds import without_adapters
 
 # N blocks, S block length, H hidden size
 
 
 def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    """Return the normed hidden states [N, S, H] that the head of a causal language model reads; compute no logits."""
-    return decoder_of(model)(**inputs, use_cache=False).last_hidden_state
+    """Return the normed hidden states [N, S, H] that the head of a causal language model reads; compute no logits.
+
+    Documents whose positions start again at 0 do not see each other. Raises UserError for an architecture that carries state
+    from one to the next.
+    """
+    causal = without_adapters(model)
+    apart = separated(inputs, causal.config, causal.dtype)
+    return decoder_of(model)(**apart, use_cache=False).last_hidden_state
 
 
 @contextlib.contextmanager
@@ -29,10 +37,13 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def model_inputs(blocks: Blocks, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """Return keyword arguments for a transformers model; positions restart at each document, which also parts attention."""
+    """Return keyword arguments for a transformers model: a mask, or positions that restart at each document of packed blocks.
+
+    Positions part attention (see `final_hidden`). Where no block holds two documents, padding alone is masked.
+    """
     inputs = {"input_ids": blocks.input_ids.to(device)}
     mask, documents = blocks.attention_mask, blocks.document_ids
-    if documents is not None:
+    if documents is not None and not one_document(documents, mask):
         if mask is not None:  # padding becomes a document of its own, that no real token sees
             documents = documents.masked_fill(~mask.bool(), -1)
         inputs["position_ids"] = document_positions(documents).to(device)
@@ -41,14 +52,17 @@ def model_inputs(blocks: Blocks, device: torch.device | str = "cpu") -> dict[str
     return inputs
 
 
+def one_document(document_ids: Tensor, attention_mask: Tensor | None = None) -> bool:
+    """Return whether no block [N, S] holds real tokens of two documents."""
+    real = torch.ones_like(document_ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
+    low = torch.where(real, document_ids, document_ids.max() + 1).amin(1)
+    high = torch.where(real, document_ids, document_ids.min() - 1).amax(1)
+    return bool((low >= high).all())
+
+
 def document_positions(document_ids: Tensor) -> Tensor:
     """Return positions [N, S] that restart at 0 wherever the document id [N, S] changes."""
     index = torch.arange(document_ids.shape[1], device=document_ids.device).expand_as(document_ids)
     starts = torch.ones_like(document_ids, dtype=torch.bool)
     starts[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
     return index - torch.where(starts, index, 0).cummax(1).values
-
-
-def document_numbers(position_ids: Tensor) -> Tensor:
-    """Return the document [N, S] that each position [N, S] belongs to, counted from 1: one begins wherever the position is 0."""
-    return (position_ids == 0).cumsum(1)

@@ -4,6 +4,7 @@ It builds a model without weights, finds its tensors in a checkpoint, runs it la
 experts are. tests/modeling/test_internals.py fails loudly when any of this moves.
 """
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -25,6 +26,7 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 from transformers.integrations.moe import grouped_mm_experts_forward
+from transformers.masking_utils import create_masks_for_generate
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import ModelOutput
 
@@ -244,6 +246,40 @@ def run_body(
             use_cache=cache is not None, **cache_arguments(body, cache),
         )  # fmt: skip
     return out.last_hidden_state
+
+
+class _Recorded(Exception):
+    """Ends a forward once the last layer's arguments are known."""
+
+
+def layer_masks(config: PreTrainedConfig, position_ids: Tensor) -> list[Tensor | None]:
+    """Return the attention mask that an architecture's own forward hands each of its layers for positions [N, S].
+
+    Masks are floats [N, 1, S, S], the lowest number where a token is not seen; no weights are needed.
+    """
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    body = decoder(build_skeleton(config, torch.float32))[1]
+    masks: list[Tensor | None] = []
+
+    def record(_: int, hidden: Tensor, arguments: dict[str, Any]) -> Tensor:
+        masks.append(arguments.get("attention_mask"))
+        if len(masks) == len(body.layers):
+            raise _Recorded
+        return hidden
+
+    blank = torch.zeros(*position_ids.shape, config.hidden_size)
+    with contextlib.suppress(_Recorded), torch.no_grad():
+        run_body(body, blank, None, position_ids, record)
+    return masks
+
+
+def masks_of_positions(
+    config: PreTrainedConfig, position_ids: Tensor, dtype: torch.dtype
+) -> dict[str, Tensor] | Tensor | None:
+    """Return transformers' own masks for documents whose positions [N, S] start again at 0: one, or one for each layer type."""
+    blank = torch.empty(*position_ids.shape, 0, dtype=dtype, device=position_ids.device)
+    return create_masks_for_generate(config, blank, None, None, position_ids)
 
 
 def new_cache(config: PreTrainedConfig) -> DynamicCache:

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBas
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
-from moe2dense.modeling.forward import document_positions
+from moe2dense.modeling.forward import document_positions, one_document
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.check import check_coverage, check_quantization
@@ -172,7 +172,7 @@ def masks(
         if value is not None and value.shape != ids.shape:
             raise UserError(f"{name} must have input_ids' shape {list(ids.shape)}; found {list(value.shape)}")
     real = torch.ones_like(ids, dtype=torch.bool) if attention_mask is None else attention_mask.bool()
-    if document_ids is None or _one_document(document_ids, real):
+    if document_ids is None or one_document(document_ids, real):
         return (None if attention_mask is None else attention_mask.long()), None
     documents = document_ids.clone()
     documents[~real] = documents.min() - 1  # padding becomes a document of its own
@@ -181,11 +181,3 @@ def masks(
             f"document_ids: {skeleton.card.title} carries state across document borders; give one document per block"
         )
     return None, document_positions(documents)
-
-
-def _one_document(documents: Tensor, real: Tensor) -> bool:
-    """Return whether no block [N, S] holds real tokens of two documents."""
-    big = documents.max() + 1
-    low = torch.where(real, documents, big).amin(1)
-    high = torch.where(real, documents, documents.min() - 1).amax(1)
-    return bool((low >= high).all())

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.modeling import internals
-from moe2dense.modeling.forward import document_numbers
+from moe2dense.modeling.documents import close_masks
 from moe2dense.modeling.hooks import first_tensor
 from moe2dense.teacher.backends import ExpertRuntime, run_experts
 from moe2dense.teacher.buffers import Arena
@@ -90,7 +90,7 @@ class Stream:
         positions = None if self.positions is None else self.positions[rows].to(device)
         internals.run_body(self.skeleton.body, embeddings, mask, positions, note)
         if positions is not None:
-            _keep_documents_apart(calls, positions)
+            close_masks(calls, positions)
         return calls, first[0]
 
     @torch.no_grad()
@@ -255,23 +255,3 @@ class Stream:
             return (first, *[None] * (arity - 1)) if arity else first
 
         return call
-
-
-def _keep_documents_apart(calls: list[dict[str, Any]], positions: Tensor) -> None:
-    """Close the masks [n, 1, S, S] across documents, which start at position 0: not every family's own masks do."""
-    documents = document_numbers(positions)
-    same = (documents[:, :, None] == documents[:, None, :])[:, None]
-    length = positions.shape[1]
-    causal = (
-        torch.ones(length, length, dtype=torch.bool, device=positions.device).tril().expand(len(positions), 1, -1, -1)
-    )
-    closed: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: layers share masks
-    for arguments in calls:
-        mask = arguments.get("attention_mask", causal)
-        if mask is not None and mask.ndim != 4:
-            continue
-        mask = causal if mask is None else mask
-        if id(mask) not in closed:
-            lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            closed[id(mask)] = (mask, mask.masked_fill(~same, lowest))
-        arguments["attention_mask"] = closed[id(mask)][1]

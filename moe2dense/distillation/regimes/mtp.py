@@ -28,7 +28,7 @@ from moe2dense.distillation.step import StepPlan
 from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.teacher_rows import TeacherRows
-from moe2dense.modeling.forward import document_numbers
+from moe2dense.modeling.documents import document_numbers
 from moe2dense.modeling.head import Head, model_head
 from moe2dense.modeling.kinds import BuiltStudent
 from moe2dense.teacher.kinds import AnyTeacher

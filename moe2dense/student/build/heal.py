@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.hidden_states import token_mse
 from moe2dense.losses.teacher_rows import HiddenRows
+from moe2dense.modeling.forward import final_hidden
 from moe2dense.modeling.head import Head, OutputHead, model_head
 from moe2dense.modeling.hooks import captured
 from moe2dense.student.build.layer_runner import LayerRunner
@@ -49,10 +50,8 @@ def kl_of(
 
     targets [N, S, H]: the teacher's final hidden states; real [N, S] bool.
     """
-    mask, positions = (None if t is None else t[pick] for t in (runner.mask, runner.positions))
-    hidden = runner.body(
-        input_ids=runner.ids[pick], attention_mask=mask, position_ids=positions, use_cache=False
-    ).last_hidden_state
+    inputs = {"input_ids": runner.ids, "attention_mask": runner.mask, "position_ids": runner.positions}
+    hidden = final_hidden(model, {name: value[pick] for name, value in inputs.items() if value is not None})
     rows = HiddenRows(targets[pick].reshape(-1, targets.shape[-1]).float(), teacher_head)
     return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=real[pick].reshape(-1)).total
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
+from moe2dense.modeling.documents import close_masks
 from moe2dense.student.footprint import rows_at_once
 
 # N blocks, S block length, T = N * S tokens, H hidden
@@ -86,7 +87,10 @@ class LayerRunner:
             by_layer.append(arguments)
             return hidden
 
-        internals.run_body(self.body, blank, *self._masks(rows), record)
+        mask, positions = self._masks(rows)
+        internals.run_body(self.body, blank, mask, positions, record)
+        if positions is not None:
+            close_masks(by_layer, positions)
         return by_layer
 
     def call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
