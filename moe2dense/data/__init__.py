@@ -9,11 +9,18 @@ import lazy_loader as lazy
 
 if TYPE_CHECKING:
     from moe2dense.data.blocks import Blocks, join_blocks
+    from moe2dense.data.counts import TextCounts
     from moe2dense.data.load import load_blocks
+    from moe2dense.data.options import TextOptions
 
-__all__ = ["Blocks", "join_blocks", "load_blocks"]
+__all__ = ["Blocks", "TextCounts", "TextOptions", "join_blocks", "load_blocks"]
 
 __getattr__, __dir__, _ = lazy.attach(
     __name__,
-    submod_attrs={"blocks": ["Blocks", "join_blocks"], "load": ["load_blocks"]},
+    submod_attrs={
+        "blocks": ["Blocks", "join_blocks"],
+        "counts": ["TextCounts"],
+        "load": ["load_blocks"],
+        "options": ["TextOptions"],
+    },
 )

@@ -17,6 +17,7 @@ class Blocks:
     labels_mask [N, S] bool, the tokens that are to be learnt (the assistant's, in a chat), None = every real one;
     passages, works [N, S] int64: numbers of the passage and of the work (a record's `source`) that each token comes from,
     None = unknown. A passage without a source is a work of its own.
+    prefix_mask [N, S] bool, the tokens that a tokenizer puts before a document (BOS), which nothing predicts; None = there are none.
     """
 
     input_ids: Tensor
@@ -26,6 +27,7 @@ class Blocks:
     labels_mask: Tensor | None = None
     passages: Tensor | None = None
     works: Tensor | None = None
+    prefix_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.input_ids.dim() == 2 and self.input_ids.dtype == torch.int64, "input_ids must be [N, S] int64"
@@ -38,6 +40,7 @@ class Blocks:
     def __getitem__(self, index: slice | list[int] | Tensor) -> "Blocks":
         rows = torch.arange(len(self))[index]
         optional = (self.attention_mask, self.document_ids, self.labels_mask, self.passages, self.works)
+        optional += (self.prefix_mask,)
         return Blocks(
             self.input_ids[rows],
             [self.domains[i] for i in rows.tolist()],
@@ -58,16 +61,23 @@ class Blocks:
         for mask in (self.attention_mask, self.labels_mask):
             if mask is not None:
                 labels[:, :-1][~mask[:, 1:].bool()] = -100
+        if self.prefix_mask is not None:
+            labels[:, :-1][self.prefix_mask[:, 1:]] = -100
         return labels
 
     def loss_mask(self) -> Tensor:
         """Return [N, S] bool: the positions whose next-token distribution is distilled.
 
-        Every real token's, also a block's last, which has no label; in a chat those that predict the assistant's words.
+        Every real token's that precedes no BOS, also a block's last, which has no label; in a chat those that predict the
+        assistant's words.
         """
         if self.labels_mask is not None:
             return self.labels() != -100
-        return torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
+        mask = torch.ones_like(self.input_ids, dtype=torch.bool) if self.attention_mask is None else self.attention_mask
+        if self.prefix_mask is not None:
+            mask = mask.bool().clone()
+            mask[:, :-1] &= ~self.prefix_mask[:, 1:]
+        return mask
 
     def keys(self) -> list[str]:
         """Return a content hash per block: of its tokens and, where given, its masks."""
@@ -105,6 +115,7 @@ def join_blocks(parts: list[Blocks]) -> Blocks:
         together("labels_mask", True, torch.bool),
         _numbered_on([p.passages for p in parts]),
         _numbered_on([p.passages if p.works is None else p.works for p in parts]) if any_works else None,
+        together("prefix_mask", False, torch.bool),
     )
 
 

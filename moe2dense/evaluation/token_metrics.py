@@ -22,6 +22,8 @@ def scored_positions(blocks: Blocks) -> Tensor:
         keep &= blocks.document_ids[:, :-1] == blocks.document_ids[:, 1:]
     if blocks.labels_mask is not None:
         keep &= blocks.labels_mask[:, 1:].bool()
+    if blocks.prefix_mask is not None:
+        keep &= ~blocks.prefix_mask[:, 1:]
     return keep
 
 

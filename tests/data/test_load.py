@@ -68,8 +68,8 @@ def test_blocks_hold_every_token_of_every_passage_once(tmp_path, tokenizer):
     stream = blocks.input_ids.flatten().tolist()
     texts = tokenizer.decode(stream).split(tokenizer.eos_token)
     assert len(set(texts[:-1])) == len(texts[:-1]) == 29 + (stream[-1] == tokenizer.eos_token_id)
-    assert {t.strip() for t in texts[:-1]} <= {r["text"].strip() for r in rows(30)}
-    total = sum(len(tokenizer(r["text"], add_special_tokens=False)["input_ids"]) + 1 for r in rows(30))
+    assert {t.strip() for t in texts[:-1]} <= {tokenizer.bos_token + r["text"].strip() for r in rows(30)}
+    total = sum(len(tokenizer(r["text"])["input_ids"]) + 1 for r in rows(30))
     assert blocks.tokens == total // 7 * 7
 
 

@@ -1,0 +1,61 @@
+"""Stream records of a dataset on the hub; only what is read is downloaded."""
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import datasets
+from huggingface_hub import constants, dataset_info
+
+from moe2dense.common.hub import hub_unreachable
+from moe2dense.data.fields import FIELDS
+from moe2dense.data.files import SPLIT_NAMES
+from moe2dense.data.readers import without_nulls
+from moe2dense.errors import UserError, first_line
+
+_SHUFFLE_BUFFER = 2000  # records of a streamed dataset among which the order is drawn
+
+
+@contextlib.contextmanager
+def _without_bars() -> Iterator[None]:
+    """Switch the progress bars of `datasets` off within the context."""
+    shown = datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if not shown:
+            datasets.enable_progress_bars()
+
+
+def hub_records(name: str, split: str, seed: int, remedy: str) -> tuple[Iterable[dict[str, Any]], bool]:
+    """Return a streamed hub dataset, `owner/name` or `owner/name:configuration`, and whether it must be split by hash.
+
+    Raises UserError where it cannot be reached, or has no such split; remedy: what else can be passed.
+    """
+    if reason := hub_unreachable():
+        raise UserError(f"data {name!r} is no file or folder here, and the hub cannot be reached ({reason}); {remedy}")
+    repository, _, configuration = name.partition(":")
+    with _without_bars():
+        try:
+            if not constants.HF_HUB_OFFLINE:
+                dataset_info(repository, timeout=10)  # fails at once where `datasets` would retry for half a minute
+            available = datasets.get_dataset_split_names(repository, configuration or None)
+            wanted = next((n for n in SPLIT_NAMES[split] if n in available), None)
+            hashed = available == ["train"]
+            data = None
+            if wanted or hashed:
+                data = datasets.load_dataset(repository, configuration or None, split=wanted or "train", streaming=True)
+        except Exception as error:  # no network, offline mode, no such dataset, gated, ...: one remedy for all
+            raise UserError(
+                f"data {name!r} is no file or folder here and cannot be read from the hub "
+                f"({first_line(error)}); {remedy}"
+            ) from error
+    if data is None:
+        raise UserError(
+            f"hub dataset {name!r} has no {split} split (found {', '.join(available)}); pass a file instead"
+        )
+    columns = [c for c in data.column_names or () if c in FIELDS]
+    if columns:
+        data = data.select_columns(columns)
+    return map(without_nulls, data.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)), hashed
