@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from moe2dense.losses.teacher_rows import HiddenRows, LogitRows, SampledRows, TeacherRows, TopKRows
 from moe2dense.modeling.head import OutputHead
@@ -17,6 +18,7 @@ from moe2dense.modeling.head import OutputHead
 # N blocks, S block length, H hidden, V vocabulary, k stored tokens per position
 
 _CHUNK = 2**23  # logits that are in memory at a time
+_SCALE_GROUP = 64  # numbers of a feature that share a scale
 
 # tensors of one block, or of the blocks of a shard, by name
 Tensors = dict[str, Tensor]
@@ -183,20 +185,32 @@ def written_temperature(rows: TeacherRows | None) -> float | None:
 
 
 def write_features(features: Tensors) -> Tensors:
-    """Return features [N, S, ..., D] in 8 bits a number with one scale per token (and head)."""
+    """Return features [N, S, ..., D] in 8 bits a number, with one scale for each 64 numbers of a token (and head).
+
+    A channel that is a thousand times larger than the others (an attention sink's) costs only its own group their digits.
+    """
     tensors = {}
     for name, states in features.items():
-        scale = states.float().abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
-        tensors[f"feature-{name}"] = (states.float() / scale).round().to(torch.int8)
+        groups = _in_groups(states.float())
+        scale = groups.abs().amax(-1, keepdim=True).clamp(min=1e-12) / 127
+        rounded = (groups / scale).round().to(torch.int8)
+        tensors[f"feature-{name}"] = rounded.flatten(-2)[..., : states.shape[-1]].contiguous()
         tensors[f"scale-{name}"] = scale[..., 0]
     return tensors
+
+
+def _in_groups(states: Tensor) -> Tensor:
+    """Return values [..., D] as [..., groups, 64], zeros after the last."""
+    size = states.shape[-1]
+    return F.pad(states, (0, -size % _SCALE_GROUP)).unflatten(-1, (-1, _SCALE_GROUP))
 
 
 def read_features(shard: Any, row: int, names: Sequence[str]) -> Tensors:
     """Read what `write_features` wrote of one block: values [S, ..., D] by name. Attention maps sum to 1 again."""
     features = {}
     for name in names:
-        value = shard.get_slice(f"feature-{name}")[row].float() * shard.get_slice(f"scale-{name}")[row].unsqueeze(-1)
+        rounded, scale = shard.get_slice(f"feature-{name}")[row].float(), shard.get_slice(f"scale-{name}")[row]
+        value = rounded * scale.repeat_interleave(_SCALE_GROUP, -1)[..., : rounded.shape[-1]]
         features[name] = value / value.sum(-1, keepdim=True) if name.startswith("maps-") else value
     return features
 

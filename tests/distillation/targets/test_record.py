@@ -2,9 +2,12 @@
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from moe2dense.data.blocks import Blocks
+from moe2dense.distillation.targets.formats import read_features, write_features
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.token_weights import TOKEN_WEIGHTS, normalized
@@ -147,3 +150,17 @@ def test_training_weighs_tokens_alike_from_memory_and_store(pair, text, tmp_path
         history = distill(student, data=text, config=config, **source).history
         kds = [r["parts"]["kd"] for r in history]  # seven passes of four blocks see each block four times
         assert len(kds) == 7 and sum(kds) / 7 == pytest.approx(expected.item(), rel=5e-3)
+
+
+@pytest.mark.parametrize("channels", [64, 193, 200])
+def test_an_outlier_channel_costs_the_others_no_digits(channels, tmp_path):
+    """Massive activations: one channel a thousand times larger than the rest, in 8 bits."""
+    states = torch.randn(2, 9, channels, generator=torch.Generator().manual_seed(4))
+    states[..., 70 % channels] = 1000.0
+    save_file(write_features({"hidden-1": states}), tmp_path / "shard.safetensors")
+    with safe_open(str(tmp_path / "shard.safetensors"), "pt") as shard:
+        values = torch.stack([read_features(shard, row, ["hidden-1"])["hidden-1"] for row in range(2)])
+    beyond = torch.arange(channels) // 64 != (70 % channels) // 64
+    error = (values - states)[..., beyond].norm() / states[..., beyond].norm().clamp_min(1e-9)
+    assert values.shape == states.shape and error < 0.01
+    assert (values - states)[..., 70 % channels].abs().max() < 5
