@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+import warnings
 
 from cyclopts import CycloptsError
 from rich.console import Console
@@ -18,6 +19,7 @@ def main(arguments: list[str] | None = None) -> int:
     if len(arguments) == 1 and arguments[0] in FIRST_WORDS:
         errors.print(FIRST_WORDS[arguments[0]], highlight=False, markup=False, end="")
         return 2
+    format_of_python, warnings.formatwarning = warnings.formatwarning, _warning
     try:
         app(arguments, result_action="return_none", exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
@@ -26,7 +28,16 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         errors.print(f"stopped{_how_to_continue(arguments)}", highlight=False)
         return 130
+    finally:
+        warnings.formatwarning = format_of_python
     return 0
+
+
+def _warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Show a warning as one line of plain text, without the place in the code it comes from."""
+    return f"warning: {message}\n"
 
 
 def _how_to_continue(arguments: list[str]) -> str:

@@ -32,6 +32,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
         teacher = load_teacher(
             fetch(source), memory=options.memory, experts=options.experts, device=options.device, card=source.card
         )
+        run.save(teacher={"remarks": teacher.remarks, "ignored_tensors": teacher.ignored})
         text = load_text(settings, plan, teacher.tokenizer())
         check_report_settings(settings, text, teacher)
         if warning := shortfall(text, plan):

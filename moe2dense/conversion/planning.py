@@ -20,9 +20,9 @@ from moe2dense.conversion.plan_warnings import (
     text_warnings,
 )
 from moe2dense.conversion.results import Machine, Plan
+from moe2dense.conversion.teacher_folder import checked_teacher
 from moe2dense.distillation.cost import stored_states
 from moe2dense.errors import UserError
-from moe2dense.families.resolve import resolve_teacher
 from moe2dense.modeling.shape import Geometry, teacher_geometry
 from moe2dense.student.build.cost import build_bytes, build_tokens, fit_flops, heal_runs
 from moe2dense.student.target.pruned import scored
@@ -40,7 +40,10 @@ _EFFICIENCY = 0.6  # of the measured speed that a run reaches
 
 
 def block_length(config: RunConfig, max_positions: int) -> int:
-    """Return the tokens per block: --block, else min(2048, the teacher's max positions). Raises UserError beyond what the teacher takes."""
+    """Return the tokens per block: --block, else min(2048, the teacher's max positions).
+
+    Raises UserError beyond what the teacher takes.
+    """
     if config.data.block > max_positions:
         raise UserError(f"--block {config.data.block} is more than the teacher's {max_positions} positions")
     return config.data.block or min(2048, max_positions)
@@ -51,7 +54,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
 
     Raises UserError for a teacher or target that cannot be converted.
     """
-    teacher = resolve_teacher(config.model, config.teacher.card)
+    teacher, remarks = checked_teacher(config.model, config.teacher.card)
     shape = teacher_geometry(teacher.config, teacher.card)
     target = resolve_target(config.to, teacher.config, teacher.card, config.build.prune, config.build.host)
     block = block_length(config, shape.max_positions)
@@ -75,6 +78,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     seconds["reading"] = reads * size / machine.disk
     out = config.out or default_out(teacher.name, config.to)
     warnings = [
+        *remarks,
         capacity_warning(shape, target),
         *text_warnings(config, shape, target, tokens, build),
         *memory_warnings(config, target, memory, heal, budget),
@@ -150,7 +154,7 @@ def _flops(config: RunConfig, shape: Geometry, target: Target, build: int, heal:
 
 def stage_targets(settings: RunConfig) -> list[Target]:
     """Return the student of every stage. Raises UserError when one is not smaller than the one before it."""
-    teacher = resolve_teacher(settings.model, settings.teacher.card)
+    teacher, _ = checked_teacher(settings.model, settings.teacher.card)
     targets = [resolve_target(size, teacher.config, teacher.card) for size in stage_sizes(settings.stages)]
     for larger, smaller in pairwise(targets):
         if smaller.checkpoint or larger.checkpoint:

@@ -13,7 +13,7 @@ from moe2dense.common.versions import versions
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job
-from moe2dense.conversion.scoring import TextScores, reference_for, token_counts
+from moe2dense.conversion.scoring import TextScores, reference_for
 from moe2dense.conversion.stages import training_targets
 from moe2dense.distillation.regimes.mtp import copy_heads
 from moe2dense.distillation.targets.protocols import HiddenStates
@@ -52,6 +52,7 @@ def write_report(job: Job, student: Student, rows: dict[str, TextScores]) -> Rep
     report = assemble_report(
         config=job.settings,
         plan=job.plan.to_dict(),
+        teacher_remarks=job.teacher.remarks,
         student=facts,
         rows={name: scores["valid"] for name, scores in rows.items()},
         ood={name: scores["ood"] for name, scores in rows.items() if "ood" in scores},
@@ -123,7 +124,7 @@ def score_training_text(job: Job, student: Student, most: int = 24) -> Scores | 
     assert isinstance(targets, HiddenStates), "a store with a head holds hidden states"
     hidden = targets.hidden.view(*blocks.input_ids.shape, -1)
     return evaluate(
-        student, Reference(blocks, hidden, store.head), token_counts=token_counts(job), seed=job.settings.seed
+        student, Reference(blocks, hidden, store.head), token_counts=job.text.token_counts, seed=job.settings.seed
     )
 
 
@@ -173,7 +174,7 @@ def export_model(job: Job, student: Student, report: Report) -> Path:
         return folder
 
     def score_quantized(model: PreTrainedModel) -> dict[str, Any]:
-        scores = evaluate(model, reference_for(job, "valid"), token_counts=token_counts(job), seed=job.settings.seed)
+        scores = evaluate(model, reference_for(job, "valid"), token_counts=job.text.token_counts, seed=job.settings.seed)
         report["rows"][f"student, {options.quantize}"] = scores.to_dict()
         return scores.to_dict()
 

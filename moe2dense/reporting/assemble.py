@@ -37,6 +37,7 @@ def assemble_report(
     samples: Mapping[str, Any] | None = None,
     train_scores: Scores | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    teacher_remarks: Sequence[str] = (),
 ) -> Report:
     """Gather everything a run has to say as plain JSON values. Only `config`, `plan`, `student` and `rows` are needed.
 
@@ -50,6 +51,7 @@ def assemble_report(
     allow_loss: domains the user allows to be lost. "apart" has every row without them and on them alone, and
     `retention.kept` leaves them out.
     train_scores: the student on text it was trained on (memorisation). tokenizer: gives the worst tokens their text.
+    teacher_remarks: sentences on what the teacher's folder holds and is not used.
     Raises UserError where the student's row is missing.
     """
     if "student" not in rows:
@@ -57,7 +59,7 @@ def assemble_report(
     report: Report = {
         "schema": SCHEMA,
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "teacher": _teacher(plan),
+        "teacher": {**_teacher(plan), "remarks": list(teacher_remarks)},
         "student": {"bytes": _exported_bytes(config, student), **student},
         "cost": _cost(plan, student),
         "rows": _in_order(rows),

@@ -51,6 +51,15 @@ def test_a_single_file_needs_no_index(fetched):
     assert sorted(fetched([*SMALL, *COPIES, "model.safetensors"], None)) == sorted([*SMALL, "model.safetensors"])
 
 
+def test_a_single_file_goes_before_an_index(fetched, monkeypatch):
+    """As in transformers: where a repository has both, the single file is the model."""
+    monkeypatch.setattr(download, "is_on_hub", lambda hub_id, name: name == "model.safetensors")
+    shards = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    index = "model.safetensors.index.json"
+    chosen = fetched([*SMALL, *shards, index, "model.safetensors"], {"a": shards[0], "b": shards[1]})
+    assert sorted(chosen) == sorted([*SMALL, index, "model.safetensors"])
+
+
 def test_shards_in_a_folder_are_fetched_where_the_index_names_them(fetched):
     chosen = fetched(
         [*SMALL, "weights/part-1.safetensors", "original/part-1.safetensors"], {"a": "weights/part-1.safetensors"}

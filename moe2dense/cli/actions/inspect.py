@@ -5,14 +5,16 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from moe2dense.cli.actions.common import open_teacher, read_text
 from moe2dense.common.units import parse_count, show_count
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import CONFIG
+from moe2dense.conversion.teacher_folder import checked_teacher
 from moe2dense.errors import UserError
-from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
+from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.shape import Geometry, teacher_geometry
 from moe2dense.reporting.report_file import read_report
 from moe2dense.reporting.terminal import print_report
@@ -44,7 +46,7 @@ def inspect_run(what: str, as_json: bool = False) -> None:
 def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunConfig, as_json: bool = False) -> None:
     """Print the shape of a teacher and, on the text `data`, how its experts are used. Raises UserError."""
     console, options = Console(), settings.teacher
-    resolved = resolve_teacher(what, options.card)
+    resolved, remarks = checked_teacher(what, options.card)
     shape = teacher_geometry(resolved.config, resolved.card)
     routing = None
     if data:
@@ -52,9 +54,11 @@ def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunCo
         count = parse_count(tokens, "--tokens")
         routing = routing_report(teacher, read_text(data, teacher, settings.data.block, "valid", count))
     if as_json:
-        console.print_json(data={"shape": dataclasses.asdict(shape), "routing": routing})
+        console.print_json(data={"shape": dataclasses.asdict(shape), "routing": routing, "remarks": remarks})
         return
     console.print(_shape_table(shape, resolved))
+    for remark in remarks:
+        console.print(f"[yellow]warning:[/] {escape(remark)}", highlight=False)
     if routing is None:
         console.print("pass --data to see how the experts are used")
     else:

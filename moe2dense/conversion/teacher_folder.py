@@ -1,0 +1,18 @@
+"""Check a teacher's folder before anything is computed, from its config and the headers of its files alone."""
+
+from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
+from moe2dense.teacher.check import check_folder
+from moe2dense.weights.files import holds_weights
+
+
+def checked_teacher(given: str, card_path: str = "") -> tuple[ResolvedTeacher, list[str]]:
+    """Find TEACHER and check its weights where they are on this machine; return it and sentences on what is not used.
+
+    Raises UserError naming the file and tensor at fault, as loading the teacher would.
+    """
+    teacher = resolve_teacher(given, card_path)
+    if teacher.path is None:
+        return teacher, []
+    if not holds_weights(teacher.path):
+        return teacher, [f"{teacher.path} holds no weights yet; the plan follows from its config.json alone"]
+    return teacher, check_folder(teacher.path, teacher.config, teacher.card)
