@@ -23,28 +23,18 @@ from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.targets.formats import Format, StoreOptions, read_features
+from moe2dense.distillation.targets.identity import same_teacher, teacher_identity
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.errors import UserError
 from moe2dense.losses.teacher_rows import HiddenRows, TeacherRows
 from moe2dense.modeling.head import Head
-from moe2dense.teacher.kinds import AnyTeacher, teacher_head
+from moe2dense.teacher.kinds import AnyTeacher
 
 # N blocks, S block length, H hidden, V vocabulary
 
 MANIFEST, KEYS, HEAD = "store.json", "keys.txt", "head.safetensors"
-VERSION = 2
+VERSION = 3
 Value = TypeVar("Value")
-
-
-def fingerprint(teacher: AnyTeacher) -> str:
-    """Return a hash that tells a teacher from another: of its configuration and some of its head's numbers."""
-    config = teacher.config.to_dict()
-    settings = {
-        k: v for k, v in sorted(config.items()) if not k.startswith("_") and k not in ("transformers_version", "dtype")
-    }
-    weight = teacher_head(teacher).weight
-    rows = weight[:: max(1, len(weight) // 256)].detach().float().cpu().contiguous()
-    return xxhash.xxh3_128_hexdigest(json.dumps(settings, default=str).encode() + rows.numpy().tobytes())
 
 
 def format_of(options: StoreOptions) -> Format:
@@ -88,7 +78,7 @@ def open_targets(
         raise UserError(
             f"targets {folder} are unfinished ({stored} of {manifest['blocks']} blocks); run `moe2dense targets` again"
         )
-    if teacher is not None and fingerprint(teacher) != manifest["teacher"]:
+    if teacher is not None and not same_teacher(manifest["teacher"], teacher_identity(teacher)):
         raise UserError(f"targets {folder} were written by another teacher; write them again")
     places = {key: i for i, key in enumerate((folder / KEYS).read_text().split())}
     keys = blocks.keys()

@@ -19,6 +19,7 @@ from moe2dense.common.files import atomic_write
 from moe2dense.common.processes import launched, wait_for_all
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.targets.formats import Format, StoreOptions, write_features
+from moe2dense.distillation.targets.identity import teacher_identity
 from moe2dense.distillation.targets.memory import HiddenTargets, hidden_targets
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.distillation.targets.store import (
@@ -26,7 +27,6 @@ from moe2dense.distillation.targets.store import (
     KEYS,
     MANIFEST,
     VERSION,
-    fingerprint,
     format_of,
     read_manifest,
     stored_blocks,
@@ -129,7 +129,7 @@ def _identity(
     return {
         "version": VERSION,
         "options": json.loads(json.dumps(asdict(options))),
-        "teacher": fingerprint(teacher),
+        "teacher": teacher_identity(teacher),
         "blocks": len(keys),
         "block": blocks.input_ids.shape[1],
         "vocabulary": len(head.weight),
