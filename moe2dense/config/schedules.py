@@ -27,10 +27,10 @@ def scheduled(value: float | str, step: int, steps: int) -> float:
         return float(value)
     shape, *numbers = value.split(":")
     try:
-        found = [float(n) for n in numbers]
+        values = [float(n) for n in numbers]
     except ValueError:
-        found = []
-    if shape not in _SHAPES or not found or len(found) > 3 or (shape != "constant" and len(found) < 2):
+        values = []
+    if shape not in _SHAPES or not values or len(values) > 3 or (shape != "constant" and len(values) < 2):
         try:
             return float(value)
         except ValueError:
@@ -40,11 +40,11 @@ def scheduled(value: float | str, step: int, steps: int) -> float:
             ) from None
     share = step / max(1, steps - 1)
     if shape == "constant":
-        return found[0]
+        return values[0]
     if shape == "step":
-        return found[0] if share < (found[2] if len(found) == 3 else 0.5) else found[1]
+        return values[0] if share < (values[2] if len(values) == 3 else 0.5) else values[1]
     mix = share if shape == "linear" else 0.5 * (1 - math.cos(math.pi * share))
-    return found[0] + (found[1] - found[0]) * mix
+    return values[0] + (values[1] - values[0]) * mix
 
 
 def with_temperature(options: dict[str, Any]) -> dict[str, Any]:

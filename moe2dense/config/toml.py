@@ -15,7 +15,7 @@ from moe2dense.errors import UserError, nearest
 T = TypeVar("T")
 
 
-def config_table(config: Any) -> dict[str, Any]:
+def config_table(config: RunConfig) -> dict[str, Any]:
     """Return a config as nested plain values, ready for TOML or JSON."""
     return dataclasses.asdict(config)
 
@@ -45,7 +45,7 @@ def read_config(path: str | Path) -> RunConfig:
     return merge(RunConfig(), read_toml(path), f"config {path}")
 
 
-def _check(value: Any, kind: Any, option: Option, key: str, subject: str) -> Any:
+def _check(value: Any, kind: type, option: Option, key: str, subject: str) -> Any:
     """Return a value as its option's type. Raises UserError for another type and for a value that is no choice."""
     if isinstance(value, str) and option.parse is not None:
         value = option.parse(value, subject)
@@ -58,7 +58,7 @@ def _check(value: Any, kind: Any, option: Option, key: str, subject: str) -> Any
     return value
 
 
-def _typed(value: Any, kind: Any, subject: str) -> Any:
+def _typed(value: Any, kind: type, subject: str) -> Any:
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if kind == tuple[str, ...]:

@@ -66,11 +66,11 @@ def _measure_products(place: torch.device, seconds: float) -> float:
     side = _SIDE[place.type]
     a = torch.randn(side, side, device=place)
     _ = (a @ a)[0, 0].item()  # .item() waits for a GPU
-    start, done = time.perf_counter(), 0
+    start, products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:
         _ = (a @ a)[0, 0].item()
-        done += 1
-    return 2 * side**3 * done / (time.perf_counter() - start)
+        products += 1
+    return 2 * side**3 * products / (time.perf_counter() - start)
 
 
 def _measure_reads(file: Path, seconds: float) -> float:

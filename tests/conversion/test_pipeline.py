@@ -216,6 +216,10 @@ def test_a_finished_run_is_not_overwritten(done, tiny, capsys):
         == 2
     )
     assert "settings differ" in capsys.readouterr().err
+    assert main(["convert", "--out", str(done.out), "--resume"]) == 0  # its folder says the rest
+    assert "report.html" in capsys.readouterr().out
+    again = ["convert", "--config", str(done.out / "moe2dense.toml"), "--out", str(done.out.parent / "again")]
+    assert main([*again, "--dry-run"]) == 0 and "tiny-mixtral" in capsys.readouterr().out
 
 
 def test_build_only(tiny, tmp_path):
