@@ -5,16 +5,20 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-# Odd expert counts and widths wherever the family allows them; layers differ where the family has several kinds.
+# Odd expert counts, widths, rotary bases and epsilons wherever the family allows them, so that a default in their place shows;
+# layers differ where the family has several kinds.
+THETA, EPS = 12345.0, 3e-5
+ROPE = {"rope_type": "default", "rope_theta": THETA}
 BASE = {
     "vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": EPS,
+    "rope_parameters": ROPE,
 }  # fmt: skip
 MLA = {
     "num_key_value_heads": 4, "kv_lora_rank": 12, "q_lora_rank": 10, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4,
     "v_head_dim": 5, "head_dim": 4,
 }  # fmt: skip
-YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32}
+YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 32}
 FAMILIES: dict[str, dict] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "sliding_window": 9},
     "qwen2_moe": {
@@ -88,10 +92,22 @@ FAMILIES: dict[str, dict] = {
     },
 }  # fmt: skip
 
+# What gives every token the same routing weights where a family's do not add up to a constant: a setting, or a router of zeros.
+CONSTANT_WEIGHTS: dict[str, dict] = {
+    "qwen2_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}, "flex_olmo": {"norm_topk_prob": True},
+}  # fmt: skip
+ZERO_ROUTER = ("deepseek_v2", "llama4_text", "phimoe")
 
-def make(model_type: str, folder: Path, seed: int = 0, **changes):
-    """A random model of the family, saved in `folder` as the hub has it, and returned as the reference (fp32, eager experts)."""
+
+def make(model_type: str, folder: Path, seed: int = 0, alike: bool = False, **changes):
+    """A random model of the family, saved in `folder` as the hub has it, and returned as the reference (fp32, eager experts).
+
+    alike: all experts of a layer are the same, and their routing weights add up to a constant, so that a dense FFN of one
+    expert's width (and the shared experts') computes exactly the same.
+    """
     torch.manual_seed(seed)
+    if alike:
+        changes = CONSTANT_WEIGHTS.get(model_type, {}) | changes
     config = AutoConfig.for_model(model_type, **{**BASE, **FAMILIES.get(model_type, {}), **changes})
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, value in model.state_dict().items():  # biases and corrections too: zeros would hide what is left out
@@ -99,9 +115,21 @@ def make(model_type: str, folder: Path, seed: int = 0, **changes):
             value.normal_(0.0, 0.1 if "bias" in name or "norm" in name else 0.3)
             if "norm" in name and "bias" not in name:
                 value.add_(1.0)
+    if alike:
+        _make_alike(model, model_type in ZERO_ROUTER)
     model.save_pretrained(folder)
     model.set_experts_implementation("eager")
     return model.eval().requires_grad_(False)
+
+
+def _make_alike(model, zero_router: bool) -> None:
+    """Make every routed expert a copy of its layer's first, and what weighs experts constant."""
+    for name, value in model.state_dict().items():
+        parts = name.split(".")
+        if "experts" in parts and value.dim() > 1:
+            value.copy_(value[:1].expand_as(value).clone())
+        if parts[-2] == "shared_expert_gate" or (zero_router and parts[-2] in ("gate", "router") and value.dim() == 2):
+            value.zero_()
 
 
 def blocks(model, n: int = 4, s: int = 23, seed: int = 0) -> torch.Tensor:

@@ -7,6 +7,7 @@ from torch import Tensor
 from moe2dense.student.ffn.average import average
 from moe2dense.student.ffn.dense import DenseFFN, Experts, GatedWeights, dense
 from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.routed import folded
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
@@ -37,4 +38,4 @@ def aligned_average(experts: Experts, alpha: Tensor, weighted: bool = True) -> D
 
 def aligned_average_method(task: FFNTask, width: int) -> SourcedFFN:
     """Return the weighted mean of the aligned experts, trimmed to the width."""
-    return without_source(trim_to_width(aligned_average(task.experts, task.alpha), task.x, width))
+    return without_source(trim_to_width(aligned_average(*folded(task)), task.x, width))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, Experts, dense
 from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.routed import folded
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
@@ -21,7 +22,8 @@ def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN
     output is multiplied by alpha's sum, the total weight a token's experts get (1 where routing weights are normalised).
     """
     total = alpha.sum()
-    shares = alpha / total if weighted else torch.full_like(alpha, 1 / len(alpha))
+    proportional = weighted and float(total) > 0  # experts that no token chose have no proportions
+    shares = alpha / total if proportional else torch.full_like(alpha, 1 / len(alpha))
     parts = [dense(experts[e]) for e in range(len(alpha))]
     gate, up, down = (_mean([getattr(p, n) for p in parts], shares) for n in ("gate", "up", "down"))
     assert gate is not None and up is not None and down is not None
@@ -42,9 +44,9 @@ def average(experts: Experts, alpha: Tensor, weighted: bool = False) -> DenseFFN
 
 def average_method(task: FFNTask, width: int) -> SourcedFFN:
     """Return the plain mean of the experts, trimmed to the width."""
-    return without_source(trim_to_width(average(task.experts, task.alpha), task.x, width))
+    return without_source(trim_to_width(average(*folded(task)), task.x, width))
 
 
 def weighted_average_method(task: FFNTask, width: int) -> SourcedFFN:
     """Return the mean of the experts in proportion to their routing weights, trimmed to the width."""
-    return without_source(trim_to_width(average(task.experts, task.alpha, weighted=True), task.x, width))
+    return without_source(trim_to_width(average(*folded(task), weighted=True), task.x, width))

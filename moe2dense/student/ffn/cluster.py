@@ -7,6 +7,7 @@ from torch import Tensor
 from moe2dense.student.ffn.align import aligned_average
 from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate
 from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.routed import folded
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
@@ -37,5 +38,5 @@ def cluster_method(task: FFNTask, width: int) -> SourcedFFN:
     """Return as many merged experts as cover the width, trimmed to it."""
     assert task.stats is not None
     count = max(1, -(-width // task.experts[0].gate.shape[0]))
-    ffn, _ = cluster(task.experts, task.alpha, task.stats.mean_output, min(count, len(task.experts)))
+    ffn, _ = cluster(*folded(task), task.stats.mean_output, min(count, len(task.experts)))
     return without_source(trim_to_width(ffn, task.x, width))

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe2dense.errors import UserError
 from moe2dense.student.ffn.dense import DenseFFN, Experts, concatenate, dense
+from moe2dense.student.ffn.routed import folded
 from moe2dense.student.ffn.scores import best_experts
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN
 
@@ -36,7 +37,7 @@ def concat_method(task: FFNTask, width: int) -> SourcedFFN:
     size = task.experts[0].gate.shape[0]
     count = min(len(task.experts), max(1, -(-width // size)))
     keep = best_experts(task.stats, count, task.config.score, task.probability)
-    ffn = concat(task.experts, task.alpha, keep, task.config.scale)
+    ffn = concat(*folded(task), keep, task.config.scale)
     expert, neuron = keep.repeat_interleave(size), torch.arange(size).repeat(count)
     if ffn.width <= width:
         return SourcedFFN(ffn, expert, neuron)

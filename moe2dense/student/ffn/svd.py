@@ -5,6 +5,7 @@ from torch import Tensor
 
 from moe2dense.student.ffn.dense import DenseFFN, Experts, dense
 from moe2dense.student.ffn.energy import trim_to_width
+from moe2dense.student.ffn.routed import folded
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN, without_source
 
 
@@ -41,4 +42,4 @@ def svd_gather(experts: Experts, alpha: Tensor, rank: int | None = None) -> Dens
 
 def svd_method(task: FFNTask, width: int) -> SourcedFFN:
     """Return the sum of the low-rank experts, trimmed to the width."""
-    return without_source(trim_to_width(svd_gather(task.experts, task.alpha), task.x, width))
+    return without_source(trim_to_width(svd_gather(*folded(task)), task.x, width))
