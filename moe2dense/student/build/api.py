@@ -30,7 +30,8 @@ from moe2dense.student.ffn.methods import parse_method
 from moe2dense.student.footprint import heal_bytes, hint_layers
 from moe2dense.student.init_spec import local_steps, steps_of
 from moe2dense.student.memory import eager_release, release_freed_memory
-from moe2dense.student.prune.cut import cut_for, norm_factor, scale_norms
+from moe2dense.student.prune.cut import cut_for
+from moe2dense.student.prune.norms import NormFactors, norm_factors, scale_norms
 from moe2dense.student.store import save_parts, save_student
 from moe2dense.student.target.dense_config import dense_config
 from moe2dense.student.target.resolve import Target, resolve_target
@@ -198,25 +199,26 @@ def _build_layers(
     state: StudentBuild, data: "Blocks", observers: Sequence[Observer], progress: Progress | None
 ) -> None:
     """Build a student's layer for each layer of the teacher that stays, as the teacher's layers pass."""
-    teacher, stats, cut, final_factor = state.teacher, state.stats, state.cut, 1.0
+    teacher, stats, cut = state.teacher, state.stats, state.cut
+    final_factors: NormFactors | None = None
     stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
     for observer in observers:
         observer.begin(teacher, data.tokens)
     for layer_pass in map(on_cpu, stream):
         if teacher.card is None:
             layer_pass = single_expert(layer_pass, stats)
-        if cut:
-            final_factor = norm_factor(layer_pass.hidden_out, cut.keep, layer_pass.token_mask)
-            if layer_pass.index not in cut.layers:
-                continue  # the target of the next layer makes up for it
+        if cut and not cut.keeps_all_channels(layer_pass):
+            final_factors = norm_factors(layer_pass.hidden_out, cut.keep, layer_pass.token_mask)
+        if cut and layer_pass.index not in cut.layers:
+            continue  # the target of the next layer makes up for it
         record = _next_layer(state, layer_pass)
         if progress:
             numbers = {k: v for k, v in record.items() if k != "layer"}
             progress("build", len(state.provenance), len(state.runner.body.layers), **numbers)
     for observer in observers:
         observer.end()
-    if cut:
-        scale_norms(state.runner.final_norms(), len(cut.keep), final_factor)
+    if cut and final_factors:
+        scale_norms(state.runner.final_norms(), len(cut.keep), final_factors)
     state.hidden = torch.empty(0)
     if stream.hidden_states is not None and _will_heal(state):
         state.teacher_final = stream.hidden_states.to("cpu", torch.float32)
@@ -232,7 +234,7 @@ def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
     if stored is None:
         state.copied.fill(lambda name: state.copied.in_layer(name, index))
         if cut:
-            scale_norms(layer, len(cut.keep), cut.norm_factor(layer_pass))
+            cut.scale_norms(layer, layer_pass)
         provenance, record = build_layer(state, seen, index)
         record["seconds"] = round(time.monotonic() - begun, 2)
         if state.store:

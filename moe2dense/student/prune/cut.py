@@ -16,6 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from moe2dense.errors import UserError
 from moe2dense.student.prune.heads import HeadEnergy, KeptHeads, best_heads, split_layer
+from moe2dense.student.prune.norms import norm_factors, scale_norms
 from moe2dense.student.prune.views import CutExperts, CutLayerFFNs
 from moe2dense.student.target.pruned import scored
 from moe2dense.teacher.layer_pass import LayerPass
@@ -117,28 +118,10 @@ class Cut:
         """Return whether the student has all channels of the teacher."""
         return len(self.keep) == layer_pass.hidden_in.shape[-1]
 
-    def norm_factor(self, layer_pass: LayerPass) -> float:
-        """Return what the weights of the student's norms in this layer must be multiplied with."""
-        if self.keeps_all_channels(layer_pass):
-            return 1.0
-        return norm_factor(layer_pass.hidden_in, self.keep, layer_pass.token_mask)
-
-
-def norm_factor(hidden: Tensor, keep: Tensor, token_mask: Tensor) -> float:
-    """Return the mean over real tokens of rms(kept channels) / rms(all channels) of hidden [N, S, H].
-
-    A norm's weight must be multiplied with it once its mean square runs over the kept channels only.
-    """
-    flat = hidden.reshape(-1, hidden.shape[-1])[token_mask].double()
-    return float((flat[:, keep].pow(2).mean(1) / flat.pow(2).mean(1).clamp_min(1e-30)).sqrt().mean())
-
-
-def scale_norms(module: nn.Module, channels: int, factor: float) -> None:
-    """Multiply the weights of a module's norms over `channels` channels."""
-    with torch.no_grad():
-        for name, value in module.named_parameters():
-            if "norm" in name and value.shape == (channels,):
-                value.mul_(factor)
+    def scale_norms(self, layer: nn.Module, layer_pass: LayerPass) -> None:
+        """Scale the norms of a student's layer for the channels that stay."""
+        if not self.keeps_all_channels(layer_pass):
+            scale_norms(layer, len(self.keep), norm_factors(layer_pass.hidden_in, self.keep, layer_pass.token_mask))
 
 
 def cut_for(target: "Target", teacher: "Teacher", data: "Blocks", depth: str = "influence") -> Cut | None:
