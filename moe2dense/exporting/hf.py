@@ -14,6 +14,8 @@ from moe2dense.common.units import parse_bytes
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting import verify
+from moe2dense.exporting.dialects import older_fields
+from moe2dense.modeling.internals import hub_names
 from moe2dense.modeling.load import quiet
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -71,13 +73,13 @@ def write_model(
     config = model.config
     model.config = copy.deepcopy(config)  # save_pretrained writes into the config it saves
     try:
-        # This method keeps transformers' own names on disk, for hosts whose layout in memory is another one too.
         state = cast_state(model, torch_dtype(dtype)) if state is None else state
-        with quiet():
+        with quiet(), hub_names(model):
             model.save_pretrained(folder, state_dict=state, max_shard_size=parse_bytes(shard_size, "shard_size"))
     finally:
         model.config = config
     edit_json(folder / "config.json", dtype=dtype)
+    edit_json(folder / "config.json", **older_fields(json.loads((folder / "config.json").read_text(encoding="utf-8"))))
     if source is not None and tokenizer is not None:
         tokenizers.write_tokenizer(source, tokenizer, folder)
     if origin is not None:

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError
+from moe2dense.exporting.dialects import older_fields
 from moe2dense.modeling.forward import evaluation_mode
 from moe2dense.modeling.load import load_model
 
@@ -113,18 +114,10 @@ def check_config(folder: Path, student: PreTrainedModel, dtype: str) -> None:
         )
     if config.get("dtype") != dtype:
         raise VerificationError(f"export: config.json says dtype {config.get('dtype')}, the tensors are {dtype}")
-    want, got = student.config.to_dict(), AutoConfig.from_pretrained(folder, local_files_only=True).to_dict()
-    for key in (
-        "architectures",
-        "dtype",
-        "torch_dtype",
-        "_name_or_path",
-        "transformers_version",
-        "quantization_config",
-    ):
-        want.pop(key, None)
-        got.pop(key, None)
-    different = [key for key in sorted({*want, *got}) if want.get(key) != got.get(key)]
+    want, got = student.config.to_dict(), AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    added = older_fields(want).keys() - want.keys()
+    skipped = {"architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version", "quantization_config"}
+    different = [key for key in sorted({*want, *got} - skipped - added) if want.get(key) != got.get(key)]
     if different:
         key = different[0]
         raise VerificationError(f"export: config field {key} reads back as {got.get(key)!r}, not {want.get(key)!r}")
@@ -133,7 +126,7 @@ def check_config(folder: Path, student: PreTrainedModel, dtype: str) -> None:
 def check_tokenizer(folder: Path, source: PreTrainedTokenizerBase) -> None:
     """Check that the exported tokenizer encodes, decodes and formats chats exactly as its source."""
     try:
-        copy = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        copy = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise VerificationError(f"export: the tokenizer files cannot be loaded back: {error}") from error
     if copy.get_vocab() != source.get_vocab():

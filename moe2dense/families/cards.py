@@ -84,6 +84,9 @@ class StudentCard:
     rename: dict[str, str] = field(default_factory=dict)  # student config field = teacher config field
     # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
     set: dict[str, Any] = field(default_factory=dict)
+    # field of the exported config.json = value; "=field" reads another of its fields. For programs that read the public
+    # checkpoints' fields which transformers does not write
+    other_fields: dict[str, Any] = field(default_factory=dict)
     tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
     # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
     heads: dict[str, str] = field(default_factory=lambda: dict(HEADS))

@@ -79,11 +79,11 @@ class KeyMap:
     tied: dict[str, str] = field(default_factory=dict)
 
 
-def read_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+def read_config(path: str) -> PreTrainedConfig:
     """Return the Hugging Face config of a folder. Raises UserError when there is none or its model_type is unknown."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
+        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # each architecture's config checks its fields in its own way
         raise UserError(f"teacher {path} has no readable config.json: {first_line(error)}") from error
 
 
@@ -197,6 +197,20 @@ def convert(key_map: KeyMap, model: PreTrainedModel, name: str, tensors: dict[st
     }
     value = converter.convert(name, model=model, config=model.config)[name]
     return value[0] if isinstance(value, list) else value
+
+
+@contextmanager
+def hub_names(model: PreTrainedModel) -> Iterator[None]:
+    """Save a model within the context under the names that its family has on the hub, one tensor an expert.
+
+    A model that was loaded remembers how its tensors were named there, which may be as they are in memory.
+    """
+    remembered = model.__dict__.pop("_weight_conversions", None)
+    try:
+        yield
+    finally:
+        if remembered is not None:
+            model.__dict__["_weight_conversions"] = remembered
 
 
 def decoder(model: PreTrainedModel) -> tuple[str, DecoderModule]:

@@ -1,5 +1,6 @@
 """Tiny dense models of every host architecture, random enough that no tensor equals another."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ COMMON = {
     "vocab_size": 97, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 40, "max_position_embeddings": 64, "tie_word_embeddings": False,
     "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 7321.0}, "rms_norm_eps": 2.3e-3, "norm_eps": 2.3e-3,
 }  # fmt: skip
 HOSTS = {
     "mistral": {"sliding_window": None, "rms_norm_eps": 3e-5},
@@ -37,7 +39,8 @@ HOSTS = {
 
 def tiny(host: str, seed: int = 0, **fields) -> PreTrainedModel:
     """A random model of a host architecture; norms and biases are random too, so a lost one shows."""
-    config = AutoConfig.for_model(host, **{**COMMON, **HOSTS.get(host, {}), **fields})
+    fields = copy.deepcopy({**COMMON, **HOSTS.get(host, {}), **fields})  # a config completes its RoPE fields in place
+    config = AutoConfig.for_model(host, **fields)
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():

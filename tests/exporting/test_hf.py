@@ -8,12 +8,13 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, pipeline
 
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
 from moe2dense.exporting.api import export
 from moe2dense.families.cards import StudentCard, student_host, teacher_cards
+from moe2dense.student.open import open_student
 from moe2dense.student.target.dense_config import dense_config
 from tests.exporting.conftest import EXAMPLE, HOSTS, tiny
 from tests.teacher.families import FAMILIES, make
@@ -35,6 +36,18 @@ def test_every_host_round_trips_exactly_in_fp32(host, tmp_path):
     assert done.checked["tensors"] == len(model.state_dict())
 
 
+def say_the_same_twice(folder, model):
+    """Check that the older fields of config.json, alone, name the same RoPE and dtype as the newer ones."""
+    config = json.loads((folder / "config.json").read_text())
+    rope = model.config.rope_parameters
+    assert config["torch_dtype"] == config["dtype"] and config["rope_theta"] == rope["rope_theta"] not in (1e4, 1e6)
+    assert (config["rope_scaling"] is None) == (rope["rope_type"] == "default")
+    assert config.get("partial_rotary_factor") == rope.get("partial_rotary_factor")
+    older = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
+    again = AutoConfig.for_model(**older)  # transformers 5 still reads them
+    assert again.rope_parameters == rope and again.dtype == getattr(torch, config["dtype"])
+
+
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_the_host_of_every_family_round_trips(family, tmp_path):
     teacher = make(family, tmp_path / "teacher").config.get_text_config()
@@ -50,7 +63,37 @@ def test_the_host_of_every_family_round_trips(family, tmp_path):
     assert (logits(again, ids) - logits(model, ids)).abs().max() < 1e-5
     experts = [name for name in verify.checkpoint_tensors(tmp_path / "m") if "expert" in name]
     assert bool(experts) == host.moe_shaped
+    say_the_same_twice(tmp_path / "m", model)
     assert ("- moe-shaped" in (tmp_path / "m/README.md").read_text()) == host.moe_shaped
+
+
+@pytest.mark.parametrize("host", ["olmoe", "phimoe", "minimax_m2"])
+def test_one_expert_has_the_hubs_names_however_the_student_was_loaded(host, tmp_path):
+    """A student that was read from tensors named as they are in memory is written with a tensor for each expert's matrix."""
+    one = student_host(host).set | ({"head_dim": 8} if host == "minimax_m2" else {})
+    export(tiny(host, **one), tmp_path / "hub", dtype="float32")
+    model = tiny(host, **one)
+    fused = {name: value.contiguous() for name, value in model.state_dict().items()}
+    (tmp_path / "fused").mkdir()
+    save_file(fused, tmp_path / "fused" / "model.safetensors", {"format": "pt"})
+    model.config.save_pretrained(tmp_path / "fused")
+    student = open_student(str(tmp_path / "fused")).model
+    export(student, tmp_path / "m", dtype="float32")
+    names, hub = (set(verify.checkpoint_tensors(tmp_path / folder)) for folder in ("m", "hub"))
+    assert names == hub and any(".experts.0." in name for name in names) and not any("gate_up" in n for n in names)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    ids = torch.randint(97, (2, 17))
+    assert torch.equal(logits(again, ids), logits(model, ids))
+
+
+def test_fields_of_the_public_checkpoints_are_written_for_other_programs(tmp_path):
+    """vLLM reads them, and transformers does not write them."""
+    export(tiny("lfm2"), tmp_path / "lfm2")
+    config = json.loads((tmp_path / "lfm2/config.json").read_text())
+    assert [config[n] for n in ("block_dim", "conv_dim", "conv_dim_out", "block_ff_dim")] == [24, 24, 24, 40]
+    export(tiny("minimax_m2", num_local_experts=1, num_experts_per_tok=1, head_dim=8), tmp_path / "minimax")
+    config = json.loads((tmp_path / "minimax/config.json").read_text())
+    assert config["scoring_func"] == "sigmoid" and config["use_routing_bias"] is True
 
 
 @pytest.mark.parametrize("host", ["mistral", "qwen2", "granite", "cohere2"])

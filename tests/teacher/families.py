@@ -7,11 +7,11 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 # Odd expert counts, widths, rotary bases and epsilons wherever the family allows them, so that a default in their place shows;
 # layers differ where the family has several kinds.
-THETA, EPS = 12345.0, 3e-5
+THETA, EPS = 12345.0, 3e-3
 ROPE = {"rope_type": "default", "rope_theta": THETA}
 BASE = {
     "vocab_size": 101, "hidden_size": 24, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": EPS,
+    "max_position_embeddings": 128, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": EPS, "norm_eps": EPS,
     "rope_parameters": ROPE,
 }  # fmt: skip
 MLA = {
