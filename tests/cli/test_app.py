@@ -184,7 +184,7 @@ def test_inspect_marks_dense_layers(capsys):
     ("arguments", "message"),
     [
         (["--data", "nowhere.jsonl"], "data 'nowhere.jsonl' does not exist"),
-        (["--data", "words.jsonl"], "has no `text` field"),
+        (["--data", "words.jsonl"], "data 'words.jsonl' (train) has no text"),
         (["--ood", "nowhere.jsonl"], "--ood: data 'nowhere.jsonl' does not exist"),
         (["--data", "small.txt"], "pass --valid with text of its own to hold out"),
         (["--device", "cuda"], "no CUDA device"),
