@@ -22,6 +22,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from moe2dense.common.units import parse_count
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
+from moe2dense.data.options import TextOptions
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard, teacher_cards
 
@@ -189,8 +190,9 @@ def main(
     model = AutoModelForCausalLM.from_config(small_config(card, tok, sizes, block), dtype=torch.float32)
     model.set_experts_implementation("eager")
     watch = RouterWatch(model, card, top_k, experts)
-    blocks = load_blocks(data, tok, block, "train", seed=seed)
-    valid = load_blocks(data, tok, block, "valid", tokens=64 * block, seed=seed)
+    plain = TextOptions(bos="off")  # as the checkpoint in examples/ was trained
+    blocks = load_blocks(data, tok, block, "train", seed=seed, options=plain)
+    valid = load_blocks(data, tok, block, "valid", tokens=64 * block, seed=seed, options=plain)
     steps = max(1, parse_count(tokens, "--tokens") // (batch * block))
     print(
         f"{family}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f}M parameters, {blocks.tokens} tokens of text, {steps} steps"

@@ -103,6 +103,32 @@ class DataConfig:
         example="on",
         shown="auto: on for chat, off for plain text",
     )
+    bos: str = option(
+        "auto",
+        help="Whether documents begin with the tokenizer's BOS token. Chats are as their template renders them.",
+        choices=("auto", "on", "off"),
+        example="off",
+        shown="auto: on where the tokenizer puts one before every prompt",
+    )
+    learn: str = option(
+        "all",
+        help="Which of the assistant's turns in a chat are learnt: all, the last one, or all without their reasoning.",
+        choices=("all", "last", "no-reasoning"),
+        example="last",
+    )
+    chat_template: str = option(
+        "",
+        help="File with a chat template (Jinja) to read conversations with.",
+        example="chat.jinja",
+        shown="the tokenizer's own",
+        flag="--chat-template",
+    )
+    date: str = option(
+        "",
+        help="The day that chat templates with a date are told.",
+        example="2026-11-28",
+        shown="the day the run began",
+    )
     eval_blocks: int = option(96, help="How much held-out text is scored.", unit="blocks", example="32")
 
 

@@ -13,6 +13,8 @@ from moe2dense.conversion.configure import texts_of_folder
 from moe2dense.conversion.job import Text, load_split, split_source
 from moe2dense.conversion.machine import check_device
 from moe2dense.conversion.run import check_out
+from moe2dense.conversion.text_options import text_options
+from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import check_source
 from moe2dense.distillation.checks import check_training
 from moe2dense.distillation.regimes.checks import brings_targets, check_regime_settings
@@ -111,7 +113,8 @@ def check_text(settings: RunConfig, teacher: ResolvedTeacher, block: int) -> Non
         path, name = split_source(settings, split)
         try:
             if tokenizer is not None:
-                load_split(settings, split, tokenizer, block, block)
+                options = text_options(settings.data)
+                load_split(settings, split, tokenizer, block, block, options, TextCounts())
             else:
                 check_source(path, name)
         except UserError as error:

@@ -14,6 +14,7 @@ CONFIG = "moe2dense.toml"  # in a run folder its settings; in a teacher's folder
 # What may differ between a run and its resumption: none of it changes the result.
 FREE_KEYS = ("out", "teacher.memory", "teacher.device", "teacher.experts", "train.report_to")
 _TEXTS = ("path", "valid", "ood")
+_FILES = (*_TEXTS, "chat_template")  # of [data]
 
 
 def default_out(teacher: str, to: str) -> str:
@@ -47,7 +48,7 @@ def folder_defaults(teacher: ResolvedTeacher) -> dict[str, Any]:
         return {}
     table = read_toml(file)
     data = table.get("data", {})
-    for name in _TEXTS:
+    for name in _FILES:
         if data.get(name):
             data[name] = str((file.parent / data[name]).resolve())
     return table

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.common.progress import Report
@@ -14,8 +15,12 @@ from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
 from moe2dense.conversion.results import Plan
 from moe2dense.conversion.run import Run
+from moe2dense.conversion.text_options import text_options
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.counts import TextCounts
+from moe2dense.data.frequency import count_tokens
 from moe2dense.data.load import load_blocks
+from moe2dense.data.options import DEFAULTS, TextOptions
 from moe2dense.evaluation.reference import Reference
 from moe2dense.student.dense_teacher import target_from
 from moe2dense.student.target.resolve import Target
@@ -24,12 +29,19 @@ from moe2dense.teacher.model import Teacher
 
 @dataclass(frozen=True)
 class Text:
-    """The blocks of a run: the build's are some of the training blocks."""
+    """The blocks of a run: the build's are some of the training blocks.
+
+    token_counts [V]: how often each token id occurs in the training text as it was given, which says what is rare. options: how
+    it was read; records: what was read and skipped of train, valid and ood.
+    """
 
     train: Blocks
     valid: Blocks
     ood: Blocks | None
     build: Blocks
+    token_counts: Tensor | None = None
+    options: TextOptions = DEFAULTS
+    records: dict[str, TextCounts] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,19 +77,37 @@ class Job:
         self.run.finish(stage, seconds=round(time.perf_counter() - start, 2), **entry)
 
 
-def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> Text:
-    """Load the blocks of the run. Raises UserError for text that is missing, empty or shorter than one block."""
+def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase, day: str = "") -> Text:
+    """Load the blocks of the run, which began on `day`: what chat templates with a date are told.
+
+    Raises UserError for text that is missing, empty or shorter than one block.
+    """
+    options, records = text_options(settings.data, day), {s: TextCounts() for s in ("train", "valid", "ood")}
+
+    def load(split: str, tokens: int) -> Blocks:
+        return load_split(settings, split, tokenizer, plan.block, tokens, options, records[split])
+
     wanted = max(plan.tokens, plan.build_tokens)
     scored = settings.data.eval_blocks * plan.block
-    train = load_split(settings, "train", tokenizer, plan.block, wanted)
-    valid = load_split(settings, "valid", tokenizer, plan.block, scored)
-    ood = load_split(settings, "ood", tokenizer, plan.block, scored) if settings.data.ood else None
+    train = load("train", wanted)
+    valid = load("valid", scored)
+    ood = load("ood", scored) if settings.data.ood else None
     count = max(1, min(len(train), plan.build_tokens // plan.block))
     spread = [i * len(train) // count for i in range(count)]  # over many passages: worth more than any setting
-    return Text(train, valid, ood, train[spread])
+    counted = count_tokens(train, plan.shape.vocab_size)
+    records = {split: counts for split, counts in records.items() if counts.read}
+    return Text(train, valid, ood, train[spread], counted, options, records)
 
 
-def load_split(settings: RunConfig, split: str, tokenizer: PreTrainedTokenizerBase, block: int, tokens: int) -> Blocks:
+def load_split(
+    settings: RunConfig,
+    split: str,
+    tokenizer: PreTrainedTokenizerBase,
+    block: int,
+    tokens: int,
+    options: TextOptions,
+    counts: TextCounts,
+) -> Blocks:
     """Load blocks of the train, valid or ood text that a run's settings name. Raises UserError as `load_text`.
 
     Held-out text is spread over as many passages as there are.
@@ -92,6 +122,8 @@ def load_split(settings: RunConfig, split: str, tokenizer: PreTrainedTokenizerBa
         seed=settings.seed,
         document_masks=settings.data.document_masks,
         spread=split != "train",
+        options=options,
+        counts=counts,
     )
 
 

@@ -15,6 +15,7 @@ from moe2dense.conversion.training_text import with_training_text
 from moe2dense.families.resolve import fetch, resolve_teacher
 from moe2dense.teacher.load import load_teacher
 
+from moe2dense.conversion.text_options import run_day
 
 def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Result | Plan:
     """Convert as resolved settings say. Raises UserError for bad input; a stopped run continues with resume=True."""
@@ -33,7 +34,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
             fetch(source), memory=options.memory, experts=options.experts, device=options.device, card=source.card
         )
         run.save(teacher={"remarks": teacher.remarks, "ignored_tensors": teacher.ignored})
-        text = load_text(settings, plan, teacher.tokenizer())
+        text = load_text(settings, plan, teacher.tokenizer(), run_day(run))
         check_report_settings(settings, text, teacher)
         if warning := shortfall(text, plan):
             console.print(f"[yellow]warning:[/] {warning}")
@@ -41,6 +42,9 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     report_stage.show_result(run.folder, console)
     return result
 
+        run.save(text={split: counts.to_dict() for split, counts in text.records.items()})
+        for split, counts in text.records.items():
+            console.print(f"{split} text: {counts.sentence()}", highlight=False, markup=False)
 
 def _stages(job: Job) -> Result:
     """Every stage in order. A finished one is read back from the run folder."""

@@ -155,7 +155,9 @@ def _text_facts(job: Job) -> dict[str, Any]:
     data, text = job.settings.data, job.text
     paths = {"train": data.path or DEFAULT_CORPUS, "valid": data.valid or data.path or DEFAULT_CORPUS, "ood": data.ood}
     blocks = {"train": text.train, "valid": text.valid, "ood": text.ood}
-    return {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
+    sizes = {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
+    seen = {k: {"records": c.to_dict(), "read": c.sentence()} for k, c in text.records.items()}
+    return {k: size | seen.get(k, {}) for k, size in sizes.items()}
 
 
 def command_line(settings: RunConfig) -> str:

@@ -66,10 +66,10 @@ def written_text(job: Job) -> Blocks:
             source = settings.data.path or DEFAULT_CORPUS
             write_text(
                 job.teacher, folder, source, settings.write, (wanted + 1) * block,
-                block=block, seed=settings.seed, tokenizer=tokenizer, progress=job.progress,
+                block=block, seed=settings.seed, tokenizer=tokenizer, progress=job.progress, options=job.text.options,
             )  # fmt: skip
             entry |= summary(folder)
     masks = settings.data.document_masks
-    own = load_blocks(folder, tokenizer, block, "train", wanted * block, settings.seed, masks)
+    own = load_blocks(folder, tokenizer, block, "train", wanted * block, settings.seed, masks, options=job.text.options)
     together = join_blocks([real[: len(real) - wanted], own]) if wanted < len(real) else own
     return together[torch.randperm(len(together), generator=torch.Generator().manual_seed(settings.seed))]

@@ -21,6 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from moe2dense.common.files import atomic_write
 from moe2dense.common.processes import from_first
 from moe2dense.config.schema import WriteConfig
+from moe2dense.data.options import DEFAULTS, TextOptions
 from moe2dense.errors import UserError
 from moe2dense.generation.filters import Filters, Sieve, parse_band
 from moe2dense.generation.parts import drop_parts, written_by_all
@@ -72,6 +73,7 @@ def write_text(
     seed: int = 0,
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[..., None] | None = None,
+    options: TextOptions = DEFAULTS,
 ) -> Path:
     """Let the teacher write about `tokens` tokens, prompts included; an unfinished folder is continued.
 
@@ -79,7 +81,7 @@ def write_text(
     other random numbers. Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Under torch.distributed
     every process writes its share of each shard and rank 0 filters and lists them, so the result is that of one process. Raises
     UserError for a folder that holds something else, a teacher that writes nothing, and filters that drop nearly everything;
-    finished shards stay.
+    finished shards stay. options: how the source is read.
     """
     folder, tokenizer = Path(folder), tokenizer or teacher.tokenizer()
     assert tokenizer is not None
@@ -90,13 +92,14 @@ def write_text(
     sieve = Sieve(Filters(settings.min_tokens, parse_band(settings.nll), settings.duplicates, settings.same_script))
 
     def begin() -> dict[str, Any]:
-        manifest = _begin(folder, _identity(teacher, source, settings, split, seed, new))
+        manifest = _begin(folder, _identity(teacher, source, settings, split, seed, new, options))
         _check_shards(folder, manifest, sieve)
         drop_parts(folder, _progress_of(manifest)[0])
         return manifest
 
     manifest = from_first(begin)
-    prompts = _endless(source, tokenizer, split, seed, prompt_tokens, prompt_tokens + new, sampling.temperature > 0)
+    again = sampling.temperature > 0
+    prompts = _endless(source, tokenizer, split, seed, prompt_tokens, prompt_tokens + new, again, options)
     done, kept_tokens = _progress_of(manifest)
     for _ in islice(prompts, done):
         pass
@@ -151,14 +154,14 @@ def _add_round(
 
 
 def _identity(
-    teacher: Teacher, source: str | Path, settings: WriteConfig, split: str, seed: int, new: int
+    teacher: Teacher, source: str | Path, settings: WriteConfig, split: str, seed: int, new: int, options: TextOptions
 ) -> dict[str, Any]:
     """Return what must not change between the begin of a folder and its continuation."""
     writes = {k: v for k, v in asdict(settings).items() if k not in ("share", "shard")}
     return {
         "version": VERSION,
         "teacher": checkpoint_fingerprint(teacher.path),
-        "prompts": {"source": str(source), "split": split},
+        "prompts": {"source": str(source), "split": split} | asdict(options),
         "settings": writes | {"new_tokens": new, "seed": seed},
     }
 
@@ -208,10 +211,11 @@ def _endless(
     prompt_tokens: int,
     stride: int,
     again: bool,
+    options: TextOptions,
 ) -> Iterator[Prompt]:
     """Yield all prompts, and with `again` all of them again without end: other random numbers give other texts."""
     while True:
-        yield from read_prompts(source, tokenizer, split, seed, prompt_tokens, stride)
+        yield from read_prompts(source, tokenizer, split, seed, prompt_tokens, stride, options)
         if not again:
             return
 

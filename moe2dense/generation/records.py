@@ -42,7 +42,7 @@ def as_record(prompt: Prompt, text: str, learn_prompt: bool) -> dict[str, Any]:
     """Return a conversation with its answer, or prompt and completion, or one text where both are learnt."""
     domain = {"domain": prompt.domain} if prompt.domain else {}
     if prompt.messages:
-        return {"messages": [*prompt.messages, {"role": "assistant", "content": text.strip()}]} | domain
+        return {"messages": [*prompt.messages, {"role": "assistant", "content": text.strip()}]} | prompt.beside | domain
     if learn_prompt:
         return {"text": prompt.text + text, "prompt_characters": len(prompt.text)} | domain
     return {"prompt": prompt.text, "completion": text} | domain

@@ -179,7 +179,9 @@ def test_beginnings_of_passages(tokenizer, tmp_path):
     )
     ids = tokenizer(words, add_special_tokens=False)["input_ids"]
     prompts = [p for split in ("train", "valid", "test") for p in _prompts(tmp_path / "t.jsonl", tokenizer, split)]
-    assert [p.ids for p in prompts] == [ids[a : a + 6] for a in range(0, len(ids), 20) if len(ids) - a >= 4]
+    assert [p.ids for p in prompts] == [
+        [tokenizer.bos_token_id, *ids[a : a + 6]] for a in range(0, len(ids), 20) if len(ids) - a >= 4
+    ]
     assert prompts[0].domain == "x" and words.startswith(prompts[0].text)
     (tmp_path / "u.jsonl").write_text(json.dumps({"text": " "}) + "\n")
     with pytest.raises(UserError, match="no text to continue"):

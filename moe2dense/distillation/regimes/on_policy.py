@@ -183,7 +183,12 @@ class OnPolicy(Regime):
     def _with_learnt_words(self, blocks: Blocks) -> Blocks:
         """Return the student's own words with the positions that carry loss: those that predict what it wrote."""
         learnt = self._learnt_words(blocks, self.options.generated_only)
-        return Blocks(blocks.input_ids, blocks.domains, labels_mask=None if bool(learnt.all()) else learnt)
+        return Blocks(
+            blocks.input_ids,
+            blocks.domains,
+            labels_mask=None if bool(learnt.all()) else learnt,
+            prefix_mask=blocks.prefix_mask,
+        )
 
 
 def _with_ids(fixed: Blocks, ids: Tensor, own: list[int]) -> Blocks:
@@ -192,4 +197,7 @@ def _with_ids(fixed: Blocks, ids: Tensor, own: list[int]) -> Blocks:
     if documents is not None:
         documents = documents.clone()
         documents[own] = 0
-    return Blocks(ids, fixed.domains, None, documents, fixed.labels_mask)
+    prefix = fixed.prefix_mask
+    if prefix is not None:
+        prefix = prefix & (ids == fixed.input_ids)  # of the rows `own` only the prompt is as it was
+    return Blocks(ids, fixed.domains, None, documents, fixed.labels_mask, prefix_mask=prefix)

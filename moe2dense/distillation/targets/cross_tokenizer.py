@@ -15,6 +15,7 @@ from torch.nn.functional import pad
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.data.blocks import Blocks, right_padded
+from moe2dense.data.options import document_prefix
 from moe2dense.data.records import passages
 from moe2dense.errors import UserError
 from moe2dense.losses.teacher_rows import RowLoss, TopKRows
@@ -157,17 +158,24 @@ class _Stretch:
 def _stretches(
     text: str, student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase, block: int, longest: int
 ) -> list[_Stretch]:
-    """Cut a text into stretches of at most `block` student tokens and `longest` teacher tokens."""
+    """Cut a text into stretches of at most `block` student tokens and `longest` teacher tokens, each beginning as a document does."""
+    before = document_prefix(student), document_prefix(teacher)
+    step = max(1, block - len(before[0]))
     offsets = student(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
     stretches = []
-    for start in range(0, len(offsets), block):
-        part = text[offsets[start][0] : offsets[min(start + block, len(offsets)) - 1][1]]
+    for start in range(0, len(offsets), step):
+        part = text[offsets[start][0] : offsets[min(start + step, len(offsets)) - 1][1]]
         own = student(part, add_special_tokens=False, return_offsets_mapping=True)
         other = teacher(part, add_special_tokens=False, return_offsets_mapping=True)
-        ends = [e for _, e in own["offset_mapping"]][:block], [e for _, e in other["offset_mapping"]][:longest]
-        if len(ends[0]) > 1 and ends[1]:
-            places = common_boundaries(*ends)
-            stretches.append(_Stretch(own["input_ids"][:block], other["input_ids"][:longest], places))
+        ids = [*before[0], *own["input_ids"]][:block], [*before[1], *other["input_ids"]][:longest]
+        # What stands before a text (BOS) ends where the text begins, and so at no character.
+        ends = tuple(
+            ([0] * len(prefix) + [e for _, e in out["offset_mapping"]])[:most]
+            for prefix, out, most in zip(before, (own, other), (block, longest), strict=True)
+        )
+        if len(ends[0]) > len(before[0]) + 1 and len(ends[1]) > len(before[1]):
+            begin = [(len(before[0]) - 1, len(before[1]) - 1)] if all(before) else []
+            stretches.append(_Stretch(*ids, begin + common_boundaries(*ends)))
     return stretches
 
 
