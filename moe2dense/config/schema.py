@@ -190,7 +190,7 @@ class BuildConfig:
     )
     min_tokens: int = option(
         49_152,
-        help="The least that the build reads, where --tokens allows; at least 20 tokens for each of the student's neurons in a layer.",
+        help="The least that the build reads, where --tokens allows; twice as much for students of wide layers.",
         unit="tokens",
         example="100k",
         parse=parse_count,
@@ -313,6 +313,12 @@ class EvaluateConfig:
     sample_tokens: int = option(32, help="Length of the continuations.", unit="tokens", example="64")
     sample_temperature: float = option(
         0.0, help="How freely the continuations are drawn; 0 takes the likeliest token each time.", example="0.7"
+    )
+    skills: int = option(
+        20,
+        help="Small exact tasks of each kind (arithmetic, copying, brackets, code, ...) for teacher and students; 0 for none.",
+        unit="tasks",
+        example="48",
     )
     teacher_read: str = option(
         "20GB",

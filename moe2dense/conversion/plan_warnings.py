@@ -46,7 +46,7 @@ def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: in
     """Return sentences where the build, or the training, reads less text than is advisable."""
     warnings, needed = [], TOKENS_PER_NEURON * target.width
     if build < needed:
-        remedy = f"--tokens {_typed(needed)}"
+        remedy = f"--tokens {_typed(needed)} with build.min_tokens = {_typed(needed)}"
         if needed > config.build.max_tokens:
             remedy += f" and build.max_tokens = {_typed(needed)}"
         warnings.append(

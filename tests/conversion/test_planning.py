@@ -64,9 +64,11 @@ def test_the_build_takes_a_fixed_share():
     assert build_tokens(config, 256, 512) == 1_000_000 // 10 // 256 * 256
     assert build_tokens(merge_flags(config, {"train.tokens": 5000}), 256, 512) == 4864  # never more than there is
     assert build_tokens(merge_flags(config, {"train.tokens": 10}), 256, 512) == 256
-    # 20 for each neuron of a wide student, up to build.max_tokens
-    assert build_tokens(config, 256, 7000) == 20 * 7000 // 256 * 256
-    assert build_tokens(config, 256, 14336) == 200_000 // 256 * 256
+    # 20 for each neuron of a wide student, up to twice build.min_tokens
+    small = merge_flags(config, {"train.tokens": 300_000})
+    assert build_tokens(small, 256, 512) == 49_152
+    assert build_tokens(small, 256, 3500) == 20 * 3500 // 256 * 256
+    assert build_tokens(small, 256, 14336) == 2 * 49_152
     assert build_tokens(merge_flags(config, {"train.tokens": 100_000_000}), 256, 512) == 200_000 // 256 * 256
 
 
@@ -75,8 +77,9 @@ def test_the_remedy_for_few_calibration_tokens_works():
     few = planned(train__tokens=100_000)
     (warning,) = [w for w in few.warnings if "few calibration tokens" in w]
     tokens = parse_count(warning.split("--tokens ")[1].split()[0])
-    most = parse_count(warning.split("build.max_tokens = ")[1].split()[0])
-    done = planned(train__tokens=tokens, build__max_tokens=most)
+    settings = dict(part.split(" = ") for part in warning.split("build.")[1:] if " = " in part)
+    changed = {f"build__{name}": parse_count(value.split()[0].strip(",")) for name, value in settings.items()}
+    done = planned(train__tokens=tokens, **changed)
     assert not any("few calibration" in w for w in done.warnings)
 
 

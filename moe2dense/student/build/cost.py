@@ -18,12 +18,13 @@ TOKENS_PER_NEURON = 20  # of the student's FFN in a layer: fits of fewer learn t
 def build_tokens(config: RunConfig, block: int, width: int) -> int:
     """Return the teacher positions that the build uses: a share of --tokens in whole blocks, at least one block.
 
-    It is no less than build.min_tokens or 20 tokens for each of the student's `width` neurons in a layer, no more than
-    build.max_tokens or --tokens: a small budget is used whole.
+    It is no less than build.min_tokens, or up to twice that for 20 tokens for each of the student's `width` neurons in a
+    layer (memory grows with it), and no more than build.max_tokens or --tokens: a small budget is used whole.
     """
     settings = config.build
     share = round(settings.fraction * config.train.tokens)
-    wanted = min(max(share, settings.min_tokens, TOKENS_PER_NEURON * width), settings.max_tokens)
+    least = max(settings.min_tokens, min(TOKENS_PER_NEURON * width, 2 * settings.min_tokens))
+    wanted = min(max(share, least), settings.max_tokens)
     if config.train.tokens:
         wanted = min(wanted, config.train.tokens)
     return max(1, wanted // block) * block
