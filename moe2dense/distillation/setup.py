@@ -1,11 +1,10 @@
-"""Make the parts of a training run: accelerator, optimiser and adapters; check the student's head."""
+"""Make the parts of a training run, accelerator and optimiser; check the student's head."""
 
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -13,6 +12,7 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.objective import head_error
 from moe2dense.errors import UserError
+from moe2dense.modeling.documents import understands_positions
 from moe2dense.modeling.forward import model_inputs
 
 BETAS = (0.9, 0.95)
@@ -55,18 +55,10 @@ def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
 
 
-def add_adapters(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
-    """Return the model, frozen, with low-rank adapters on its linear layers (LoRA, 2106.09685; DoRA, 2402.09353)."""
-    adapters = LoraConfig(r=config.lora, lora_alpha=2 * config.lora, target_modules="all-linear", use_dora=config.dora)
-    # a wrapper that passes everything else on to the model, with the model's attributes and methods
-    return get_peft_model(model, adapters)  # type: ignore[return-value]
-
-
-def merge_adapters(adapted: PreTrainedModel) -> PreTrainedModel:
-    """Merge adapters into the weights; return the object that `add_adapters` was given."""
-    assert isinstance(adapted, PeftModel)
-    model = adapted.merge_and_unload()
-    return model.requires_grad_(True)
+def check_documents(model: PreTrainedModel, data: Blocks) -> None:
+    """Raise UserError where blocks hold several documents and the model carries state from one to the next."""
+    if "position_ids" in model_inputs(data):
+        understands_positions(model.config)
 
 
 def check_head(model: PreTrainedModel, data: Blocks) -> None:

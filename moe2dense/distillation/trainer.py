@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe2dense.config.training import TrainConfig
+from moe2dense.distillation.adapters import add_adapters, merge_adapters
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import total_steps
 from moe2dense.distillation.checkpoints import Checkpoints, optimizer_tensors, restore_optimizer
@@ -20,7 +21,7 @@ from moe2dense.distillation.fsdp import full_tensor, shard, shard_like
 from moe2dense.distillation.log import Interrupts, MetricsFile, memory_bytes
 from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.regime import Regime, RunView
-from moe2dense.distillation.setup import add_adapters, check_head, make_accelerator, make_optimizer, merge_adapters
+from moe2dense.distillation.setup import check_documents, check_head, make_accelerator, make_optimizer
 from moe2dense.distillation.step import StepPlan, plan_step, train_step, validate
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
@@ -68,6 +69,7 @@ class Trainer:
         self.steps = total_steps(len(batches.blocks), self.per_step, config.epochs)
         if next(model.parameters()).dtype != torch.float64:
             model.float()
+        check_documents(model, batches.blocks)
         check_head(model, batches.blocks)
         self.was_training, self.start_device = model.training, next(model.parameters()).device
         self.accelerator = accelerator or make_accelerator(config, out)

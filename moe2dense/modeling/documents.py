@@ -54,8 +54,9 @@ def understands_positions(config: PreTrainedConfig) -> bool:
     key = (type(text), tuple(getattr(text, "layer_types", None) or ()), getattr(text, "sliding_window", None))
     if key not in _UNDERSTANDS_POSITIONS:
         positions = torch.tensor([[0, 1, 2, 0, 1]])
-        masks = internals.layer_masks(text, positions)
-        if any(mask is None or mask.ndim != 4 for mask in masks):
+        by_layer = internals.layer_masks(text, positions)
+        masks = [mask for mask in by_layer if mask is not None and mask.ndim == 4]
+        if len(masks) < len(by_layer):
             raise UserError(
                 f"document_ids: {text.model_type} carries state across document borders; give one document per block"
             )
