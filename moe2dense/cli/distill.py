@@ -69,6 +69,7 @@ def distill_checkpoint(
     ] = None,
     valid: Annotated[str | None, flag("data.valid")] = None,
     block: Annotated[int | None, flag("data.block")] = None,
+    chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     loss: Annotated[str | None, flag("train.loss")] = None,
     temperature: Annotated[float | str | None, flag("train.temperature")] = None,
     alpha: Annotated[float | None, flag("train.alpha")] = None,

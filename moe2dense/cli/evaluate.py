@@ -29,6 +29,7 @@ def evaluate_checkpoint(
         argument("Which of the folder's files; `all` takes a file as it stands.", group="Text", example="test"),
     ] = "valid",
     block: Annotated[int | None, flag("data.block")] = None,
+    chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     seed: Annotated[int | None, flag("seed", group="Text")] = None,
     baseline: Annotated[list[str] | None, flag("evaluate.baseline")] = None,
     allow_loss: Annotated[str | None, flag("evaluate.allow_loss")] = None,

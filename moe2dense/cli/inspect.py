@@ -15,17 +15,18 @@ def inspect(
     *,
     data: Annotated[
         str | None,
-        argument("Text to route, for the load of every expert.", example="my-text.jsonl", default="none: shape only"),
+        argument("Text to route, for the load of every expert, and to show as it is learnt.", example="my-text.jsonl", default="none: shape only"),
     ] = None,
     tokens: Annotated[
         str, argument("How much of it is routed.", unit="tokens", example="100k", metavar="COUNT")
     ] = "16k",
     json: Annotated[bool, argument("Print JSON instead of tables.")] = False,
     block: Annotated[int | None, flag("data.block")] = None,
+    chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:
-    """Show a checkpoint's shape and, with --data, how its experts are used; or the report of a run."""
+    """Show a checkpoint's shape and, with --data, how its experts are used and what of the text is learnt; or the report of a run."""
     settings = merge_flags(RunConfig(), given_options(inspect, locals()))
 
     from moe2dense.cli.actions.inspect import inspect_checkpoint, inspect_run, is_run_folder

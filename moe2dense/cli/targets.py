@@ -71,6 +71,7 @@ def targets(
     ] = "",
     json: Annotated[bool, argument("With --analyze, print JSON instead of tables.", group="Output")] = False,
     block: Annotated[int | None, flag("data.block")] = None,
+    chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     seed: Annotated[int | None, flag("seed", group="Text")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
     experts: Annotated[str | None, flag("teacher.experts")] = None,

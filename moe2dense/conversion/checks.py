@@ -16,11 +16,12 @@ from moe2dense.conversion.run import check_out
 from moe2dense.conversion.text_options import text_options
 from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import check_source
+from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.distillation.checks import check_training
 from moe2dense.distillation.regimes.checks import brings_targets, check_regime_settings
 from moe2dense.distillation.regimes.registry import writes_text
 from moe2dense.distillation.select_blocks import parse_selection
-from moe2dense.errors import UserError, nearest
+from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.evaluation.baselines import check_baselines
 from moe2dense.evaluation.judge import check_judge
 from moe2dense.families.resolve import ResolvedTeacher
@@ -125,13 +126,15 @@ def check_text(settings: RunConfig, teacher: ResolvedTeacher, block: int) -> Non
 
 
 def _tokenizer(teacher: ResolvedTeacher) -> PreTrainedTokenizerBase | None:
-    """The tokenizer of a teacher whose files are here; None for another. Raises UserError where the files hold none."""
+    """The tokenizer of a teacher whose files are here; None for another. Raises UserError where they hold none that fits."""
     if teacher.path is None:
         return None
     try:
-        return AutoTokenizer.from_pretrained(str(teacher.path))
+        tokenizer = AutoTokenizer.from_pretrained(str(teacher.path), trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways; all mean that none can be used
-        raise UserError(f"teacher {teacher.path} has no tokenizer that can be loaded: {error}") from error
+        raise UserError(f"teacher {teacher.path} has no tokenizer that can be loaded: {first_line(error)}") from error
+    check_vocabulary(tokenizer, teacher.config.get_text_config().vocab_size, f"teacher {teacher.path}: its tokenizer")
+    return tokenizer
 
 
 def check_report_settings(settings: RunConfig, text: Text, teacher: Teacher) -> None:

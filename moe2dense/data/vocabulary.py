@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from moe2dense.errors import UserError
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -15,6 +17,18 @@ class Comparison:
     same: bool
     shared: int
     difference: str = ""
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int, what: str) -> None:
+    """Refuse a tokenizer with an id that the embedding of `rows` rows has no place for. Raises UserError. what: how the error calls it."""
+    token, last = max(tokenizer.get_vocab().items(), key=lambda item: item[1], default=("", -1))
+    if last < rows:
+        return
+    raise UserError(
+        f"{what} has {last + 1} tokens, the model's vocabulary {rows}: {token!r} (id {last}) has no row in the embedding; take what was "
+        f"added to the tokenizer out again (added_tokens in tokenizer.json), or enlarge the model with "
+        f"model.resize_token_embeddings({last + 1}) and save it"
+    )
 
 
 def compare_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTokenizerBase) -> Comparison:

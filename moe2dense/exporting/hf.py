@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe2dense.common.units import parse_bytes
+from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting import verify
@@ -108,10 +109,8 @@ def check_model(
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) -> None:
     rows = cast(torch.nn.Embedding, model.get_input_embeddings()).weight.shape[0]
-    if tokenizer is not None and max(tokenizer.get_vocab().values(), default=-1) >= rows:
-        raise UserError(
-            f"tokenizer: it has {len(tokenizer)} tokens, the model's vocabulary {rows}; pass the teacher's own tokenizer"
-        )
+    if tokenizer is not None:
+        check_vocabulary(tokenizer, rows, "tokenizer: it")
 
 
 def edit_json(path: Path, **values: Any) -> None:

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
-from moe2dense.errors import UserError
+from moe2dense.data.vocabulary import check_vocabulary
+from moe2dense.errors import UserError, first_line
 from moe2dense.families.cards import TeacherCard
 from moe2dense.modeling.forward import document_positions, one_document
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
@@ -88,11 +89,16 @@ class Teacher(Skeleton):
         return self.head if self.resident else self.read_head()
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Load the tokenizer in the teacher's folder. Raises UserError when there is none."""
+        """Load the tokenizer in the teacher's folder.
+
+        Raises UserError when there is none, or it has more tokens than the embedding has rows.
+        """
         try:
-            return AutoTokenizer.from_pretrained(str(self.path))
+            tokenizer = AutoTokenizer.from_pretrained(str(self.path), trust_remote_code=False)
         except Exception as error:  # tokenizers fail in many ways; all mean that none can be used
-            raise UserError(f"teacher {self.path} has no tokenizer that can be loaded: {error}") from error
+            raise UserError(f"teacher {self.path} has no tokenizer that can be loaded: {first_line(error)}") from error
+        check_vocabulary(tokenizer, self.config.get_text_config().vocab_size, f"teacher {self.path}: its tokenizer")
+        return tokenizer
 
     # running
 

@@ -1,7 +1,13 @@
 """What several commands need: the teacher and its text."""
 
+from rich.console import Console
+from rich.markup import escape
+
 from moe2dense.common.units import parse_count
+from moe2dense.config.schema import DataConfig
+from moe2dense.conversion.text_options import text_options_for
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
 from moe2dense.families.resolve import fetch, resolve_teacher
@@ -27,10 +33,25 @@ def block_length(teacher: Teacher, block: int) -> int:
     return block or min(_LONGEST_BLOCK, longest)
 
 
-def read_text(path: str, teacher: Teacher, block: int, split: str, tokens: int | None, seed: int = 0) -> Blocks:
-    """Read blocks of one split for this teacher's tokenizer; those not of the train split are spread over many passages."""
-    length, spread = block_length(teacher, block), split != "train"
-    return load_blocks(path, teacher.tokenizer(), length, split, tokens=tokens, seed=seed, spread=spread)
+def read_text(path: str, teacher: Teacher, data: DataConfig, split: str, tokens: int | None, seed: int = 0) -> Blocks:
+    """Read blocks of one split for this teacher's tokenizer, and print what was skipped.
+
+    Those not of the train split are spread over many passages. data: length of the blocks, and how text is read.
+    """
+    length, counts, spread = block_length(teacher, data.block), TextCounts(), split != "train"
+    options = text_options_for(teacher.path, data)
+    blocks = load_blocks(
+        path, teacher.tokenizer(), length, split, tokens, seed, spread=spread, options=options, counts=counts
+    )
+    print_skipped(counts, path)
+    return blocks
+
+
+def print_skipped(counts: TextCounts, path: str) -> None:
+    """Print what was read of a text where some of it was skipped."""
+    if counts.skipped:
+        text = f"{path}: {counts.sentence()}"
+        Console(stderr=True).print(f"[yellow]warning:[/] {escape(text)}", highlight=False)
 
 
 def token_count(tokens: str | None) -> int | None:

@@ -5,12 +5,15 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from moe2dense.cli.actions.common import open_teacher
+from moe2dense.cli.actions.common import open_teacher, print_skipped
 from moe2dense.cli.actions.distill_request import DistillRequest
 from moe2dense.common.progress import Report
 from moe2dense.config.training import TrainConfig
+from moe2dense.conversion.text_options import text_options_for
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import load_blocks
+from moe2dense.data.options import TextOptions
 from moe2dense.data.vocabulary import compare_vocabularies
 from moe2dense.distillation.targets.cross_tokenizer import cross_targets
 from moe2dense.distillation.targets.protocols import Targets
@@ -56,6 +59,11 @@ class Setting:
         return self.request.settings.data.block or longest
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
+    @property
+    def text_options(self) -> TextOptions:
+        """How text is read: as the settings say, and the folder of the tokenizer."""
+        return text_options_for(self.tokenizer_source, self.request.settings.data)
+
         """Return the student's tokenizer."""
         return AutoTokenizer.from_pretrained(self.tokenizer_source)
 
@@ -68,6 +76,7 @@ def gather(setting: Setting) -> Material:
     if request.endpoint is not None:
         return _from_endpoint(setting)
     train = load_blocks(
+    counts = TextCounts()
         request.settings.data.path,
         setting.tokenizer(),
         setting.block,
@@ -75,7 +84,10 @@ def gather(setting: Setting) -> Material:
         tokens=request.tokens,
         seed=request.settings.seed,
     )
+        options=setting.text_options,
+        counts=counts,
     if request.targets is not None:
+    print_skipped(counts, request.settings.data.path)
         return _from_store(setting, train)
     return _from_teacher(setting, train)
 
@@ -146,6 +158,7 @@ def _from_teacher(setting: Setting, train: Blocks) -> Material:
         seed=settings.seed,
         spread=True,
     )
+        options=setting.text_options,
     return Material(train, settings.train, teacher=teacher, valid=valid, valid_targets=reference(teacher, valid))
 
 
@@ -170,7 +183,8 @@ def _across_tokenizers(setting: Setting, teacher: Teacher, train: Blocks, differ
     longest = min(block, getattr(teacher.config.get_text_config(), "max_position_embeddings", block))
     folder = request.out / "written"
     write_text(
-        teacher, folder, settings.data.path, settings.write, tokens, block=longest, seed=seed, progress=setting.progress
-    )
-    data = load_blocks(folder, tokenizer, block, "train", tokens, seed)
+        teacher, folder, settings.data.path, settings.write, tokens, block=longest, seed=seed, progress=setting.progress,
+        options=text_options_for(teacher.path, settings.data),
+    )  # fmt: skip
+    data = load_blocks(folder, tokenizer, block, "train", tokens, seed, options=setting.text_options)
     return Material(data, _hard_labels(settings.train))

@@ -60,7 +60,7 @@ def run_evaluation(request: EvalRequest, out: Path | None, as_json: bool = False
         check_judge(settings.evaluate.judge, teacher.path, request.student)
         judge = Judge(settings.evaluate.judge, options.memory, options.device)
     count = parse_count(request.tokens, "--tokens")
-    blocks = read_text(request.data, teacher, settings.data.block, request.split, count, settings.seed)
+    blocks = read_text(request.data, teacher, settings.data, request.split, count, settings.seed)
     check_allowed(allowed, blocks.domains)
     results = _measure(request, teacher, blocks, judge)
     if out is not None:

@@ -9,6 +9,7 @@ from moe2dense.common.processes import join_processes
 from moe2dense.common.progress import progress_for
 from moe2dense.common.units import parse_count
 from moe2dense.config.schema import RunConfig
+from moe2dense.conversion.text_options import text_options_for
 from moe2dense.generation.dataset import summary, write_text
 
 
@@ -22,7 +23,10 @@ def run_generation(name: str, data: str, out: Path, tokens: str, settings: RunCo
         )
         block = block_length(teacher, settings.data.block)
         with progress_for(console) as progress:
-            write_text(teacher, out, data, settings.write, count, block=block, seed=settings.seed, progress=progress)
+            write_text(
+                teacher, out, data, settings.write, count, block=block, seed=settings.seed, progress=progress,
+                options=text_options_for(teacher.path, settings.data),
+            )  # fmt: skip
     totals = summary(out)
     dropped = ", ".join(f"{n} {reason}" for reason, n in totals["dropped"].items()) or "none"
     console.print(

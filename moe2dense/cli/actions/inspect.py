@@ -1,18 +1,23 @@
 """Show a checkpoint's shape and routing, or a run's report, as `moe2dense inspect` asks."""
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.cli.actions.common import open_teacher, read_text
 from moe2dense.common.units import parse_count, show_count
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.teacher_folder import checked_teacher
+from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.shape import Geometry, teacher_geometry
@@ -21,6 +26,7 @@ from moe2dense.reporting.terminal import print_report
 from moe2dense.student.locate import is_run
 from moe2dense.teacher.routing_report import routing_report
 
+_SAMPLE_TOKENS = 256  # of a block that is shown
 _MOST_SHARES = 16  # experts whose shares of the tokens are shown one by one
 
 
@@ -48,13 +54,16 @@ def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunCo
     console, options = Console(), settings.teacher
     resolved, remarks = checked_teacher(what, options.card)
     shape = teacher_geometry(resolved.config, resolved.card)
-    routing = None
+    routing = sample = None
     if data:
         teacher = open_teacher(what, memory=options.memory, card=options.card)
         count = parse_count(tokens, "--tokens")
-        routing = routing_report(teacher, read_text(data, teacher, settings.data.block, "valid", count))
+        blocks = read_text(data, teacher, settings.data, "valid", count)
+        routing, sample = routing_report(teacher, blocks), learnt_pieces(blocks, teacher.tokenizer())
     if as_json:
-        console.print_json(data={"shape": dataclasses.asdict(shape), "routing": routing, "remarks": remarks})
+        console.print_json(
+            data={"shape": dataclasses.asdict(shape), "routing": routing, "remarks": remarks, "sample": sample}
+        )
         return
     console.print(_shape_table(shape, resolved))
     for remark in remarks:
@@ -64,6 +73,8 @@ def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunCo
     else:
         print_routing(routing, console)
 
+    if sample:
+        print_sample(sample, console)
 
 def _shape_table(shape: Geometry, resolved: ResolvedTeacher) -> Table:
     table = Table(title=f"{resolved.name} ({resolved.card.title})", title_justify="left", show_header=False)
@@ -104,3 +115,27 @@ def print_routing(routing: dict[str, Any], console: Console) -> None:
         )
     console.print(table)
     console.print(routing["prediction"], highlight=False)
+
+
+def learnt_pieces(blocks: Blocks, tokenizer: PreTrainedTokenizerBase) -> list[tuple[str, bool]]:
+    """Return the beginning of the first block as (text, whether it is learnt), neighbours of a kind together."""
+    ids = blocks.input_ids[0, :_SAMPLE_TOKENS]
+    learnt = torch.ones_like(ids, dtype=torch.bool)
+    if blocks.labels_mask is not None:
+        learnt &= blocks.labels_mask[0, :_SAMPLE_TOKENS]
+    if blocks.prefix_mask is not None:
+        learnt &= ~blocks.prefix_mask[0, :_SAMPLE_TOKENS]
+    pieces: list[tuple[str, bool]] = []
+    for kind, group in itertools.groupby(zip(ids.tolist(), learnt.tolist(), strict=True), key=lambda pair: pair[1]):
+        pieces.append((str(tokenizer.decode([i for i, _ in group])), kind))
+    return pieces
+
+
+def print_sample(pieces: list[tuple[str, bool]], console: Console) -> None:
+    """Print rendered text with the learnt words in colour, and in brackets where there is no colour."""
+    console.print("\nhow a block of the text begins; what is learnt is marked:", highlight=False)
+    text = Text()
+    for piece, learnt in pieces:
+        shown = f"⟦{piece}⟧" if learnt and not console.is_terminal else piece
+        text.append(shown, style="black on green" if learnt else "dim")
+    console.print(text)

@@ -66,7 +66,7 @@ def run_targets(request: TargetsRequest, analyze: bool = False, as_json: bool = 
     )
     layers = teacher.config.get_text_config().num_hidden_layers
     features = teacher_features(request.features, layers, layers)
-    blocks = read_text(request.data, teacher, request.settings.data.block, "train", count, seed)
+    blocks = read_text(request.data, teacher, request.settings.data, "train", count, seed)
     analysis = None
     with progress_for(console) as progress:
         if request.out is not None:

@@ -10,6 +10,7 @@ from typing import Any
 import regex
 from transformers import PreTrainedTokenizerBase
 
+from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.errors import UserError
 
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -128,6 +129,7 @@ def read_vocabulary(tokenizer: PreTrainedTokenizerBase, rows: int) -> Vocabulary
     """
     if not getattr(tokenizer, "is_fast", False):
         raise UserError("tokenizer: GGUF export needs a tokenizer.json; this tokenizer has none")
+    check_vocabulary(tokenizer, rows, "tokenizer: it")
     table = json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
     model = table["model"]
     _check_normalizer(table, byte_level=not model.get("byte_fallback"))
