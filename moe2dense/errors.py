@@ -14,6 +14,10 @@ def nearest(word: str, choices: list[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type's name where it has none."""
+    """Return the first line of an error's text, or its type's name where it has none.
+
+    A line that only announces the next one (it ends in a colon) is given with it. At most 300 characters.
+    """
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    line = " ".join(line.strip() for line in lines[: 2 if lines and lines[0].endswith(":") else 1])
+    return line[:300] or type(error).__name__

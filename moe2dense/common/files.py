@@ -1,16 +1,21 @@
-"""Write files and folders whole: under another name first, then renamed. Nothing half-written is left looking finished."""
+"""Write files and folders whole: under another name first, then renamed. Nothing half-written is left looking finished.
+
+What reads such a file back says in one sentence when its content is not what was written.
+"""
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import psutil
 
-from moe2dense.errors import UserError
+from moe2dense.errors import UserError, first_line
 
 # Errors of the place that was chosen, not of the program: each gets one sentence.
 _PLACE = {
@@ -50,6 +55,35 @@ def _place_reason(error: BaseException) -> str | None:
         if f"os error {number})" in str(error):
             return reason
     return None
+
+
+# What the reader of damaged content raises, whatever the content is.
+_CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError)
+
+
+@contextlib.contextmanager
+def content_errors(file: str | Path, remedy: str) -> Iterator[None]:
+    """Turn what damaged content of `file` makes its reader raise into one UserError that ends in the remedy."""
+    try:
+        yield
+    except UserError:
+        raise
+    except OSError as error:
+        raise UserError(f"{file} cannot be read: {error.strerror or first_line(error)}; {remedy}") from error
+    except _CONTENT as error:
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise UserError(f"{file} is damaged or was changed by hand ({reason}); {remedy}") from error
+
+
+def read_json_object(file: str | Path, remedy: str) -> dict[str, Any]:
+    """Read a JSON file that holds an object. Raises UserError naming the file and the remedy."""
+    try:
+        value = json.loads(Path(file).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise UserError(f"{file} cannot be read: {first_line(error)}; {remedy}") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{file} cannot be read: it holds {type(value).__name__}, not an object; {remedy}")
+    return value
 
 
 def _flush(folder: Path) -> None:

@@ -18,16 +18,16 @@ TOKENIZER_FILES = (
 LEGAL_FILES = ("LICENSE*", "NOTICE*")
 
 
-def load_tokenizer(source: str | Path | PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """Return the tokenizer of a folder, hub id or object. Raises UserError when there is none."""
+def load_tokenizer(
+    source: str | Path | PreTrainedTokenizerBase, remedy: str = "pass --tokenizer"
+) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a folder, hub id or object. Raises UserError, ending in the remedy, when there is none."""
     if isinstance(source, PreTrainedTokenizerBase):
         return source
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except Exception as error:
-        raise UserError(
-            f"tokenizer: none can be loaded from {source} ({first_line(error)}); pass --tokenizer"
-        ) from error
+        raise UserError(f"tokenizer: none can be loaded from {source} ({first_line(error)}); {remedy}") from error
 
 
 def source_folder(source: str | Path | PreTrainedTokenizerBase) -> Path | None:

@@ -8,7 +8,7 @@ import tomllib
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_origin, get_type_hints
 
 from moe2dense.errors import UserError, nearest
 
@@ -106,12 +106,14 @@ def _read(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(f"card {path} cannot be read: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise UserError(f"card {path} is not valid TOML: {error}") from error
 
 
 def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
-    """Build a card from a table. Raises UserError for a key that is unknown or missing."""
+    """Build a card from a table. Raises UserError for a key that is unknown, missing or of another type."""
+    if not isinstance(table, dict):
+        raise UserError(f"card {path}: {cls.__name__.lower()} must be a table; found {table!r}")
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
     for key in table:
         if key not in fields:
@@ -123,12 +125,21 @@ def _build(cls: type[T], table: dict[str, Any], path: Path) -> T:
     ]
     if missing:
         raise UserError(f"card {path}: missing key {missing[0]!r}")
+    kinds = get_type_hints(cls)
+    for key, value in table.items():
+        kind = get_origin(kinds[key]) or kinds[key]
+        if kind is tuple and not isinstance(value, (list, tuple)):
+            raise UserError(f"card {path}: {key} must be a list; found {value!r}")
+        if kind in (str, bool, dict) and not isinstance(value, kind):
+            raise UserError(f"card {path}: {key} must be {kind.__name__}; found {value!r}")
     values = {k: tuple(v) if isinstance(v, list) and k != "checkpoints" else v for k, v in table.items()}
     return cls(**values)
 
 
-def _with_nulls(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a checkpoint's row with None for "null" in its config: TOML has no null."""
+def _with_nulls(row: Any) -> Any:
+    """Return a checkpoint's row with None for "null" in its config: TOML has no null. What is no such row is left as it is."""
+    if not isinstance(row, dict) or not isinstance(row.get("config", {}), dict):
+        return row
     return {**row, "config": {k: None if v == "null" else v for k, v in row.get("config", {}).items()}}
 
 
@@ -136,7 +147,10 @@ def read_teacher_card(path: str | Path) -> TeacherCard:
     """Read a teacher card from a TOML file. Raises UserError naming the file and the key that is wrong."""
     path = Path(path)
     table = _read(path)
-    rows = [_build(Checkpoint, _with_nulls(row), path) for row in table.pop("checkpoints", [])]
+    listed = table.pop("checkpoints", [])
+    if not isinstance(listed, list):
+        raise UserError(f"card {path}: checkpoints must be a list of tables; found {listed!r}")
+    rows = [_build(Checkpoint, _with_nulls(row), path) for row in listed]
     return _build(TeacherCard, {**table, "checkpoints": tuple(rows)}, path)
 
 

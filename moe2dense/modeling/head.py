@@ -111,7 +111,7 @@ def head_on(head: OutputHead, device: torch.device) -> OutputHead:
 def output_head(model: PreTrainedModel) -> Head:
     """Return the head of a causal language model, checked on a few tokens against the model's own logits.
 
-    Raises UserError where the model's logits are not a linear map of its last hidden state.
+    Raises UserError where they are not finite, or not a linear map of its last hidden state.
     """
     if model.get_output_embeddings() is None:
         raise UserError(f"student: {type(model).__name__} has no output embedding; a causal language model is needed")
@@ -120,6 +120,8 @@ def output_head(model: PreTrainedModel) -> Head:
     with evaluation_mode(model), torch.no_grad():
         own = model(input_ids=ids, use_cache=False).logits
         ours = head.logits(final_hidden(model, {"input_ids": ids}))
+    if not own.isfinite().all():
+        raise UserError(f"student: the logits of {type(model).__name__} are not finite; its weights are damaged")
     if not torch.allclose(own.float(), ours.float(), rtol=2e-2, atol=1e-3 + 1e-2 * float(own.float().std())):
         raise UserError(f"student: the logits of {type(model).__name__} are not its output embedding of the last state")
     return head

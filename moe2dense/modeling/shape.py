@@ -1,8 +1,9 @@
 """Read a model's shape in numbers from its config, on the meta device: no weights are touched."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
 from moe2dense.modeling.empty import count_parameters, empty_model
 
@@ -56,14 +57,26 @@ def _shared_width(layer: "nn.Module", card: TeacherCard) -> int:
     return _width(owner.get_submodule(card.shared))
 
 
+def _field(config: "PreTrainedConfig", card: TeacherCard, key: str) -> Any:
+    """Return the value of the config field that a key of the card names. Raises UserError where the config has none."""
+    name = getattr(card, key)
+    value = getattr(config, name, None)
+    if value is None:
+        raise UserError(f"teacher card {card.model_type}: {key} = {name!r} is no field of the teacher's config.json")
+    return value
+
+
 def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
-    """Return the shape of a teacher of this config; the card says where its MoE block, experts and shared FFN are."""
+    """Return the shape of a teacher of this config; the card says where its MoE block, experts and shared FFN are.
+
+    Raises UserError where the config names another shape than can be built, or lacks a field that the card names.
+    """
     from moe2dense.modeling.decoder import decoder_layers
 
     config = config.get_text_config()
     model = empty_model(config)
     moe, shared, dense, per_expert = [], 0, 0, 0
-    num_experts = getattr(config, card.num_experts)
+    num_experts = _field(config, card, "num_experts")
     for index, layer in enumerate(decoder_layers(model)):
         try:
             experts = layer.get_submodule(f"{card.moe_block}.{card.experts}")
@@ -75,7 +88,7 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
         if card.shared:
             shared = _shared_width(layer, card)
     total = count_parameters(model)
-    top_k = getattr(config, card.top_k)
+    top_k = _field(config, card, "top_k")
     top_k = top_k[0] if isinstance(top_k, (list, tuple)) else top_k  # hunyuan lists one for each layer
     return Geometry(
         model_type=config.model_type,
@@ -85,7 +98,7 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
         vocab_size=config.vocab_size,
         num_experts=num_experts,
         top_k=top_k,
-        expert_width=getattr(config, card.expert_width),
+        expert_width=_field(config, card, "expert_width"),
         shared_width=shared,
         dense_width=dense,
         parameters=total,

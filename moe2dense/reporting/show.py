@@ -8,7 +8,7 @@ from rich.console import Console
 from moe2dense.config.flags import argument
 from moe2dense.reporting.compare import compare_reports, print_comparison
 from moe2dense.reporting.html import save_report
-from moe2dense.reporting.report_file import read_report
+from moe2dense.reporting.report_file import read_report, report_errors
 from moe2dense.reporting.terminal import print_report
 
 
@@ -23,12 +23,15 @@ def report(
     console = Console()
     content = read_report(run)
     if other is not None:
-        comparison = compare_reports(content, read_report(other))
-        console.print_json(data=comparison) if json else print_comparison(comparison, console)
+        second = read_report(other)
+        with report_errors(run if other == run else f"{run}'s or {other}'s report.json"):
+            comparison = compare_reports(content, second)
+            console.print_json(data=comparison) if json else print_comparison(comparison, console)
         return
-    save_report(content, run)
-    if json:
-        console.print_json(data=content)
-    else:
-        print_report(content, console)
-        console.print(f"report: {run / 'report.html'}")
+    with report_errors(run):
+        save_report(content, run)
+        if json:
+            console.print_json(data=content)
+        else:
+            print_report(content, console)
+            console.print(f"report: {run / 'report.html'}")

@@ -4,17 +4,19 @@ import dataclasses
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from moe2dense.common.files import whole_folder
+from moe2dense.common.files import content_errors, read_json_object, whole_folder
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_host
 from moe2dense.modeling.load import load_model, quiet
 from moe2dense.student.types import LayerProvenance, Student
 
+_REMEDY = "build the student again"
+_KINDS = {"host": str, "teacher": str, "method": str, "build_tokens": int, "layers": int}
 _PROVENANCE_FIELDS = [f.name for f in dataclasses.fields(LayerProvenance)]
 
 
@@ -82,20 +84,37 @@ def load_student(folder: str | Path) -> Student:
     folder = Path(folder)
     if not (folder / "student.json").is_file():
         raise UserError(f"{folder} holds no built student (no student.json)")
-    metadata: dict[str, Any] = json.loads((folder / "student.json").read_text())
-    tensors = load_file(folder / "provenance.safetensors")
-    provenance: list[LayerProvenance | None] = [
-        LayerProvenance(**{name: tensors[f"{layer}.{name}"] for name in _PROVENANCE_FIELDS})
-        if f"{layer}.source_expert" in tensors
-        else None
-        for layer in range(metadata["layers"])
-    ]
-    return Student(
-        model=load_model(folder),
-        card=student_host(metadata["host"]),
-        provenance=provenance,
-        teacher_path=metadata["teacher"],
-        method=metadata["method"],
-        build_tokens=metadata["build_tokens"],
-        history=metadata["history"],
-    )
+    metadata = read_json_object(folder / "student.json", _REMEDY)
+    model = load_model(folder)
+    with content_errors(folder / "student.json", _REMEDY):
+        for name, kind in _KINDS.items():
+            if type(metadata[name]) is not kind:
+                raise TypeError(f"{name} is {metadata[name]!r}, not {kind.__name__}")
+        if metadata["layers"] != model.config.num_hidden_layers:
+            raise ValueError(
+                f"it speaks of {metadata['layers']} layers, the model has {model.config.num_hidden_layers}"
+            )
+        return Student(
+            model=model,
+            card=student_host(metadata["host"]),
+            provenance=_read_provenance(folder / "provenance.safetensors", metadata["layers"]),
+            teacher_path=metadata["teacher"],
+            method=metadata["method"],
+            build_tokens=metadata["build_tokens"],
+            history=metadata["history"],
+        )
+
+
+def _read_provenance(file: Path, layers: int) -> list[LayerProvenance | None]:
+    """Return where the neurons of each layer come from; None for a layer that was not built. Raises UserError."""
+    try:
+        with content_errors(file, _REMEDY):
+            tensors = load_file(file)
+            return [
+                LayerProvenance(**{name: tensors[f"{layer}.{name}"] for name in _PROVENANCE_FIELDS})
+                if f"{layer}.source_expert" in tensors
+                else None
+                for layer in range(layers)
+            ]
+    except SafetensorError as error:
+        raise UserError(f"{file} cannot be read: {error}; {_REMEDY}") from error

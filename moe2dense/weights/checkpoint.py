@@ -67,7 +67,7 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
     try:
         header = json.loads(text)
         assert isinstance(header, dict)
-    except (ValueError, AssertionError) as error:
+    except (ValueError, AssertionError, RecursionError) as error:
         raise UserError(f"checkpoint file {path} has a damaged header; download it again") from error
     return header, 8 + length, size
 

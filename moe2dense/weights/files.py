@@ -73,7 +73,7 @@ def read_index(path: Path) -> dict[str, str]:
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
         if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
             raise TypeError
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"checkpoint index {path} is not valid JSON with a weight_map") from error
     if not weight_map:
         raise UserError(f"checkpoint index {path} names no tensor; download it again")
@@ -84,7 +84,7 @@ def _named_by_config(folder: Path) -> str:
     """Return the file that config.json names as its weights, or ''. Raises UserError for one that is not safetensors."""
     try:
         config: Any = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return ""  # the config is read, and complained of, elsewhere
     named = config.get("transformers_weights") if isinstance(config, dict) else None
     if not named:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 from rich.console import Console
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.cli.actions.common import open_teacher, print_skipped
 from moe2dense.cli.actions.distill_request import DistillRequest
@@ -19,6 +19,7 @@ from moe2dense.distillation.targets.cross_tokenizer import cross_targets
 from moe2dense.distillation.targets.protocols import Targets
 from moe2dense.distillation.targets.store import open_targets
 from moe2dense.evaluation.reference import Reference, reference
+from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.generation.completions import answer_blocks, ask_endpoint, read_completions
 from moe2dense.generation.dataset import write_text
 from moe2dense.generation.endpoint import Endpoint
@@ -58,14 +59,14 @@ class Setting:
         longest = min(_LONGEST_BLOCK, self.student.model.config.max_position_embeddings)
         return self.request.settings.data.block or longest
 
-    def tokenizer(self) -> PreTrainedTokenizerBase:
     @property
     def text_options(self) -> TextOptions:
         """How text is read: as the settings say, and the folder of the tokenizer."""
         return text_options_for(self.tokenizer_source, self.request.settings.data)
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
         """Return the student's tokenizer."""
-        return AutoTokenizer.from_pretrained(self.tokenizer_source)
+        return load_tokenizer(self.tokenizer_source, remedy="save a tokenizer into the student's folder")
 
 
 def gather(setting: Setting) -> Material:
@@ -75,19 +76,19 @@ def gather(setting: Setting) -> Material:
         return _from_completions(setting)
     if request.endpoint is not None:
         return _from_endpoint(setting)
-    train = load_blocks(
     counts = TextCounts()
+    train = load_blocks(
         request.settings.data.path,
         setting.tokenizer(),
         setting.block,
         "train",
         tokens=request.tokens,
         seed=request.settings.seed,
-    )
         options=setting.text_options,
         counts=counts,
-    if request.targets is not None:
+    )
     print_skipped(counts, request.settings.data.path)
+    if request.targets is not None:
         return _from_store(setting, train)
     return _from_teacher(setting, train)
 
@@ -157,8 +158,8 @@ def _from_teacher(setting: Setting, train: Blocks) -> Material:
         tokens=_HELD_OUT * train.input_ids.shape[1],
         seed=settings.seed,
         spread=True,
-    )
         options=setting.text_options,
+    )
     return Material(train, settings.train, teacher=teacher, valid=valid, valid_targets=reference(teacher, valid))
 
 

@@ -5,14 +5,15 @@ from pathlib import Path
 from rich.console import Console
 from rich.prompt import Confirm
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from moe2dense.common.units import show_bytes
 from moe2dense.data.load import load_blocks
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
 from moe2dense.exporting.hub import push_to_hub
-from moe2dense.reporting.report_file import read_report
+from moe2dense.exporting.tokenizer import load_tokenizer
+from moe2dense.reporting.report_file import read_report, report_errors
 from moe2dense.student.locate import is_run, student_folder
 from moe2dense.student.open import open_student
 
@@ -36,7 +37,11 @@ def run_export(
     student = open_student(what)
     source = tokenizer or student.teacher_path or str(student_folder(what))
     text = _calibration_text(data, source, student.model) if data and quantize in ("int8", "int4") else None
-    info = card_info(read_report(what)) if is_run(Path(what)) else None
+    info = None
+    if is_run(Path(what)):
+        report = read_report(what)
+        with report_errors(what):
+            info = card_info(report)
     exported = export(
         student,
         out,
@@ -65,4 +70,4 @@ def push(folder: Path, repository: str, public: bool, yes: bool) -> None:
 def _calibration_text(data: str, tokenizer: str, model: PreTrainedModel) -> Tensor:
     block = min(_CALIBRATION_LENGTH, model.config.max_position_embeddings)
     tokens = _CALIBRATION_BLOCKS * block
-    return load_blocks(data, AutoTokenizer.from_pretrained(tokenizer), block, "valid", tokens=tokens).input_ids
+    return load_blocks(data, load_tokenizer(tokenizer), block, "valid", tokens=tokens).input_ids

@@ -21,7 +21,7 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.shape import Geometry, teacher_geometry
-from moe2dense.reporting.report_file import read_report
+from moe2dense.reporting.report_file import read_report, report_errors
 from moe2dense.reporting.terminal import print_report
 from moe2dense.student.locate import is_run
 from moe2dense.teacher.routing_report import routing_report
@@ -46,7 +46,8 @@ def inspect_run(what: str, as_json: bool = False) -> None:
     if as_json:
         console.print_json(data=report)
     else:
-        print_report(report, console)
+        with report_errors(what):
+            print_report(report, console)
 
 
 def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunConfig, as_json: bool = False) -> None:
@@ -72,9 +73,9 @@ def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunCo
         console.print("pass --data to see how the experts are used")
     else:
         print_routing(routing, console)
-
     if sample:
         print_sample(sample, console)
+
 
 def _shape_table(shape: Geometry, resolved: ResolvedTeacher) -> Table:
     table = Table(title=f"{resolved.name} ({resolved.card.title})", title_justify="left", show_header=False)

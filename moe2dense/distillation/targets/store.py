@@ -6,7 +6,6 @@ head.safetensors      the teacher's head (hidden only)
 shard-0000000.safetensors ...   named by its first block
 """
 
-import json
 import pkgutil
 import threading
 from collections.abc import Callable, Sequence
@@ -21,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from moe2dense.common.files import content_errors, read_json_object
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.targets.formats import Format, StoreOptions, read_features
 from moe2dense.distillation.targets.identity import same_teacher, teacher_identity
@@ -34,6 +34,17 @@ from moe2dense.teacher.kinds import AnyTeacher
 
 MANIFEST, KEYS, HEAD = "store.json", "keys.txt", "head.safetensors"
 VERSION = 3
+_REMEDY = "write the targets again"
+_KINDS = {
+    "teacher": str,
+    "blocks": int,
+    "block": int,
+    "layers": int,
+    "hidden_size": int,
+    "options": dict,
+    "shards": list,
+}
+_SHARD_KINDS = {"file": str, "from": int, "to": int, "xxh3": str}
 Value = TypeVar("Value")
 
 
@@ -44,19 +55,33 @@ def format_of(options: StoreOptions) -> Format:
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Read store.json. Raises UserError for a folder that is no store, a damaged one, or one of another version."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_text())
-    except FileNotFoundError:
-        raise UserError(
-            f"targets {folder} is no store (it has no store.json); write one with `moe2dense targets`"
-        ) from None
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"targets {folder}/store.json cannot be read: {error}") from error
+    if not (folder / MANIFEST).exists():
+        raise UserError(f"targets {folder} is no store (it has no store.json); write one with `moe2dense targets`")
+    manifest = read_json_object(folder / MANIFEST, _REMEDY)
     if manifest.get("version") != VERSION:
         raise UserError(
             f"targets {folder} have version {manifest.get('version')}, this program reads {VERSION}; write them again"
         )
+    with content_errors(folder / MANIFEST, _REMEDY):
+        _check_manifest(manifest)
     return manifest
+
+
+def _check_manifest(manifest: dict[str, Any]) -> None:
+    """Raise TypeError, KeyError or ValueError where store.json is not as it is written."""
+    for table, kinds in ((manifest, _KINDS), *((shard, _SHARD_KINDS) for shard in manifest["shards"])):
+        for name, kind in kinds.items():
+            if type(table[name]) is not kind:
+                raise TypeError(f"{name} is {table[name]!r}, not {kind.__name__}")
+    if manifest["blocks"] < 1 or not all(0 <= s["from"] < s["to"] for s in manifest["shards"]):
+        raise ValueError("its numbers of blocks cannot be right")
+    options = manifest["options"]
+    StoreOptions(**{**options, **{n: tuple(options[n]) for n in ("features", "routing")}})
+    if options["format"] not in TARGET_FORMATS:
+        raise ValueError(f"format is {options['format']!r}")
+    for shard in manifest["shards"]:
+        if Path(shard["file"]).name != shard["file"]:
+            raise ValueError(f"shard {shard['file']!r} is not in its folder")
 
 
 def stored_blocks(manifest: dict[str, Any]) -> int:
@@ -78,9 +103,15 @@ def open_targets(
         raise UserError(
             f"targets {folder} are unfinished ({stored} of {manifest['blocks']} blocks); run `moe2dense targets` again"
         )
-    if teacher is not None and not same_teacher(manifest["teacher"], teacher_identity(teacher)):
+    with content_errors(folder / MANIFEST, _REMEDY):
+        of_this_teacher = teacher is None or same_teacher(manifest["teacher"], teacher_identity(teacher))
+    if not of_this_teacher:
         raise UserError(f"targets {folder} were written by another teacher; write them again")
-    places = {key: i for i, key in enumerate((folder / KEYS).read_text().split())}
+    with content_errors(folder / KEYS, _REMEDY):
+        listed = (folder / KEYS).read_text().split()
+        if len(listed) != manifest["blocks"]:
+            raise ValueError(f"it lists {len(listed)} blocks of {manifest['blocks']}")
+    places = {key: i for i, key in enumerate(listed)}
     keys = blocks.keys()
     rows = [places.get(key, -1) for key in keys]
     if (missing := sum(r < 0 for r in rows)) > 0:
@@ -164,10 +195,11 @@ class StoredTargets:
         row = self.rows[index]
         number = self._shard_of[row]
         shard = self.manifest["shards"][number]
+        path = self.folder / shard["file"]
         try:
-            with self._lock:
+            with self._lock, content_errors(path, _REMEDY):
                 if number not in self._open:
-                    self._open[number] = safe_open(self.folder / shard["file"], "pt")
+                    self._open[number] = safe_open(path, "pt")
                 return read(self._open[number], row - shard["from"])
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"targets {self.folder / shard['file']} cannot be read: {error}") from error
+        except SafetensorError as error:
+            raise UserError(f"targets {path} cannot be read: {error}; {_REMEDY}") from error
