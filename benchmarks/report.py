@@ -46,7 +46,7 @@ def made_up_report(layers: int = 4, experts: int = 8, seed: int = 0) -> dict[str
             "teacher_perplexity": estimate(37.3, 0.03), "agreement": estimate(1 / (1 + 1.5 * kl), 0.02), "top5": estimate(1 / (1 + kl), 0.01),
             "correlation": estimate(1 / (1 + kl / 2), 0.01), "ece": estimate(0.02 + kl / 40), "teacher_ece": estimate(0.02), "entropy": estimate(3.4),
             "entropy_gap": estimate(0.03 + kl / 9), "rare_kl": estimate(kl * 2, 0.1), "by_domain": by_domain, "by_decile": by_decile,
-            "by_position": by_position, "tokens": 24480, "blocks": 96,
+            "by_position": by_position, "tokens": 24480, "blocks": 96, "clusters": 27, "unit": "works", "rare_by": "the training text",
             "worst_tokens": [{"id": i, "count": 4 + i, "kl": 2 - i / 8, "teacher_nll": 3.0, "nll": 5.0 - i / 8} for i in range(12)],
         }  # fmt: skip
 
@@ -66,7 +66,7 @@ def made_up_report(layers: int = 4, experts: int = 8, seed: int = 0) -> dict[str
                       "by_domain": {d: estimate(0.93 - 0.03 * i, 0.04) for i, d in enumerate(DOMAINS)}},
         "history": _history(0.21, 0.106, rng), "control_history": _history(5.6, 0.82, rng),
         "transfer": _transfer(layers, experts, rng), "train_scores": scores(0.098),
-        "samples": _samples(), "apart": None,
+        "samples": _samples(), "apart": None, "skills": _skills(), "choice": None, "build": [],
         "tokens": {str(i): f" {WORDS[i]}" for i in range(12)},
         "run": {"command": "moe2dense convert examples/tiny-mixtral --to 3.2m --tokens 500k --control --out out",
                 "config": {"model": "examples/tiny-mixtral", "to": "3.2m", "seed": 0, "train": {"lr": 1e-3, "loss": "forward_kl"}},
@@ -78,6 +78,16 @@ def made_up_report(layers: int = 4, experts: int = 8, seed: int = 0) -> dict[str
         "diagnosis": [{"id": "few_calibration_tokens", "severity": "warning", "title": "Few calibration tokens",
                        "finding": "The student was built from 5,120 tokens for 512 neurons a layer; 20 a neuron (10,240) are advisable.", "remedy": "Raise --tokens; the build uses a share of them."}],
     }  # fmt: skip
+
+
+def _skills() -> dict[str, Any]:
+    rows = []
+    for i, title in enumerate(("Arithmetic", "Copying", "Induction", "Brackets", "Training text", "Code")):
+        solved = {"teacher": 0.25 + i / 8, "student": 0.25 + i / 9, "before": 0.25 + i / 10, "control": 0.25 + i / 20}
+        scores = {k: {"value": v, "low": v - 0.15, "high": min(1.0, v + 0.15)} for k, v in solved.items()}
+        kept = {k: None if i < 2 else (solved[k] - 0.25) / (solved["teacher"] - 0.25) for k in ("student", "before", "control")}
+        rows.append({"name": title.lower(), "title": title, "help": "A small task.", "tasks": 20, "scores": scores, "retention": kept})
+    return {"chance": 0.25, "skills": rows}
 
 
 def _samples() -> dict[str, Any]:

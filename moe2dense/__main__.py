@@ -9,11 +9,15 @@ from rich.console import Console
 from rich.markup import escape
 
 from moe2dense.cli.app import FIRST_WORDS, app
+from moe2dense.conversion.results import Result
 from moe2dense.errors import UserError
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command and return its exit code: 0, 2 for bad input, 130 after Ctrl-C."""
+    """Run one command and return its exit code.
+
+    0; 2 for bad input; 3 for a conversion whose training gained nothing; 130 after Ctrl-C.
+    """
     arguments = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True)
     if len(arguments) == 1 and arguments[0] in FIRST_WORDS:
@@ -21,7 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     format_of_python, warnings.formatwarning = warnings.formatwarning, _warning
     try:
-        app(arguments, result_action="return_none", exit_on_error=False, print_error=False)
+        result = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
         errors.print(f"[red]error:[/] {_plain(str(error))}", highlight=False)
         return 2
@@ -30,7 +34,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
     finally:
         warnings.formatwarning = format_of_python
-    return 0
+    return result.exit_code if isinstance(result, Result) else 0
 
 
 def _warning(

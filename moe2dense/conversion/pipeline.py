@@ -1,21 +1,27 @@
 """A whole conversion, read top to bottom: plan -> build -> targets -> distill -> evaluate -> report -> export."""
 
+from pathlib import Path
+from typing import Any
+
 from rich.console import Console
 
 from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
+from moe2dense.conversion.choice import BUILT, Choice, choose
 from moe2dense.conversion.job import Job, load_text, shortfall
 from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Plan, Result
 from moe2dense.conversion.run import open_run
 from moe2dense.conversion.show_plan import print_plan
+from moe2dense.conversion.text_options import run_day
 from moe2dense.conversion.training_text import with_training_text
 from moe2dense.families.resolve import fetch, resolve_teacher
+from moe2dense.student.store import load_student
+from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
 
-from moe2dense.conversion.text_options import run_day
 
 def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Result | Plan:
     """Convert as resolved settings say. Raises UserError for bad input; a stopped run continues with resume=True."""
@@ -36,32 +42,55 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
         run.save(teacher={"remarks": teacher.remarks, "ignored_tensors": teacher.ignored})
         text = load_text(settings, plan, teacher.tokenizer(), run_day(run))
         check_report_settings(settings, text, teacher)
+        run.save(text={split: counts.to_dict() for split, counts in text.records.items()})
+        for split, counts in text.records.items():
+            console.print(f"{split} text: {counts.sentence()}", highlight=False, markup=False)
         if warning := shortfall(text, plan):
             console.print(f"[yellow]warning:[/] {warning}")
         result = _stages(Job(run, settings, plan, teacher, text, progress))
     report_stage.show_result(run.folder, console)
     return result
 
-        run.save(text={split: counts.to_dict() for split, counts in text.records.items()})
-        for split, counts in text.records.items():
-            console.print(f"{split} text: {counts.sentence()}", highlight=False, markup=False)
 
 def _stages(job: Job) -> Result:
     """Every stage in order. A finished one is read back from the run folder."""
     whole, job = job, progressive.last_stage(job)
     student = stages.build(job)
+    scoring.write_token_counts(job)
     rows = {"teacher": scoring.score_teacher(job), "before": scoring.score(job, student)}
+    choice: Choice | None = None
+    last: dict[str, Any] = {}
     if job.plan.tokens:
         job = with_training_text(job, student)
-        student = stages.train(job, student)
-        rows["student"] = scoring.score(job, student)
+        student, rows["student"], choice, last = _trained(job, student, rows["before"])
     else:
         rows["student"] = rows["before"]
+    control: Path | None = None
     if job.settings.control:
-        rows["control"] = scoring.score(job, stages.control(job))
+        control, rows["control"] = stages.control(job)
         if job.settings.stages:
             rows["direct"] = scoring.score(job, progressive.direct(whole))
     rows |= scoring.score_baselines(job)
-    report = report_stage.write_report(job, student, rows)
+    report = report_stage.write_report(job, student, rows, choice, last, control)
     model = report_stage.export_model(job, student, report)
-    return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"])
+    exported, gained = (choice.exported, choice.gained) if choice else (BUILT, None)
+    return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"], exported, gained)
+
+
+def _trained(
+    job: Job, built: Student, before: scoring.TextScores
+) -> tuple[Student, scoring.TextScores, Choice, dict[str, Any]]:
+    """Train the student; return the one to export with its scores, the choice, and the last step's scores where it is another.
+
+    The built student is exported where training did not bring it closer to its teacher.
+    """
+    student = stages.train(job, built)
+    trained = job.run.finished("train-student")
+    assert trained is not None, "training records what it did"
+    choice = choose(float(before["valid"].kl), trained)
+    last = trained.get("last") or {}
+    if choice.gained:
+        return student, scoring.score(job, student), choice, last
+    if not last:
+        last = {text: scores.to_dict() for text, scores in scoring.score(job, student).items()}
+    return load_student(job.run.folder / "build" / "student"), before, choice, last

@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +12,22 @@ from transformers import PreTrainedModel
 from moe2dense.common.jsonable import clean
 from moe2dense.common.versions import versions
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
+from moe2dense.conversion.choice import Choice
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job
 from moe2dense.conversion.scoring import TextScores, reference_for
 from moe2dense.conversion.stages import training_targets
+from moe2dense.data.frequency import count_tokens
 from moe2dense.distillation.regimes.mtp import copy_heads
 from moe2dense.distillation.targets.protocols import HiddenStates
 from moe2dense.distillation.targets.store import StoredTargets
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.judge import Judge
-from moe2dense.evaluation.reference import Reference
+from moe2dense.evaluation.reference import AnyModel, Reference
 from moe2dense.evaluation.samples import side_by_side
 from moe2dense.evaluation.scores import Scores
+from moe2dense.evaluation.skill_probes import fact_probes, text_probes, tokenised
+from moe2dense.evaluation.skills import measure_skills
 from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
@@ -36,8 +41,19 @@ from moe2dense.student.types import Student
 from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash, weight_hashes
 
 
-def write_report(job: Job, student: Student, rows: dict[str, TextScores]) -> Report:
-    """Write report.html and report.json from everything the run measured; returns the report."""
+def write_report(
+    job: Job,
+    student: Student,
+    rows: dict[str, TextScores],
+    choice: Choice | None = None,
+    last: Mapping[str, Any] | None = None,
+    control: Path | None = None,
+) -> Report:
+    """Write report.html and report.json from everything the run measured; return the report.
+
+    choice: which student is exported, where one was trained. last: scores of the last step by text, where another is exported.
+    control: folder of the control.
+    """
     stages = job.run.manifest["stages"]
     model = student.model
     facts = {
@@ -56,10 +72,14 @@ def write_report(job: Job, student: Student, rows: dict[str, TextScores]) -> Rep
         student=facts,
         rows={name: scores["valid"] for name, scores in rows.items()},
         ood={name: scores["ood"] for name, scores in rows.items() if "ood" in scores},
+        build=[*stages.get("build", {}).get("history", [])],
+        choice=choice.to_dict() if choice else None,
+        last=last or {},
         history=stages.get("train-student", {}).get("history", []),
         control_history=stages.get("train-control", {}).get("history", []),
         transfer=transfer(job, student, rows),
         samples=samples(job, student),
+        skills=skills(job, student, control),
         hashes=hashes(job),
         allow_loss=job.settings.evaluate.allow_loss,
         train_scores=score_training_text(job, student),
@@ -95,6 +115,29 @@ def samples(job: Job, student: Student) -> dict[str, Any] | None:
     if texts is None:
         return None
     return texts | {"sheet": [p.name for p in write_sheet(texts, job.run.folder, seed)]}
+
+
+def skills(job: Job, student: Student, control: Path | None) -> dict[str, Any] | None:
+    """Let teacher, student, student before training and control solve small exact tasks; None where none are asked for."""
+    count, seed, text = job.settings.evaluate.skills, job.settings.seed, job.text
+    if not count:
+        return None
+    tokenizer = job.teacher.tokenizer()
+    counts = count_tokens(text.train) if text.token_counts is None else text.token_counts
+    probes = [
+        *tokenised(text_probes(count, seed), tokenizer),
+        *fact_probes(text.train, counts, tokenizer, count, seed),
+    ]
+
+    def models() -> Iterator[tuple[str, AnyModel]]:
+        yield "teacher", job.teacher
+        yield "student", student
+        yield "before", load_student(job.run.folder / "build" / "student")
+        if control is not None:
+            yield "control", load_student(control)
+
+    with job.timed("skills"):
+        return measure_skills(models(), probes)
 
 
 def hashes(job: Job) -> dict[str, str]:
@@ -176,7 +219,9 @@ def export_model(job: Job, student: Student, report: Report) -> Path:
         return folder
 
     def score_quantized(model: PreTrainedModel) -> dict[str, Any]:
-        scores = evaluate(model, reference_for(job, "valid"), token_counts=job.text.token_counts, seed=job.settings.seed)
+        scores = evaluate(
+            model, reference_for(job, "valid"), token_counts=job.text.token_counts, seed=job.settings.seed
+        )
         report["rows"][f"student, {options.quantize}"] = scores.to_dict()
         return scores.to_dict()
 

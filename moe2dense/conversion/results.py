@@ -66,11 +66,26 @@ class Plan:
         return table | extra | {"bytes_per_token": self.bytes_per_token, "warnings": list(self.warnings)}
 
 
+GAINED_NOTHING = 3  # exit code of a conversion whose training did not bring the student closer to its teacher
+
+
 @dataclass(frozen=True)
 class Result:
-    """What a conversion left behind."""
+    """What a conversion left behind.
+
+    scores: row name -> numbers on the held-out text. exported: which student `model` holds: "last" (of the last training step),
+    "best" (of an earlier checkpoint, closer to the teacher), or "built" (as it was before training). gained: whether training
+    brought it closer to the teacher; None where nothing was trained.
+    """
 
     out: Path
     model: Path
     report: Path
-    scores: dict[str, Any]  # row name -> numbers on the held-out text
+    scores: dict[str, Any]
+    exported: str = "last"
+    gained: bool | None = None
+
+    @property
+    def exit_code(self) -> int:
+        """Return 0, or 3 where training gained nothing and the student is exported as it was built."""
+        return GAINED_NOTHING if self.gained is False else 0

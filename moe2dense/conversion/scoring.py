@@ -1,9 +1,12 @@
 """Score a conversion's models on its held-out text, each against the teacher."""
 
-import torch
+from pathlib import Path
+
+from safetensors.torch import load_file, save
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe2dense.common.files import atomic_write
 from moe2dense.conversion.job import Job
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.baselines import open_baseline, row_names
@@ -12,6 +15,7 @@ from moe2dense.evaluation.scores import Scores
 from moe2dense.student.types import Student
 
 # V vocabulary
+_COUNTS = "token_counts.safetensors"
 TextScores = dict[str, Scores]  # by text: valid and, where given, ood
 
 
@@ -24,20 +28,29 @@ def reference_for(job: Job, which: str) -> Reference:
     return job.references[which]
 
 
-def token_counts(job: Job) -> Tensor:
-    """Count how often each token id stands in the training text [V]."""
-    return torch.bincount(job.text.train.input_ids.flatten(), minlength=job.plan.shape.vocab_size)
+def write_token_counts(job: Job) -> None:
+    """Keep in the run folder how often each token occurs in the training text, so that `eval` means the same rare tokens."""
+    assert job.text.token_counts is not None, "a run counts the tokens of its training text"
+    atomic_write(job.run.folder / _COUNTS, save({"token_counts": job.text.token_counts}))
+
+
+def read_token_counts(student: str | Path) -> Tensor | None:
+    """Return the counts [V] of the run that a student, its folder or its exported model belongs to; None without one."""
+    folder = Path(student)
+    places = (folder, *folder.absolute().parents[:3])
+    file = next((place / _COUNTS for place in places if (place / _COUNTS).is_file()), None)
+    return None if file is None else load_file(file)["token_counts"]
 
 
 def score(job: Job, student: Student | PreTrainedModel) -> TextScores:
     """Score a student on the held-out and, where given, the out-of-distribution text."""
-    counts, seed = token_counts(job), job.settings.seed
+    counts, seed = job.text.token_counts, job.settings.seed
     return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in _texts(job)}
 
 
 def score_teacher(job: Job) -> TextScores:
     """Score the teacher itself: its likelihood of the text; everything relative to itself is zero."""
-    counts, seed = token_counts(job), job.settings.seed
+    counts, seed = job.text.token_counts, job.settings.seed
     references = {t: reference_for(job, t) for t in _texts(job)}
     return {t: evaluate(own, own, token_counts=counts, seed=seed) for t, own in references.items()}
 

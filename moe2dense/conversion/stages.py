@@ -5,9 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from moe2dense.config.schema import RunConfig
+from moe2dense.conversion.choice import BEST, LAST, load_checkpoint
 from moe2dense.conversion.job import Job
-from moe2dense.conversion.scoring import reference_for
+from moe2dense.conversion.scoring import TextScores, reference_for, score
 from moe2dense.distillation.api import distill
+from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.distillation.cost import features_to_store
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.checks import brings_targets
@@ -19,6 +21,7 @@ from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.feature_spec import teacher_features
 from moe2dense.student.build.api import build_student, build_to_folder
+from moe2dense.student.init_spec import base_and_steps
 from moe2dense.student.open import open_student
 from moe2dense.student.store import load_student, save_student
 from moe2dense.student.types import Student
@@ -57,10 +60,11 @@ def build(job: Job) -> Student:
     return student
 
 
-def train(job: Job, student: Student, row: str = "student") -> Student:
-    """Distil the student on the teacher's targets; returns it with the final weights.
+def train(job: Job, student: Student, row: str = "student", built: Path | None = None) -> Student:
+    """Distil the student on the teacher's targets; return it as it was closest to the teacher on held-out text.
 
-    row: the student's row in the report; another than `student` is trained in a folder of that name.
+    row: the student's row in the report; another than `student` is trained in a folder of that name. built: the student as it
+    was before training; by default the run's. The stage's record has the KL of the last step and of the best checkpoint.
     """
     folder = job.run.folder if row == "student" else job.run.folder / row
     stage, final = f"train-{row}", folder / "checkpoints" / "final"
@@ -85,6 +89,7 @@ def train(job: Job, student: Student, row: str = "student") -> Student:
             resume=True,
             regime=regime_of(job),
             progress=progress,
+            token_counts=job.text.token_counts,
         )
         save_student(student, final)
         entry |= {
@@ -93,16 +98,64 @@ def train(job: Job, student: Student, row: str = "student") -> Student:
             "best_step": result.best_step,
             "history": result.history,
         }
-    return student
+        built = built or job.run.folder / "build" / "student"
+        entry |= _keep_best(job, student, folder / "checkpoints", built, result.best_step, result.steps)
+    return load_student(final)
 
 
-def control(job: Job) -> Student:
-    """Train the same student from random neurons in the same way: what the build is worth."""
-    settings = job.settings
-    student = build_student(
-        job.source, to=job.target, data=job.text.build, init="random", config=settings.build, seed=settings.seed
-    )
-    return train(job, student, "control") if job.plan.tokens else student
+def _keep_best(
+    job: Job, student: Student, checkpoints: Path, built: Path, best_step: int | None, steps: int
+) -> dict[str, Any]:
+    """Put the best checkpoint in the place of the last step's student where it is closer; return the KL of both.
+
+    Both are judged as the report judges. {"exported": "last" | "best", "kl": {...}, "last": scores of the last step by text, where
+    another is exported}.
+    """
+    last = score(job, student)
+    kl: dict[str, float] = {LAST: float(last["valid"].kl)}
+    folder = Checkpoints(checkpoints)
+    if best_step is None or best_step in (0, steps) or best_step not in folder.steps():
+        return {"exported": LAST, "kl": kl}
+    best = load_checkpoint(student, checkpoints, best_step, built, job.settings.train)
+    kl[BEST] = float(score(job, best)["valid"].kl)
+    if kl[BEST] >= kl[LAST]:
+        return {"exported": LAST, "kl": kl}
+    save_student(best, checkpoints / "final")
+    return {"exported": BEST, "kl": kl, "last": {text: scores.to_dict() for text, scores in last.items()}}
+
+
+def control(job: Job) -> tuple[Path, TextScores]:
+    """Make the same student from random FFNs and train it alike: what the build's neurons are worth.
+
+    Attention, norms and embeddings are the teacher's, as the student's are. It gets the same end-to-end fit on the same tokens, the
+    same training, and is taken where it is closest to the teacher, as the student is. Return its folder and its scores.
+    """
+    settings, folder = job.settings, job.run.folder / "control" / "build" / "student"
+    if not job.run.finished("build-control"):
+        with job.timed("build-control") as entry:
+            student = build_student(
+                job.source,
+                to=job.target,
+                data=job.text.build,
+                init=control_init(settings.build.init),
+                config=settings.build,
+                seed=settings.seed,
+            )
+            save_student(student, folder)
+            entry |= {"history": student.history}
+    built = load_student(folder)
+    scores = score(job, built)
+    if not job.plan.tokens:
+        return folder, scores
+    trained_scores = score(job, train(job, built, "control", folder))
+    if trained_scores["valid"].kl < scores["valid"].kl:
+        return job.run.folder / "control" / "checkpoints" / "final", trained_scores
+    return folder, scores
+
+
+def control_init(init: str) -> str:
+    """Return the control's --init: random FFNs, healed where the student is."""
+    return "random+heal" if "heal" in base_and_steps(init) else "random"
 
 
 def needs_targets(settings: RunConfig) -> bool:
@@ -120,7 +173,7 @@ def training_targets(job: Job) -> Targets | None:
     if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
         return None
     if settings.targets:
-        return open_targets(settings.targets, job.text.train)
+        return open_targets(settings.targets, job.text.train, teacher=training_teacher(job, targets=True))
     draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
     folder = job.run.folder / "targets"
     folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
@@ -182,9 +235,9 @@ def second_student(job: Job) -> Student:
 
 
 def training_teacher(job: Job, targets: bool = False, draw: int = 0) -> Teacher:
-    """Return the teacher that the student learns from: with rounded experts, or for targets with other ones, where the settings say so.
+    """Return the teacher that the student learns from, which need not be the checkpoint as it is.
 
-    draw: which drawing of experts, where they are drawn. The student is always judged by the checkpoint as it is.
+    Where the settings say so its experts are rounded, and for targets other experts are taken. draw: which drawing of experts, where they are drawn. The student is always judged by the checkpoint as it is.
     """
     teacher = job.settings.teacher
     options: dict[str, Any] = {"quantize": teacher.quantize} if teacher.quantize else {}

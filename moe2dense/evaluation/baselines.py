@@ -10,7 +10,7 @@ from moe2dense.errors import UserError, first_line
 from moe2dense.families.download import download_model
 from moe2dense.student.open import open_student
 
-RESERVED = ("teacher", "student", "before", "control")  # rows that a report has of its own
+RESERVED = ("teacher", "student", "before", "last", "control")  # rows that a report has of its own
 PLAIN = ("model", "final", *RESERVED)  # folders whose name says nothing
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json")
 
@@ -65,6 +65,6 @@ def _tokenizer(folder: Path, argument: str) -> PreTrainedTokenizerBase | None:
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         return None
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # tokenizers fail in many ways
         raise UserError(f"{argument} {folder}: its tokenizer cannot be loaded ({type(error).__name__})") from error

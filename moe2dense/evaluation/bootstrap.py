@@ -67,7 +67,7 @@ class Bootstrap:
             if used < _FEWEST_RESAMPLED:
                 without = np.asarray(statistic(total - sums_Ck[holds_any]), dtype=np.float64)
                 error = math.sqrt((used - 1) / used * float(np.square(without - without.mean()).sum()))
-                return Estimate(point, point + t * error, point - t * error)
+                return Estimate(point, point + float(t) * error, point - float(t) * error)
             draws = np.asarray(statistic(self.weights_BC @ sums_Ck), dtype=np.float64)
         draws = draws[np.isfinite(draws)]
         if not len(draws):

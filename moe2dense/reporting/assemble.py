@@ -25,6 +25,9 @@ def assemble_report(
     student: Mapping[str, Any],
     rows: Mapping[str, Scores],
     ood: Mapping[str, Scores] | None = None,
+    build: Sequence[Mapping[str, Any]] = (),
+    choice: Mapping[str, Any] | None = None,
+    last: Mapping[str, Any] | None = None,
     history: Sequence[Mapping[str, Any]] = (),
     control_history: Sequence[Mapping[str, Any]] = (),
     transfer: Mapping[str, Any] | None = None,
@@ -35,6 +38,7 @@ def assemble_report(
     command: Sequence[str] | str = "",
     allow_loss: Sequence[str] = (),
     samples: Mapping[str, Any] | None = None,
+    skills: Mapping[str, Any] | None = None,
     train_scores: Scores | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
     teacher_remarks: Sequence[str] = (),
@@ -44,10 +48,13 @@ def assemble_report(
     plan: `Plan.to_dict()`. student: {"parameters", "bytes" (exported), "architecture", "method" (init), "width", "layers",
     "moe_shaped"}; more keys are shown as they are. rows: Scores by "teacher", "student" (required), "before", "control", and
     any baseline under the name to show; all from one Reference. ood: the same rows on out-of-distribution text.
+    build: the build's records (student/build). choice: `Choice.to_dict()`: which student is exported, where one was trained.
+    last: {"valid", "ood"}: `Scores.to_dict()` of the last training step, where another student is exported.
     history: the records of metrics.jsonl: "step", "tokens", "loss", optional parts under "parts" (name -> value), "lr",
     "tokens_per_second", and at evaluations "valid_kl", "valid_rare_kl", "valid_nll"; control_history: the control's.
     transfer: `Transfer.to_dict()`. timings: seconds by stage. hashes: file or stage -> hash.
     data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: what `side_by_side` returns.
+    skills: what `measure_skills` returns.
     allow_loss: domains the user allows to be lost. "apart" has every row without them and on them alone, and
     `retention.kept` leaves them out.
     train_scores: the student on text it was trained on (memorisation). tokenizer: gives the worst tokens their text.
@@ -62,8 +69,10 @@ def assemble_report(
         "teacher": {**_teacher(plan), "remarks": list(teacher_remarks)},
         "student": {"bytes": _exported_bytes(config, student), **student},
         "cost": _cost(plan, student),
-        "rows": _in_order(rows),
-        "ood": _in_order(ood or {}),
+        "choice": dict(choice) if choice else None,
+        "build": [dict(r) for r in build],
+        "rows": _in_order(rows, (last or {}).get("valid")),
+        "ood": _in_order(ood or {}, (last or {}).get("ood")),
         "apart": _apart(rows, ood or {}, allow_loss),
         "retention": _retention(rows, allow_loss),
         "history": [dict(r) for r in history],
@@ -71,6 +80,7 @@ def assemble_report(
         "transfer": dict(transfer) if transfer else None,
         "train_scores": train_scores.to_dict() if train_scores else None,
         "samples": dict(samples) if samples else None,
+        "skills": dict(skills) if skills else None,
         "tokens": _token_texts(rows, tokenizer),
         "run": {
             "command": command if isinstance(command, str) else shlex.join(command),
@@ -87,10 +97,13 @@ def assemble_report(
     return report
 
 
-def _in_order(rows: Mapping[str, Scores]) -> dict[str, Any]:
-    """Return teacher, student, before, control, then baselines as given."""
-    known = [n for n in ROW_TITLES if n in rows]
-    return {n: rows[n].to_dict() for n in [*known, *(n for n in rows if n not in known)]}
+def _in_order(rows: Mapping[str, Scores], last: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return teacher, student, before, last step, control, then baselines as given."""
+    plain = {name: scores.to_dict() for name, scores in rows.items()}
+    if last and plain:
+        plain["last"] = dict(last)
+    known = [n for n in ROW_TITLES if n in plain]
+    return {n: plain[n] for n in [*known, *(n for n in plain if n not in known)]}
 
 
 def _apart(rows: Mapping[str, Scores], ood: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[str, Any] | None:

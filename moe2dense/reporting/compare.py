@@ -91,7 +91,7 @@ def print_comparison(
         table.add_row(f"KL, {domain or '(no label)'}", show_number(x), show_number(y), _signed("kl", x, y))
     if comparison["transferred"]:
         x, y = comparison["transferred"]
-        table.add_row("Experts' function that survives", show_percent(x), show_percent(y), _signed("transferred", x, y))
+        table.add_row(MODEL["transferred"].title, show_percent(x), show_percent(y), _signed("transferred", x, y))
     console.print(table)
     if any(row["separate"] for row in comparison["quality"].values()):
         console.print("* the two 95% intervals do not overlap", style="dim", highlight=False)

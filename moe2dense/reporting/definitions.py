@@ -36,8 +36,9 @@ MODEL_METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "rare_kl", "rare KL", "Rare-token KL", "low", "nats",
-        "KL on the tenth of the tokens that are rarest in the training text.",
-        "on the rarest tenth of tokens",
+        "KL on the tenth of the tokens whose ids are rarest in the training text. The same ids are rare in training's validations, in "
+        "the report, and in eval of the run.",
+        "on the tenth of tokens that is rarest in the training text",
     ),
     Metric(
         "nll", "NLL", "NLL of the text", "low", "nats",
@@ -69,8 +70,10 @@ MODEL_METRICS: tuple[Metric, ...] = (
     ),
     Metric(
         "retention", "gap closed", "Gap closed", "high", "%",
-        "Share of the gap between control and teacher that is closed: 1 - KL(student) / KL(control).",
-        "1 - KL / KL of the control",
+        "Share of the gap between control and teacher that is closed: 1 - KL(student) / KL(control). The control's FFNs are random; its "
+        "attention, norms and embeddings are the teacher's, as the student's are, and it gets the same end-to-end fit, the same "
+        "training on the same tokens, and is taken where it is best, as the student is.",
+        "1 - KL / KL of the control: random FFNs, trained alike",
     ),
     Metric(
         "reproduced", "reproduced", "Block output reproduced", "high", "%",
@@ -78,9 +81,10 @@ MODEL_METRICS: tuple[Metric, ...] = (
         "student's FFN layers get right. 0% is no output at all.",
     ),
     Metric(
-        "transferred", "survives", "Single experts' function", "high", "%",
-        "Functional coverage, cut to 0-100%, weighted by each expert's share of its layer's output energy.",
-        "mean coverage, by share of output",
+        "transferred", "mean coverage", "Mean coverage of experts", "high", "%",
+        "Functional coverage, cut to 0-100%, weighted by each expert's share of its layer's output energy. It says whose neurons the "
+        "student has, and does not follow quality: training can raise one and lower the other.",
+        "mean of the experts' coverage, by share of output",
     ),
     Metric(
         "written_teacher", "by teacher", "NLL by the teacher", "low", "nats",
@@ -188,7 +192,8 @@ ROW_TITLES = {
     "teacher": "Teacher",
     "student": "Student",
     "before": "Student before training",
-    "control": "Control: random start, equal tokens",
+    "last": "Student after the last training step",
+    "control": "Control: random FFNs, trained alike",
 }
 
 

@@ -8,11 +8,9 @@ from collections.abc import Callable
 from typing import Any
 
 from moe2dense.common.numbers import show_number, show_percent
-from moe2dense.reporting.report_file import Report, ood_path, score_value, transfer_totals
+from moe2dense.reporting.build_diagnosis import BUILD_RULES
+from moe2dense.reporting.report_file import Finding, Report, finding, ood_path, score_value, transfer_totals
 
-Finding = dict[str, str]
-
-TOKENS_PER_NEURON = 20  # calibration tokens below which a least-squares refit of one layer is poorly determined
 ACTIVE_SHARE = 0.5  # student parameters over the teacher's active ones, below which capacity is the first suspect
 HIGH_KL = 0.3  # nats per token
 MEMORISED = 1.5  # held-out KL over training KL
@@ -21,12 +19,8 @@ UNMEASURED_SHARE = 0.25
 
 def diagnose(report: Report) -> list[Finding]:
     """Return findings as {"id", "severity": "error" | "warning", "title", "finding", "remedy"}, errors first."""
-    findings = [finding for rule in RULES if (finding := rule(report)) is not None]
-    return sorted(findings, key=lambda finding: finding["severity"] != "error")
-
-
-def _finding(id: str, severity: str, title: str, finding: str, remedy: str) -> Finding:
-    return {"id": id, "severity": severity, "title": title, "finding": finding, "remedy": remedy}
+    findings = [result for rule in RULES if (result := rule(report)) is not None]
+    return sorted(findings, key=lambda result: result["severity"] != "error")
 
 
 def _score(report: Report, key: str, all_domains: bool = False) -> float | None:
@@ -56,7 +50,7 @@ def tokenizer_mismatch(report: Report) -> Finding | None:
     nll, vocabulary = _score(report, "teacher_nll"), (report.get("teacher") or {}).get("vocab_size")
     if nll is None or not vocabulary or nll < 0.9 * math.log(vocabulary):
         return None
-    return _finding(
+    return finding(
         "tokenizer_mismatch", "error", "Tokenizer mismatch",
         f"The teacher's own loss on this text is {nll:.2f} nats, about a uniform guess over {vocabulary} tokens "
         f"({math.log(vocabulary):.2f}).",
@@ -69,7 +63,7 @@ def broken_student(report: Report) -> Finding | None:
     nll, vocabulary = _score(report, "nll"), (report.get("teacher") or {}).get("vocab_size")
     if nll is None or not vocabulary or nll < math.log(vocabulary) or tokenizer_mismatch(report):
         return None
-    return _finding(
+    return finding(
         "broken_student", "error", "The student predicts worse than chance",
         f"Its loss is {nll:.2f} nats; a uniform guess over {vocabulary} tokens has {math.log(vocabulary):.2f}.",
         "Training has diverged or weights are missing: lower --lr, and compare with the student before training.",
@@ -81,7 +75,7 @@ def worse_than_control(report: Report) -> Finding | None:
     share = (report.get("retention") or {}).get("kept") or (report.get("retention") or {}).get("overall") or {}
     if share.get("high") is None or share["high"] >= 0:
         return None
-    return _finding(
+    return finding(
         "worse_than_control", "error", "Worse than starting from random weights",
         f"The student closes {show_percent(share['value'])} of the gap between control and teacher; the 95% interval ends at "
         f"{show_percent(share['high'])}.",
@@ -89,19 +83,31 @@ def worse_than_control(report: Report) -> Finding | None:
     )  # fmt: skip
 
 
-def worse_than_before_training(report: Report) -> Finding | None:
-    """Report training that moved the student away from its teacher, beyond what the interval allows."""
-    rows = report.get("rows") or {}
-    before, after = (score_value(rows.get(row), "kl") for row in ("before", "student"))
-    if before is None or after is None:
+def training_gained_nothing(report: Report) -> Finding | None:
+    """Report training that did not bring the student closer to its teacher; the built student is exported then."""
+    choice = report.get("choice") or {}
+    if choice.get("exported") != "built":
         return None
-    low = rows["student"]["kl"].get("low")
-    if (after if low is None else low) <= before:
+    kl = choice["kl"]
+    return finding(
+        "training_gained_nothing", "error", "Training gained nothing",
+        f"KL to the teacher was {show_number(kl['built'])} before training and {show_number(kl['last'])} after {choice['steps']} steps; "
+        f"the student as it was built is exported.",
+        "Train on more and more varied text (--tokens), or with a lower --lr; --tokens 0 saves the time.",
+    )  # fmt: skip
+
+
+def later_steps_hurt(report: Report) -> Finding | None:
+    """Report a training that went past its best."""
+    choice = report.get("choice") or {}
+    kl = choice.get("kl") or {}
+    if choice.get("exported") != "best" or kl["last"] < 1.05 * kl["best"]:
         return None
-    return _finding(
-        "worse_than_before_training", "error", "Training made the student worse",
-        f"KL to the teacher was {show_number(before)} before training and is {show_number(after)} after it.",
-        "Train on more text (--tokens) or with a lower --lr; the student before training lies in the run's build/student folder.",
+    return finding(
+        "later_steps_hurt", "warning", "The last steps of training made it worse",
+        f"KL to the teacher was {show_number(kl['best'])} at step {choice['step']} of {choice['steps']}, which is exported, and "
+        f"{show_number(kl['last'])} at the end.",
+        "Train on more text (--tokens) for fewer --epochs, or with a lower --lr.",
     )  # fmt: skip
 
 
@@ -110,7 +116,7 @@ def mode_collapse(report: Report) -> Finding | None:
     gap, entropy = _score(report, "entropy_gap"), _score(report, "entropy")
     if gap is None or entropy is None or entropy - gap <= 0 or gap > -0.3 * (entropy - gap):
         return None
-    return _finding(
+    return finding(
         "mode_collapse", "error", "Mode collapse",
         f"The student's predictions have {entropy:.2f} nats of entropy, the teacher's {entropy - gap:.2f}.",
         "Train with forward KL (reverse KL seeks modes), and lower the weight of hard labels.",
@@ -124,7 +130,7 @@ def capacity_gap(report: Report) -> Finding | None:
     fitted = kl if train is None else train
     if ratio is None or fitted is None or ratio >= ACTIVE_SHARE or fitted < HIGH_KL:
         return None
-    return _finding(
+    return finding(
         "capacity_gap", "warning", "Capacity gap",
         f"The student has {show_percent(ratio)} of the parameters that a token passes in the teacher, and stays {fitted:.2f} nats "
         f"away{' even on text it was trained on' if train is not None else ''}.",
@@ -137,7 +143,7 @@ def temperature_too_high(report: Report) -> Finding | None:
     temperature, gap = _train_options(report).get("temperature", 1.0), _score(report, "entropy_gap")
     if temperature < 1.5 or gap is None or gap < 0.1:
         return None
-    return _finding(
+    return finding(
         "temperature_too_high", "warning", "Temperature too high",
         f"Trained at temperature {temperature:g}; the student's predictions are {gap:.2f} nats flatter than the teacher's.",
         "Distil at temperature 1, or let it fall to 1 before the end.",
@@ -152,7 +158,7 @@ def alpha_out_of_balance(report: Report) -> Finding | None:
     (best_kl, nll_then), (last_kl, last_nll) = min(evaluations, key=lambda e: e[0]), evaluations[-1]
     if not (last_kl > 1.05 * best_kl and last_nll < nll_then):
         return None
-    return _finding(
+    return finding(
         "alpha_out_of_balance", "warning", "Hard labels outweigh the teacher",
         f"With alpha {alpha:g}, KL to the teacher rose from {best_kl:.3f} to {last_kl:.3f} while the likelihood of the text still "
         f"improved.",
@@ -169,7 +175,7 @@ def rare_tokens_suffer(report: Report) -> Finding | None:
     lowest = min(rare_kl for _, rare_kl in evaluations)
     if not (last_kl < first_kl and last_rare_kl > 1.05 * lowest):
         return None
-    return _finding(
+    return finding(
         "rare_tokens_suffer", "warning", "Rare tokens get worse while the average improves",
         f"KL fell from {first_kl:.3f} to {last_kl:.3f}; on rare tokens it rose from {lowest:.3f} to {last_rare_kl:.3f}.",
         "Stop earlier, train on more varied text, or use a loss that keeps the tail (forward KL on full targets).",
@@ -181,25 +187,10 @@ def memorised(report: Report) -> Finding | None:
     kl, train = _score(report, "kl", all_domains=True), score_value(report.get("train_scores"), "kl")
     if kl is None or train is None or kl < MEMORISED * train or kl - train < 0.02:
         return None
-    return _finding(
+    return finding(
         "memorised", "warning", "Memorised its training text",
         f"KL is {train:.3f} on text it was trained on and {kl:.3f} on held-out text.",
         "More unique tokens (--tokens) bring other text closer; scores on benchmarks that are in the training text do not count.",
-    )  # fmt: skip
-
-
-def few_calibration_tokens(report: Report) -> Finding | None:
-    """Report a build whose least-squares problems have few tokens per unknown."""
-    tokens, width = (report.get("cost") or {}).get("build_tokens"), (report.get("student") or {}).get("width")
-    if (report.get("student") or {}).get("method") == "random" or not tokens or not width:
-        return None
-    if tokens >= TOKENS_PER_NEURON * width:
-        return None
-    return _finding(
-        "few_calibration_tokens", "warning", "Few calibration tokens",
-        f"The student was built from {tokens:,} tokens for {width:,} neurons a layer; {TOKENS_PER_NEURON} a neuron "
-        f"({TOKENS_PER_NEURON * width:,}) are advisable.",
-        "Raise --tokens; the build uses a share of them.",
     )  # fmt: skip
 
 
@@ -209,7 +200,7 @@ def far_on_other_text(report: Report) -> Finding | None:
     if kl is None or other.get("low") is None or other["low"] < 2 * kl:
         return None
     path = ood_path(report)
-    return _finding(
+    return finding(
         "far_on_other_text", "warning", "Far from the teacher on other text",
         f"KL is {kl:.3f} on held-out text and {other['value']:.3f} on the out-of-distribution text{f' ({path})' if path else ''}.",
         "If the student is to serve such text, add text of that kind to --data; otherwise ignore this.",
@@ -222,7 +213,7 @@ def experts_unmeasured(report: Report) -> Finding | None:
     total, measured = totals.get("experts"), totals.get("measured")
     if not total or measured is None or total - measured <= UNMEASURED_SHARE * total:
         return None
-    return _finding(
+    return finding(
         "experts_unmeasured", "warning", "Many experts are unmeasured",
         f"{total - measured} of {total} experts saw too few held-out tokens.",
         "Evaluate on more text, or on text of the domains that those experts serve.",
@@ -233,14 +224,15 @@ RULES: tuple[Callable[[Report], Finding | None], ...] = (
     tokenizer_mismatch,
     broken_student,
     worse_than_control,
-    worse_than_before_training,
+    training_gained_nothing,
+    later_steps_hurt,
     mode_collapse,
     capacity_gap,
     temperature_too_high,
     alpha_out_of_balance,
     rare_tokens_suffer,
     memorised,
-    few_calibration_tokens,
     far_on_other_text,
     experts_unmeasured,
+    *BUILD_RULES,
 )

@@ -10,7 +10,7 @@ from moe2dense.reporting.report_file import Report, score_value, transfer_totals
 
 def summary(report: Report) -> str:
     """Say the result in words; every clause only where its number exists."""
-    sentences = []
+    sentences = [s for s in (choice_sentence(report),) if s]
     student = report["rows"].get("student")
     kl, nll, teacher_nll = (score_value(student, k) for k in ("kl", "nll", "teacher_nll"))
     if kl is not None:
@@ -21,7 +21,7 @@ def summary(report: Report) -> str:
     share = score_value(report.get("retention"), "overall")
     if share is not None:
         sentences.append(
-            f"It closes {show_percent(share, 1)} of the gap between a student trained from a random start and the teacher"
+            f"It closes {show_percent(share, 1)} of the gap between the teacher and a control that is trained alike from random FFNs"
             f"{_without_lost(report)}."
         )
     totals = transfer_totals(report)
@@ -29,12 +29,27 @@ def summary(report: Report) -> str:
         sentences.append(
             f"Given the same inputs, its FFN layers reproduce {show_percent(totals['reproduced'])} of the expert blocks' output."
         )
-    if totals.get("transferred") is not None:
-        sentences.append(
-            f"{show_percent(totals['transferred'])} of what the single experts compute can be read from its neurons "
-            f"({totals['measured']} of {totals['experts']} experts measured)."
-        )
     return " ".join(sentences)
+
+
+def choice_sentence(report: Report) -> str:
+    """Say which student is exported, and why, where it is not the last training step's; "" where it is."""
+    choice = report.get("choice") or {}
+    kl = {name: show_number(value) for name, value in (choice.get("kl") or {}).items()}
+    match choice.get("exported"):
+        case "built":
+            trained = kl["last"] if "best" not in kl else f"{kl['last']} at the last step, {kl['best']} at best"
+            return (
+                "Training gained nothing, so the student is exported as it was built: its KL to the teacher was "
+                f"{kl['built']} before training and {trained} after it."
+            )
+        case "best":
+            return (
+                f"The student of training step {choice['step']} of {choice['steps']} is exported, which was closest to the teacher: "
+                f"KL {kl['best']}, at the last step {kl['last']}, before training {kl['built']}."
+            )
+        case _:
+            return ""
 
 
 def _without_lost(report: Report) -> str:
@@ -101,10 +116,6 @@ def tiles(report: Report) -> list[dict[str, str]]:
             f"teacher {show_number(row['teacher_perplexity']['value'])}", "perplexity",
         ),
     ]  # fmt: skip
-    if totals.get("transferred") is not None:
-        note = "coverage, weighted by output energy"
-        label = "of single experts' function survives"
-        figures.append(_tile(label, show_percent(totals["transferred"]), note, "transferred"))
     if cost.get("parameters_ratio") is not None:
         active = cost.get("active_ratio")
         note = f"compute per token {show_number(active)} × the teacher's" if active is not None else ""
@@ -119,7 +130,7 @@ def _tile(label: str, value: str, note: str, key: str = "") -> dict[str, str]:
 def interval(estimate: dict[str, Any], unit: str = "") -> str:
     """Return '95% interval 0.098 to 0.114' of an estimate, or why there is none."""
     if estimate.get("low") is None:
-        return "no interval: one block"
+        return "no interval: one passage"
     low, high = (show_in(unit, estimate[end]) for end in ("low", "high"))
     return f"95% interval {low} to {high}"
 

@@ -17,6 +17,8 @@ from moe2dense.reporting.definitions import EXPERT, EXPERT_METRICS, MODEL, MODEL
 from moe2dense.reporting.heatmap import heatmap_data, heatmap_svg, ranked_rows
 from moe2dense.reporting.report_file import SCHEMA, Report
 from moe2dense.reporting.samples_section import samples_section
+from moe2dense.reporting.score_tables import over_units
+from moe2dense.reporting.skills_section import skill_table
 
 TEXT_TITLES = {"train": "Training text", "valid": "Held-out text", "ood": "Out-of-distribution text"}
 
@@ -77,6 +79,7 @@ def page_context(report: Report) -> dict[str, Any]:
         "schema": SCHEMA,
         "title": f"{teacher.get('name') or 'teacher'} → dense\u00a0{show_count(student.get('parameters') or 0)}",
         "summary": headline.summary(report),
+        "interval_unit": over_units(report["rows"]["student"]),
         "teacher_facts": headline.teacher_facts(teacher),
         "student_facts": headline.student_facts(student),
         "tiles": headline.tiles(report),
@@ -90,6 +93,7 @@ def page_context(report: Report) -> dict[str, Any]:
         "positions": line_charts.kl_by_position(report),
         "worst_tokens": quality_section.worst_tokens(report),
         "samples": samples_section(report),
+        "skills": skill_table(report),
         "transfer": transfer,
         "heatmap": heatmap_svg(transfer, "coverage") if transfer else None,
         "heatmap_data": heatmap_data(transfer) if transfer else None,

@@ -1,5 +1,6 @@
 """The page's line charts: learning curves, loss parts, error by depth, KL by token frequency and by position."""
 
+import statistics
 from typing import Any
 
 from moe2dense.reporting.charts import LineChart, Series, line_chart
@@ -7,6 +8,7 @@ from moe2dense.reporting.definitions import row_title
 from moe2dense.reporting.report_file import Report
 
 ROW_STYLES = {"teacher": "s-teacher", "student": "s-student", "before": "s-before", "control": "s-control"}
+FAR_OUT = 20  # times the median error, from which on errors by depth are on a logarithmic scale
 PART_STYLES = ("s-student", "s-before", "s-control", "s-teacher", "s-baseline")
 
 
@@ -66,17 +68,17 @@ def error_by_depth(report: Report) -> LineChart | None:
         values = [(float(r["index"]), r["rollup"].get(key)) for r in layers]
         return Series(name, style, [(x, y) for x, y in values if y is not None], dots=len(values) < 60)
 
-    return line_chart(
-        "Error by depth",
-        "layer",
-        "relative squared error",
-        [
-            series("Block error, before training", "s-before", "error_before"),
-            series("Block error, after", "s-student", "error_after"),
-            series("Residual stream, before", "s-before dashed", "stream_before"),
-            series("Residual stream, after", "s-student dashed", "stream_after"),
-        ],
-    )
+    lines = [
+        series("Block error, before training", "s-before", "error_before"),
+        series("Block error, after", "s-student", "error_after"),
+        series("Residual stream, before", "s-before dashed", "stream_before"),
+        series("Residual stream, after", "s-student dashed", "stream_after"),
+    ]
+    errors = [y for line in lines for _, y in line.points]
+    # one layer that got lost would press all others to the ground
+    log = bool(errors) and max(errors) > FAR_OUT * statistics.median(errors) and min(errors) > 0
+    unit = "relative squared error" + (", log scale" if log else "")
+    return line_chart("Error by depth", "layer", unit, lines, log=log)
 
 
 def kl_by_frequency(report: Report) -> LineChart | None:

@@ -27,14 +27,14 @@ def kl_by_row(report: Report) -> dict[str, Any] | None:
     rows = [(name, r["kl"]) for name, r in report["rows"].items() if name != "teacher" and r["kl"]["value"]]
     if not rows:
         return None
-    ends = [v for _, kl in rows for v in (kl["value"], kl["low"], kl["high"]) if v]
+    ends = [v for _, kl in rows for v in (kl["value"], kl["low"], kl["high"]) if v and v > kl["value"] / 30]
     scale = Scale(min(ends) / 1.5, max(ends) * 1.5, log=True)
     placed = [
         {
             "title": row_title(name),
             "style": row_style(name),
             "at": scale(kl["value"]),
-            "low": scale(kl["low"] or kl["value"]),
+            "low": scale(kl["value"] if kl["low"] is None else max(kl["low"], min(ends) / 1.5)),
             "high": scale(kl["high"] or kl["value"]),
             "text": show_number(kl["value"]),
             "interval": show_estimate(kl),

@@ -1,6 +1,6 @@
 """Rows of scores as tables for a terminal, all with the same columns, and the line that explains them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -13,7 +13,7 @@ from moe2dense.reporting.definitions import EXPERT, MODEL, NEURONS_BRIEF, NEURON
 
 COLUMNS = ("kl", "rare_kl", "nll", "perplexity", "agreement", "ece")
 LESS_NEEDED = ("ece", "perplexity", "rare_kl")  # left out in this order where a terminal is too narrow
-SHORT_TITLES = {"before": "before training"}
+SHORT_TITLES = {"before": "before training", "last": "last training step"}
 
 
 def plain_table(*columns: str) -> Table:
@@ -87,19 +87,35 @@ def show_half_interval(estimate: dict[str, Any] | None, unit: str = "") -> str:
     return show_number(estimate["value"]) + half
 
 
-def legend(model_keys: Sequence[str], expert_keys: Sequence[str] = (), least_tokens: int | None = None) -> Text:
+def legend(
+    model_keys: Sequence[str],
+    scores: Mapping[str, Any] | None = None,
+    expert_keys: Sequence[str] = (),
+    least_tokens: int | None = None,
+) -> Text:
     """Say in a few lines what the columns and signs of the tables mean, and where the exact definitions are.
 
+    scores: a row of the tables, which names what its intervals are over and the text that says which tokens are rare.
     least_tokens: held-out tokens below which an expert is not measured; None where no experts are shown.
     """
-    entries = [(MODEL[key].name, MODEL[key].brief) for key in model_keys]
+    scores = scores or {}
+    briefs = {key: MODEL[key].brief for key in model_keys}
+    if "rare_kl" in briefs and scores.get("rare_by"):
+        briefs["rare_kl"] = f"on the tenth of tokens that is rarest in {scores['rare_by']}"
+    entries = [(MODEL[key].name, brief) for key, brief in briefs.items()]
     entries += [(EXPERT[key].name, EXPERT[key].brief) for key in expert_keys]
     if expert_keys:
         entries.append((NEURONS_TITLE.lower(), NEURONS_BRIEF))
-    entries.append(("±", "half the 95% interval"))
+    entries.append(("±", f"half the 95% interval{over_units(scores)}"))
     if least_tokens is None:
         entries.append((UNKNOWN, "not measured"))
     else:
         entries.append((f"{UNKNOWN} or ·", f"not measured, for an expert: under {least_tokens} held-out tokens"))
     meanings = "; ".join(f"{name}: {brief}" for name, brief in entries if brief)
     return Text(f"\n{meanings}. KL and NLL are in nats per token. More: docs/report.md.", style="dim")
+
+
+def over_units(scores: Mapping[str, Any]) -> str:
+    """Return ' over 31 passages', the independent units that a row's intervals resample; '' where it does not say."""
+    count, unit = scores.get("clusters"), scores.get("unit")
+    return f" over {count:,} {unit if count != 1 else unit[:-1]}" if count and unit else ""

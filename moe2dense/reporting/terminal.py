@@ -10,6 +10,7 @@ from rich.text import Text
 from moe2dense.common.numbers import show_number, show_percent
 from moe2dense.common.units import show_count
 from moe2dense.reporting.definitions import EXPERT, MODEL, NEURONS_TITLE
+from moe2dense.reporting.headline import choice_sentence
 from moe2dense.reporting.heatmap import ranked_rows
 from moe2dense.reporting.report_file import Report, ood_path, score_value, transfer_totals
 from moe2dense.reporting.samples_section import show_score
@@ -21,6 +22,7 @@ from moe2dense.reporting.score_tables import (
     show_half_interval,
     titled,
 )
+from moe2dense.reporting.skills_section import skills_in_terminal
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 UNMEASURED = "·"
@@ -48,6 +50,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     """Print quality of every row, domains, what became of the experts, what the columns mean, and the diagnosis."""
     console = console or Console()
     console.print(_headline(report), highlight=False)
+    if exported := choice_sentence(report):
+        console.print(Text(exported, style="yellow"))
     model_keys = [*print_scores(_score_tables(report), console)]
     domains = report["rows"]["student"].get("by_domain") or {}
     if len(domains) > 1:
@@ -62,10 +66,12 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if transfer.get("worst"):
             columns = _print_ranked("least transferred experts", ranked_rows(transfer, "worst")[:5], console)
             expert_keys += [key for key, column in (("kl_after", "kl"), ("load", "load")) if column in columns]
+    if skills := skills_in_terminal(report):
+        console.print(skills)
     if report.get("samples"):
         console.print(written_table(report["samples"]))
     least_tokens = transfer.get("least_tokens") if transfer else None
-    console.print(legend(model_keys, expert_keys, least_tokens), highlight=False)
+    console.print(legend(model_keys, report["rows"]["student"], expert_keys, least_tokens), highlight=False)
     findings = report.get("diagnosis") or []
     if findings:
         console.print()
@@ -108,8 +114,6 @@ def _headline(report: Report) -> Text:
         parts.append(f"{show_percent(share, 1)} of the gap to the control closed{without}")
     if totals.get("reproduced") is not None:
         parts.append(f"{show_percent(totals['reproduced'])} of the expert blocks' output reproduced")
-    if totals.get("transferred") is not None:
-        parts.append(f"{show_percent(totals['transferred'])} of single experts' function survives")
     name = report["teacher"].get("name") or "teacher"
     return Text(f"{name} → dense {parameters}", style="bold") + Text("".join(f"  ·  {p}" for p in parts))
 

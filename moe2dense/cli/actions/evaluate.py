@@ -14,6 +14,7 @@ from moe2dense.common.numbers import show_number
 from moe2dense.common.units import parse_count
 from moe2dense.config.schema import EvaluateConfig, RunConfig
 from moe2dense.conversion.checks import check_allowed
+from moe2dense.conversion.scoring import read_token_counts
 from moe2dense.data.blocks import Blocks
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.baselines import check_baselines, open_baseline
@@ -79,12 +80,13 @@ def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judg
     allowed, seed, limit = request.settings.evaluate.allow_loss, request.settings.seed, request.limit
     tasks, samples = list(request.tasks), request.samples or (_SAMPLES_FOR_JUDGE if judge else 0)
     teacher_states, tokenizer = reference(teacher, blocks), teacher.tokenizer()
-    rows = {"teacher": evaluate(teacher_states, teacher_states, seed=seed)}
+    counts = read_token_counts(request.student)
+    rows = {"teacher": evaluate(teacher_states, teacher_states, seed=seed, token_counts=counts)}
     scores = run_tasks({"teacher": teacher}, tokenizer, tasks, limit=limit, seed=seed) if tasks else None
     written = None
     for name in (request.student, *request.settings.evaluate.baseline):
         model = open_baseline(name)
-        rows[name] = evaluate(model, teacher_states, seed=seed)
+        rows[name] = evaluate(model, teacher_states, seed=seed, token_counts=counts)
         if scores is not None:
             for task, metrics in run_tasks({name: model}, tokenizer, tasks, limit=limit, seed=seed).items():
                 for metric, values in metrics.items():
@@ -110,7 +112,7 @@ def _print(results: dict[str, Any], student: str, title: str, console: Console) 
     if sorted(domains) != [""]:
         shown = "  ".join(f"{d or '(no label)'} {show_number(domains[d]['kl']['value'])}" for d in sorted(domains))
         console.print(f"\nKL by domain: {shown}", highlight=False)
-    console.print(legend(columns), highlight=False)
+    console.print(legend(columns, results["rows"][student]), highlight=False)
     if results["tasks"]:
         console.print(task_table(results["tasks"], list(results["rows"])))
     if samples := results["samples"]:
