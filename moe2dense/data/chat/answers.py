@@ -10,6 +10,7 @@ from moe2dense.data.chat.conversation import (
     END_OF_THINKING,
     Conversation,
     with_other_answer,
+    with_other_call,
     with_other_thinking,
 )
 from moe2dense.data.chat.template import ChatTemplate
@@ -50,14 +51,18 @@ class Answers:
         except Unusable:  # a template may refuse to stop there
             before = None
         if before is None:
-            return self._content_start(turn)
+            return self._first_change(turn)
         if after.startswith(before):
             return len(before)
         # What is forced on the next answer is not in this one, such as `<think>` before an answer without thinking.
         plain = self.text(turn)
         if after.startswith(plain):
             return max(len(plain), self._common_tokens(before, after))
-        return self._content_start(turn)
+        # Earlier turns read otherwise once this answer follows them: the header before it is looked for.
+        header = before[len(plain) :] if before.startswith(plain) else ""
+        change = self._first_change(turn)
+        begin = after.rfind(header, 0, change) if header else -1
+        return begin + len(header) if begin >= 0 else change
 
     def _common_tokens(self, one: str, other: str) -> int:
         """Return at which character of `other` its first token begins that `one` does not share."""
@@ -68,12 +73,14 @@ class Answers:
         )
         return places[same][0] if same < len(places) else len(other)
 
-    def _content_start(self, turn: int) -> int:
-        """Return where the rendering changes with the first character of the turn's content. Raises Unusable."""
-        changed = with_other_answer(self.chat.messages[turn])
-        if changed is None:
+    def _first_change(self, turn: int) -> int:
+        """Return where the rendering changes with the first character of the turn's thinking or content. Raises Unusable."""
+        message = self.chat.messages[turn]
+        variants = (with_other_answer(message), with_other_thinking(message, first=True), with_other_call(message))
+        changes = [common_prefix(self.text(turn + 1), self._rendered_with(turn, v)) for v in variants if v is not None]
+        if not changes:
             raise Unusable(f"the chat template does not show where message {turn + 1} begins")
-        return common_prefix(self.text(turn + 1), self._rendered_with(turn, changed))
+        return min(changes)
 
     def _after_thinking(self, turn: int, start: int) -> int:
         """Return where the turn goes on after its thinking; `start` where there is none."""

@@ -150,14 +150,25 @@ def _other_start(text: str) -> str | None:
     return text[:begin] + _other(text[begin]) + text[begin + 1 :] if begin < len(text) else None
 
 
-def with_other_thinking(message: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a turn whose thinking ends with another visible character; None where it has no thinking of its own."""
+def with_other_thinking(message: dict[str, Any], first: bool = False) -> dict[str, Any] | None:
+    """Return a turn whose thinking ends, or with `first` begins, with another visible character; None where it has none apart."""
     thinking = next((message[k] for k in REASONING if isinstance(message.get(k), str) and message[k].strip()), None)
     if thinking is None:
         return None
-    kept = thinking.rstrip()
-    changed = kept[:-1] + _other(kept[-1]) + thinking[len(kept) :]
+    at = len(thinking) - len(thinking.lstrip()) if first else len(thinking.rstrip()) - 1
+    changed = thinking[:at] + _other(thinking[at]) + thinking[at + 1 :]
     return message | {k: changed for k in REASONING if message.get(k) == thinking}
+
+
+def with_other_call(message: dict[str, Any]) -> dict[str, Any] | None:
+    """Return a turn whose first call is of another name; None where it calls nothing."""
+    if "tool_calls" not in message:
+        return None
+    call, *others = message["tool_calls"]
+    function = call.get("function", call)
+    name = str(function.get("name", ""))
+    function = function | {"name": _other(name[:1]) + name[1:]}
+    return message | {"tool_calls": [call | {"function": function} if "function" in call else function, *others]}
 
 
 def _other(character: str) -> str:
