@@ -1,26 +1,31 @@
 """Write int8 or int4 weights in the compressed-tensors layout, which vLLM and transformers read; calibrate and judge them."""
 
 import json
+import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
 
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
 from moe2dense.exporting.gptq import Rounded, round_weight
+from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.forward import evaluation_mode
 from moe2dense.modeling.load import load_model
 
 # N blocks, S block length, V vocabulary, I inputs of a linear layer
 
 BITS = {"int8": 8, "int4": 4}
+_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "I32": 4, "I64": 8, "I8": 1}  # by safetensors' names
 GROUPS = (128, 64, 32)  # columns per scale that the fast kernels know
 GRAM_BYTES = 4 * 10**9  # calibration statistics held at a time
+LEFT_OVER = 0.01  # share of the decoder layers' bytes that may stay in matrices of 16 bits
 
 
 def package() -> Any:
@@ -51,11 +56,13 @@ def write_quantized(
     if text is None or len(text) < 2:
         raise UserError("quantize: text of at least two blocks is needed, to calibrate and to judge; pass --data")
     half = len(text) // 2
+    check_layers(model)
     layers = linear_layers(model)
     group = group_size(layers)
     rounded = dict(quantized_layers(model, layers, text[:half], BITS[bits], group))
     hf.write_model(model, folder, source, "bfloat16", shard_size, packed_state(model, rounded, BITS[bits]))
     hf.edit_json(folder / "config.json", quantization_config=settings(layers, model, BITS[bits], group))
+    check_bytes(folder, bits)
     loaded = load_quantized(folder, model.device)
     compare_quantized(loaded, model, rounded)
     kl = divergence(model, loaded, text[half:])
@@ -71,6 +78,47 @@ def linear_layers(model: PreTrainedModel) -> dict[str, nn.Linear]:
     """Return the linear layers of the decoder layers by name; embeddings and the output head stay as they are."""
     skip = {model.get_output_embeddings(), model.get_input_embeddings()}
     return {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and m not in skip}
+
+
+def check_layers(model: PreTrainedModel) -> None:
+    """Raise UserError for a model, with or without storage, most of whose weights would stay as they are.
+
+    Such are one-expert hosts, which keep their FFNs as parameters [experts, inputs, outputs] and not as linear layers.
+    """
+    layers = decoder_layers(model)
+    linears = {id(m.weight) for layer in layers for m in layer.modules() if isinstance(m, nn.Linear)}
+    matrices = [(n, p) for n, p in layers.named_parameters() if _is_matrix(p.shape)]
+    left = [(n, p.numel()) for n, p in matrices if id(p) not in linears]
+    share = sum(size for _, size in left) / max(1, sum(p.numel() for _, p in matrices))
+    if share > LEFT_OVER:
+        name = max(left, key=lambda entry: entry[1])[0].split(".", 1)[1]
+        raise UserError(
+            f"quantize: {share:.0%} of the weights of {type(model).__name__}'s layers are no linear layers ({name}) and would stay in "
+            "16 bits; export without quantize, or build for a host without experts"
+        )
+
+
+def _is_matrix(shape: Sequence[int]) -> bool:
+    """Return whether a tensor is a matrix or several: not a vector, nor the few numbers of a convolution [channels, 1, length]."""
+    return len(shape) > 1 and not (len(shape) == 3 and shape[1] == 1)
+
+
+def check_bytes(folder: Path, bits: str) -> None:
+    """Count the bytes of the layers' matrices on disk. Raises UserError where more than LEFT_OVER of them have 16 bits or more."""
+    wide = total = 0
+    for name, path in verify.checkpoint_tensors(folder).items():
+        with safe_open(path, "pt") as file:
+            part = file.get_slice(name)
+            shape, kind = part.get_shape(), part.get_dtype()
+        if ".layers." not in name or not _is_matrix(shape) or name.endswith(".weight_scale"):
+            continue
+        size = math.prod(shape) * _BYTES[kind]
+        total += size
+        wide += size if kind in ("BF16", "F16", "F32") else 0
+    if wide > LEFT_OVER * total:
+        raise UserError(
+            f"quantize: {wide / total:.0%} of the layers' bytes are not {bits} after writing; this is not a quantised model"
+        )
 
 
 def group_size(layers: dict[str, nn.Linear]) -> int:

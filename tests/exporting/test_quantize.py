@@ -13,6 +13,9 @@ from moe2dense.exporting import quantize
 from moe2dense.exporting.api import export
 from moe2dense.exporting.gptq import round_weight, search_scales
 from moe2dense.exporting.verify import VerificationError, checkpoint_tensors
+from moe2dense.families.cards import student_host
+from tests.distillation.test_adapters import HOSTS as HOSTS_OF_FAMILIES
+from tests.distillation.test_adapters import host_model
 from tests.exporting.conftest import EXAMPLE, tiny
 
 pytest.importorskip("compressed_tensors")
@@ -185,3 +188,29 @@ def test_statistics_in_several_passes_are_the_same(monkeypatch):
     parts = dict(quantize.quantized_layers(model, layers, text(4), 4, 64))
     assert whole.keys() == parts.keys() == layers.keys() and len(layers) == 21
     assert all(torch.equal(whole[n].codes, parts[n].codes) for n in whole)
+
+
+@pytest.mark.parametrize("host", ["gpt_oss", "minimax_m2", "olmoe", "phimoe"])
+def test_a_host_that_keeps_its_ffn_as_experts_is_refused_before_anything_is_computed(host, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantize, "quantized_layers", lambda *_: pytest.fail("weights were rounded"))
+    model = host_model(host)
+    with pytest.raises(UserError, match=r"of the weights of \w+'s layers are no linear layers \(mlp\.experts\.\w+\)"):
+        export(model, tmp_path / "m", quantize="int4", text=text(), card=student_host(host))
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", sorted(set(HOSTS_OF_FAMILIES) - {"gpt_oss", "minimax_m2", "olmoe", "phimoe"}))
+def test_every_other_host_has_all_its_matrices_rounded(host):
+    quantize.check_layers(host_model(host))
+
+
+def test_matrices_left_in_16_bits_are_counted_on_disk(tmp_path, monkeypatch):
+    packed = quantize.packed_state
+
+    def forgotten(model, rounded, bits):
+        return packed(model, {n: r for n, r in rounded.items() if "mlp" not in n}, bits)
+
+    monkeypatch.setattr(quantize, "packed_state", forgotten)
+    with pytest.raises(UserError, match=r"quantize: 8\d% of the layers' bytes are not int4 after writing"):
+        export(tiny("mistral", **FIELDS), tmp_path / "m", quantize="int4", text=text(), max_kl=9)
+    assert list(tmp_path.iterdir()) == []
