@@ -86,6 +86,28 @@ def read_json_object(file: str | Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def refuse_outside_links(folder: str | Path) -> None:
+    """Raise UserError for a symbolic link in a checkpoint's folder that leads out of it.
+
+    What a folder from elsewhere links to would be read, and copied into exports, as if it were part of it. In the hub's cache a
+    snapshot's files are links to blobs beside it, which are followed.
+    """
+    own = Path(folder).resolve()
+    bounds = own.parents[1] if own.parent.name == "snapshots" else own
+    for path in (*own.glob("*"), *own.glob("*/*")):
+        if not path.is_symlink():
+            continue
+        try:
+            outside = not path.resolve().is_relative_to(bounds)
+        except (OSError, RuntimeError):  # links that lead back to themselves
+            outside = True
+        if outside:
+            name = path.relative_to(own)
+            raise UserError(
+                f"{folder}: {name} is a link that leads out of the folder; put the file itself there (cp -L), or remove the link"
+            )
+
+
 def _flush(folder: Path) -> None:
     """Give every file below `folder` its mode and fsync all, so that the rename never precedes the data."""
     mode = 0o666 & ~_umask()

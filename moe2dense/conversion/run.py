@@ -5,6 +5,7 @@ A stage's entry in run.json is written last, so an entry means that the stage's 
 
 import contextlib
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
-from moe2dense.common.files import atomic_write
+from moe2dense.common.files import atomic_write, content_errors, read_json_object
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import differences, read_config, write_config
 from moe2dense.conversion.configure import CONFIG, FREE_KEYS
@@ -21,6 +22,7 @@ from moe2dense.errors import UserError
 
 MANIFEST = "run.json"
 _LOCK = ".lock"
+_REMEDY = "restore it, or convert again with another --out"
 
 
 class Run:
@@ -29,7 +31,7 @@ class Run:
     def __init__(self, folder: Path, config: RunConfig, lock: BaseFileLock):
         self.folder, self.config, self._lock = folder, config, lock
         manifest = folder / MANIFEST
-        self.manifest: dict[str, Any] = json.loads(manifest.read_text()) if manifest.exists() else {"stages": {}}
+        self.manifest: dict[str, Any] = _read_manifest(manifest) if manifest.exists() else {"stages": {}}
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Return the entry of a finished stage, or None."""
@@ -50,6 +52,17 @@ class Run:
         self._lock.release()
         with contextlib.suppress(OSError):
             (self.folder / _LOCK).unlink()
+
+
+def _read_manifest(file: Path) -> dict[str, Any]:
+    """Read run.json. Raises UserError where it is not as `finish` writes it."""
+    manifest = read_json_object(file, _REMEDY)
+    with content_errors(file, _REMEDY):
+        for stage, entry in manifest["stages"].items():
+            for name in ("finished", "seconds"):
+                if not math.isfinite(entry.get(name, 0)):
+                    raise ValueError(f"{name} of stage {stage!r} is {entry[name]!r}")
+    return manifest
 
 
 def _lock(folder: Path) -> BaseFileLock:

@@ -1,5 +1,6 @@
 """Write the model card of an exported student: where it comes from, how close it is, what was lost, how to load it."""
 
+import html
 import math
 import re
 from pathlib import Path
@@ -76,6 +77,24 @@ def metadata(info: dict[str, Any], moe_shaped: bool, quantize: str = "", library
     return data.to_yaml()
 
 
+def escaped(text: Any) -> str:
+    """Return a name or sentence as plain text within Markdown: no HTML, no cell or line breaks, no code spans."""
+    plain = html.escape(" ".join(str(text).split()), quote=False)
+    return plain.replace("|", "\\|").replace("`", "\\`").replace("[", "\\[")
+
+
+def code(text: Any) -> str:
+    """Return a name as a code span, in which nothing is markup."""
+    return "`" + " ".join(str(text).split()).replace("`", "'") + "`"
+
+
+def fenced(text: str, language: str) -> list[str]:
+    """Return lines of a code block, fenced by more backticks than the text has in a row."""
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    return [f"{fence}{language}", text, fence]
+
+
 def show_estimate(value: Any) -> str:
     """Show a number, or {'value', 'low', 'high'}, as '0.106 [0.099, 0.114]'; a dash where there is none."""
     if isinstance(value, dict):
@@ -98,24 +117,24 @@ def score_table(rows: list[dict[str, Any]]) -> str:
     ]
     teacher = {"kl": 0.0, "nll": rows[0]["scores"].get("teacher_nll"), "agreement": 1.0, "rare_kl": 0.0}
     for name, scores in [("teacher", teacher), *((row["name"], row["scores"]) for row in rows)]:
-        lines.append(f"| {name} | " + " | ".join(show_estimate(scores.get(key)) for key, _ in shown) + " |")
+        lines.append(f"| {escaped(name)} | " + " | ".join(show_estimate(scores.get(key)) for key, _ in shown) + " |")
     return "\n".join(lines)
 
 
 def _provenance(info: dict[str, Any]) -> str:
     teacher = info.get("teacher")
-    shown = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id(teacher) else f"`{teacher}`"
+    shown = f"[{teacher}](https://huggingface.co/{teacher})" if is_hub_id(teacher) else code(teacher)
     shown = shown if teacher else "a Mixture-of-Experts teacher"
     parts = [f"A dense student of {shown}, made with moe2dense"]
     if info.get("target"):
-        parts.append(f"(target `{info['target']}`)")
+        parts.append(f"(target {code(info['target'])})")
     text = " ".join(parts) + ": its feed-forward layers were built from the teacher's experts"
     if info.get("method"):
-        text += f" by `{info['method']}`"
+        text += f" by {code(info['method'])}"
     if info.get("tokens"):
         text += f", and it learnt to predict the teacher's distribution on {info['tokens']:,} tokens"
         if info.get("datasets"):
-            text += " of " + ", ".join(f"`{d}`" for d in info["datasets"])
+            text += " of " + ", ".join(code(d) for d in info["datasets"])
     text += "." + (f" Seed {info['seed']}." if "seed" in info else "")
     return text + " It inherits the teacher's tokenizer, license and limits."
 
@@ -142,7 +161,7 @@ def _lost(info: dict[str, Any]) -> list[str]:
     lines = ["For the uses the teacher was meant for, where its size is too much; judge it on your own text first.", ""]
     if "transferred" in info:
         lines += [f"Of the experts' saliency, {100 * info['transferred']:.0f}% was found again in the student.", ""]
-    lines += [f"- {sentence}" for sentence in info.get("lost", [])] + [""] * bool(info.get("lost"))
+    lines += [f"- {escaped(sentence)}" for sentence in info.get("lost", [])] + [""] * bool(info.get("lost"))
     if not info.get("lost"):
         lines += ["A dense student of fewer parameters knows less than its teacher: expect rare facts to go first.", ""]
     return lines
@@ -204,7 +223,7 @@ def model_card(
         metadata(info, moe_shaped, quantize, "gguf" if format == "gguf" else "transformers"),
         "---",
         "",
-        f"# {title}",
+        f"# {escaped(title)}",
         "",
         _provenance(info),
         "",
@@ -216,14 +235,12 @@ def model_card(
     lines += [notes, ""] * bool(notes)
     lines += ["## How it was made", ""]
     if info.get("command"):
-        lines += ["```shell", info["command"], "```", ""]
+        lines += [*fenced(info["command"], "shell"), ""]
     if info.get("config"):
         lines += [
             "<details><summary>settings</summary>",
             "",
-            "```toml",
-            info["config"].strip(),
-            "```",
+            *fenced(info["config"].strip(), "toml"),
             "",
             "</details>",
             "",

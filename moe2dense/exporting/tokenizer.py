@@ -8,6 +8,7 @@ from typing import Any
 from huggingface_hub import ModelCard
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from moe2dense.common.files import refuse_outside_links
 from moe2dense.errors import UserError, first_line
 
 TOKENIZER_FILES = (
@@ -48,7 +49,8 @@ def write_tokenizer(
 
 
 def copy_files(origin: Path, folder: Path, patterns: tuple[str, ...]) -> None:
-    """Copy the files of `origin` that match, keeping their relative paths."""
+    """Copy the files of `origin` that match, keeping their relative paths. Raises UserError for links that lead out of it."""
+    refuse_outside_links(origin)
     for pattern in patterns:
         for path in sorted(origin.glob(pattern)):
             if path.is_file():

@@ -23,7 +23,20 @@ from moe2dense.errors import UserError
 from moe2dense.generation.prompts import Prompt
 
 ANSWERS = "answers.jsonl"
-_FINAL_CODES = (400, 401, 403, 404, 405, 422)  # HTTP errors that another try does not change
+_LARGEST_ANSWER = 2**26  # bytes; a server that sends more is not waited for
+_FINAL_CODES = (300, 301, 302, 303, 307, 308, 400, 401, 403, 404, 405, 422)  # answers that another try does not change
+
+
+class _NoRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the request carries the user's key, which is for the server that was named and no other."""
+
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> None:
+        """Refuse, so that the redirect is raised as an HTTPError."""
+
+
+_OPENER = urllib.request.build_opener(_NoRedirects)
 
 
 class _Failed(Exception):
@@ -107,14 +120,23 @@ class Endpoint:
         deadline = time.monotonic() + self.timeout
         parts: list[bytes] = []
         try:
-            with urllib.request.urlopen(request, timeout=self.timeout) as response:
+            with _OPENER.open(request, timeout=self.timeout) as response:
+                size = 0
                 while part := response.read1(65536):
                     parts.append(part)
+                    size += len(part)
+                    if size > _LARGEST_ANSWER:
+                        raise _Failed(f"an answer of more than {_LARGEST_ANSWER >> 20} MB", final=True)
                     if time.monotonic() > deadline:
                         raise TimeoutError
                 if response.length:  # bytes that were promised and never came
                     raise http.client.IncompleteRead(b"".join(parts), response.length)
         except urllib.error.HTTPError as error:
+            if 300 <= error.code < 400:
+                place = str(error.headers.get("Location"))[:200]
+                raise _Failed(
+                    f"it redirects to {place!r}; if that is right, give it as the endpoint", final=True
+                ) from None
             lines = error.read(200).decode(errors="replace").strip().splitlines()
             reason = lines[0] if lines else error.reason
             raise _Failed(f"HTTP {error.code}: {reason}", error.code in _FINAL_CODES) from None

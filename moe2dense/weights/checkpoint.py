@@ -75,11 +75,12 @@ def _header(path: Path) -> tuple[dict[str, Any], int, int]:
 def _tensor_info(path: Path, name: str, entry: Any, base: int, size: int) -> TensorInfo:
     """Return one entry of a header, checked against the file's `size`. Raises UserError naming file and tensor."""
     try:
-        tag, shape, (start, stop) = entry["dtype"], tuple(int(n) for n in entry["shape"]), entry["data_offsets"]
-        start, stop = int(start), int(stop)
+        tag, shape, (start, stop) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        if any(type(n) is not int or n < 0 for n in shape) or type(start) is not int or type(stop) is not int:
+            raise TypeError
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"checkpoint file {path}: the header's entry for tensor {name!r} is damaged") from error
-    if tag not in DTYPES:
+    if not isinstance(tag, str) or tag not in DTYPES:
         known = ", ".join(DTYPES)
         raise UserError(f"checkpoint file {path}: tensor {name!r} has dtype {tag!r}, which is not one of {known}")
     wanted = math.prod(shape) * DTYPES[tag].itemsize

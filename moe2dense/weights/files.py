@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from moe2dense.common.files import refuse_outside_links
 from moe2dense.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -33,9 +34,10 @@ class WeightFiles:
 def weight_files(folder: str | Path) -> WeightFiles:
     """Return the files that hold a folder's weights.
 
-    Raises UserError for an adapter, for pickled weights, for a variant alone, for a missing shard and where there are none.
+    Raises UserError for links that lead out of the folder, for an adapter, for pickled weights, for a variant alone, for a missing shard and where there are none.
     """
     folder = Path(folder)
+    refuse_outside_links(folder)
     refuse_adapter(folder)
     named = _named_by_config(folder)
     if named and not named.endswith(".index.json"):

@@ -33,7 +33,7 @@ def pretrained_sibling(
     the way is to train on text that the teacher writes.
     """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(target.checkpoint)
+        tokenizer = AutoTokenizer.from_pretrained(target.checkpoint, trust_remote_code=False)
     except Exception:  # tokenizers fail in many ways; without one, equal vocabulary sizes are all that can be checked
         tokenizer = None
     compared = None if tokenizer is None else compare_vocabularies(teacher.tokenizer(), tokenizer)
