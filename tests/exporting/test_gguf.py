@@ -9,7 +9,9 @@ from transformers import AutoTokenizer
 
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
+from moe2dense.exporting.gguf import write as writing
 from moe2dense.exporting.gguf.hosts import HOSTS as GGUF_HOSTS
+from moe2dense.exporting.gguf.supported import check_supported
 from moe2dense.exporting.gguf.vocabulary import read_vocabulary, split_rule
 from moe2dense.exporting.gguf.write import interleave, named_tensors
 from moe2dense.exporting.verify import VerificationError
@@ -91,8 +93,6 @@ def test_padded_vocabulary_and_chat_template(tmp_path):
 
 
 def test_a_changed_file_is_named(tmp_path, monkeypatch):
-    from moe2dense.exporting.gguf import write as writing
-
     stored = writing._stored
 
     def wrong(package, tensor, kind):
@@ -124,6 +124,72 @@ def test_what_gguf_cannot_describe_is_refused(tmp_path):
         "layer 1 is full_attention", tiny("cohere2", **BIG, layer_types=["sliding_attention"] + ["full_attention"] * 4)
     )
     assert list(tmp_path.iterdir()) == []
+
+
+BIASES = ("attention_bias", "mlp_bias", "use_bias", "conv_bias")
+
+
+def with_biases(host, field):
+    """A model of the host with these biases, or None where the field gives it none."""
+    plain, model = tiny(host, **BIG), tiny(host, **BIG, **{field: True})
+    return model if len(model.state_dict()) > len(plain.state_dict()) else None
+
+
+@pytest.mark.parametrize("host", sorted(set(HOSTS) & set(GGUF_HOSTS)))
+def test_an_activation_that_llama_cpp_does_not_compute_is_refused(host):
+    for act in ("relu", "gelu", "gelu_pytorch_tanh"):
+        if host == "lfm2":  # always silu, whatever the field says
+            check_supported(tiny(host, hidden_act=act), GGUF_HOSTS[host])
+            continue
+        with pytest.raises(UserError, match=f"with silu, whatever the file says; the student's hidden_act is '{act}'"):
+            check_supported(tiny(host, hidden_act=act), GGUF_HOSTS[host])
+    check_supported(tiny(host, hidden_act="silu"), GGUF_HOSTS[host])
+
+
+def test_biases_that_llama_cpp_has_no_place_for_are_refused_before_writing(tmp_path):
+    refused = set()
+    for host in sorted(set(HOSTS) & set(GGUF_HOSTS)):
+        for field in BIASES:
+            model = with_biases(host, field)
+            try:
+                if model is not None:
+                    check_supported(model, GGUF_HOSTS[host])
+            except UserError as error:
+                assert "has no biases in" in str(error)
+                refused.add((host, field))
+    assert refused == {
+        ("cohere2", "attention_bias"), ("ernie4_5", "use_bias"), ("hunyuan_v1_dense", "attention_bias"), ("lfm2", "conv_bias"),
+        ("olmo2", "attention_bias"), ("qwen3", "attention_bias"),
+    }  # fmt: skip
+    with pytest.raises(
+        UserError, match=r"llama\.cpp's qwen3 has no biases in q_proj, the student has \(model\.layers\.0"
+    ):
+        export(with_biases("qwen3", "attention_bias"), tmp_path / "g", tokenizer=EXAMPLE, format="gguf")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("field", BIASES)
+@pytest.mark.parametrize("host", sorted(set(HOSTS) & set(GGUF_HOSTS)))
+def test_biases_are_refused_exactly_where_llama_cpp_does_not_load_them(host, field, tmp_path, monkeypatch):
+    pytest.importorskip("xllamacpp")
+    model = with_biases(host, field)
+    if model is None:
+        pytest.skip("no such biases")
+    try:
+        check_supported(model, GGUF_HOSTS[host])
+        allowed = True
+    except UserError:
+        allowed = False
+    monkeypatch.setattr(writing, "check_supported", lambda *_: None)
+    export(model, tmp_path / "g", tokenizer=EXAMPLE, format="gguf", dtype="float32")
+    if not allowed:
+        with pytest.raises(RuntimeError):
+            LlamaCpp(tmp_path / "g/model-f32.gguf")
+        return
+    ids = [1, *torch.randint(3, 4096, (20,), generator=torch.Generator().manual_seed(0)).tolist()]
+    want, got = log_probs(model, ids)[-1], LlamaCpp(tmp_path / "g/model-f32.gguf").generate(ids, 1, 4096)[1][0]
+    assert (got - want).abs().max() < 2e-3 * want.abs().max()
 
 
 def test_the_cards_claim_llama_cpp_for_exactly_the_hosts_tested_there():

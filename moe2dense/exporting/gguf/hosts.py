@@ -24,14 +24,20 @@ class GgufHost:
     sliding_every: int = 0
     # layers may be short convolutions, which have no KV heads
     conv: bool = False
+    # linear layers whose biases llama.cpp reads; a file with others does not load there
+    biases: tuple[str, ...] = ()
 
+
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
+_FFN = ("gate_proj", "up_proj", "down_proj")
 
 HOSTS: dict[str, GgufHost] = {
-    "llama": GgufHost("llama", interleaved=True),
-    "mistral": GgufHost("llama", interleaved=True),
+    "llama": GgufHost("llama", interleaved=True, biases=_ATTENTION + _FFN),
+    "mistral": GgufHost("llama", interleaved=True, biases=_ATTENTION + _FFN),
     "granite": GgufHost(
         "granite",
         interleaved=True,
+        biases=_ATTENTION + _FFN,
         keys={
             "attention_scale": "attention_multiplier",
             "embedding_scale": "embedding_multiplier",
@@ -39,7 +45,7 @@ HOSTS: dict[str, GgufHost] = {
             "logit_scale": "logits_scaling",
         },
     ),
-    "qwen2": GgufHost("qwen2"),
+    "qwen2": GgufHost("qwen2", biases=("q_proj", "k_proj", "v_proj")),
     "qwen3": GgufHost("qwen3"),
     "olmo2": GgufHost("olmo2"),
     "ernie4_5": GgufHost("ernie4_5"),

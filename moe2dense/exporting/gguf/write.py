@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting.gguf.hosts import HOSTS, GgufHost
+from moe2dense.exporting.gguf.supported import check_supported
 from moe2dense.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from moe2dense.exporting.hf import TokenizerSource
 from moe2dense.exporting.verify import VerificationError
@@ -49,6 +50,7 @@ def write_gguf(
     if host is None or card.moe_shaped:
         known = ", ".join(sorted(HOSTS))
         raise UserError(f"format: gguf does not know the host {model.config.model_type}; it knows {known}")
+    check_supported(model, host)
     if source is None:
         raise UserError("tokenizer: a GGUF file holds one; pass --tokenizer")
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
