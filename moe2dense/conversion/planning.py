@@ -25,6 +25,7 @@ from moe2dense.distillation.cost import stored_states
 from moe2dense.errors import UserError
 from moe2dense.modeling.shape import Geometry, teacher_geometry
 from moe2dense.student.build.cost import build_bytes, build_tokens, fit_flops, heal_runs
+from moe2dense.student.target.host_check import check_host
 from moe2dense.student.target.pruned import scored
 from moe2dense.student.target.resolve import Target, resolve_target
 from moe2dense.teacher.cost import (
@@ -57,6 +58,8 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     teacher, remarks = checked_teacher(config.model, config.teacher.card)
     shape = teacher_geometry(teacher.config, teacher.card)
     target = resolve_target(config.to, teacher.config, teacher.card, config.build.prune, config.build.host)
+    if not target.checkpoint:
+        remarks = [*remarks, check_host(teacher.config, teacher.card, target.card)]
     block = block_length(config, shape.max_positions)
     tokens, build = config.train.tokens, build_tokens(config, block, target.width)
     machine = machine or calibrate(teacher.path, device=config.teacher.device)

@@ -6,7 +6,7 @@ from transformers import AutoTokenizer
 
 from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
-from moe2dense.teacher.check import check_folder
+from moe2dense.teacher.folder_check import check_folder
 from moe2dense.weights.files import holds_weights
 
 

@@ -6,10 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
-from moe2dense.families.cards import TeacherCard
 from moe2dense.modeling.internals import Source
 from moe2dense.modeling.load import wrapper_hint
 from moe2dense.teacher.layers import Layer
@@ -34,17 +32,6 @@ def check_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
             f"teacher {path} is quantised with {method}, which cannot be read; "
             f"give a checkpoint that is not quantised, or one in {', '.join(_METHODS)}"
         )
-
-
-def check_folder(path: Path, config: PreTrainedConfig, card: TeacherCard | None) -> list[str]:
-    """Check that a folder can be loaded as a teacher, from its config and headers alone; return what is not used, in sentences.
-
-    A config that ties tensors which differ is corrected. Raises UserError naming the file and tensor at fault.
-    """
-    check_quantization(path, getattr(config, "quantization_config", None))
-    skeleton = Skeleton(path, config, card, "cpu")
-    check_coverage(skeleton, [Layer(skeleton, index) for index in range(len(skeleton.body.layers))])
-    return skeleton.remarks
 
 
 def check_coverage(skeleton: Skeleton, layers: Sequence[Layer]) -> None:

@@ -10,6 +10,7 @@ from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard, read_teacher_card, teacher_cards
 from moe2dense.families.resolve import family_card, fetch, has_experts, resolve_teacher
 from moe2dense.modeling.internals import read_config
+from moe2dense.teacher.card_check import check_card, is_shipped
 from moe2dense.teacher.fake_quant import BITS
 from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.sampled_routing import Resample
@@ -91,6 +92,8 @@ def load_teacher(
     config = read_config(str(folder))
     family = find_card(config, card)
     backend, resample = check_quantize(quantize, family, experts), None
+    if family is not None and not is_shipped(family):
+        check_card(config, family)
     if draw is not None:
         own = experts_per_token(config, family)
         plain = Teacher(folder, read_config(str(folder)), family, memory, "streamed", device)

@@ -34,6 +34,7 @@ from moe2dense.student.prune.cut import cut_for
 from moe2dense.student.prune.norms import NormFactors, norm_factors, scale_norms
 from moe2dense.student.store import save_parts, save_student
 from moe2dense.student.target.dense_config import dense_config
+from moe2dense.student.target.host_check import check_host
 from moe2dense.student.target.resolve import Target, resolve_target
 from moe2dense.student.types import Student
 from moe2dense.teacher.layer_pass import LayerPass
@@ -119,7 +120,10 @@ def _resolve(teacher: Teacher, to: str | Target, data: "Blocks", init: str, conf
         return to
     if teacher.card is None:
         return dense_target(to, teacher.config)
-    return resolve_target(to, teacher.config, teacher.card, config.prune, config.host)
+    target = resolve_target(to, teacher.config, teacher.card, config.prune, config.host)
+    if not target.checkpoint:
+        check_host(teacher.config, teacher.card, target.card)
+    return target
 
 
 def _heal_fits(state: StudentBuild) -> bool:
