@@ -30,7 +30,8 @@ FAMILIES: dict[str, dict] = {
         "norm_topk_prob": True, "mlp_only_layers": [0], "tie_word_embeddings": True, "rope_parameters": YARN,
     },
     "olmoe": {"num_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 11, "clip_qkv": 0.5},
-    "flex_olmo": {"num_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 11},
+    # the norm after its FFN hides what a token's routing weights add up to, as far as the epsilon is small
+    "flex_olmo": {"num_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 11, "rms_norm_eps": 3e-5},
     "deepseek_v2": {
         **MLA, "n_routed_experts": 6, "n_shared_experts": 2, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
         "intermediate_size": 19, "first_k_dense_replace": 1, "topk_method": "group_limited_greedy", "n_group": 3,
