@@ -40,6 +40,9 @@ class TextCounts:
 
     def skip(self, where: str, reason: str) -> None:
         """Count a record that is not used; where: its file and line."""
+        reason = reason.encode(
+            errors="backslashreplace"
+        ).decode()  # a reason quotes the record, which may hold half a character
         self.reasons[reason] += 1
         if reason not in self.first or _place(where) < _place(self.first[reason]):  # records come in a shuffled order
             self.first[reason] = where

@@ -40,7 +40,18 @@ def passage_of(record: Mapping[str, Any]) -> dict[str, Any]:
             value = _decoded(record.get(name), keys)
             if isinstance(value, (list, dict)) and value:
                 passage[name] = value
-    return passage | {name: str(record[name]) for name in _LABELS if record.get(name)}
+    passage |= {name: str(record[name]) for name in _LABELS if record.get(name)}
+    try:
+        (passage["text"] if passage.keys() == {"text"} else _all_text(passage)).encode()
+    except UnicodeEncodeError as error:  # such as "\\ud83d" in JSON without its other half
+        half = error.object[error.start : error.end]
+        raise Unusable(f"it holds half a character ({half!r}), which is no text") from None
+    return passage
+
+
+def _all_text(passage: Mapping[str, Any]) -> str:
+    """Return all text of a passage as one string."""
+    return json.dumps(passage, ensure_ascii=False, default=str)
 
 
 def split_key(record: Mapping[str, Any]) -> str | None:

@@ -73,8 +73,9 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         for name, kind in kinds.items():
             if type(table[name]) is not kind:
                 raise TypeError(f"{name} is {table[name]!r}, not {kind.__name__}")
-    if manifest["blocks"] < 1 or not all(0 <= s["from"] < s["to"] for s in manifest["shards"]):
-        raise ValueError("its numbers of blocks cannot be right")
+    sizes = [manifest[name] for name in ("blocks", "block", "layers", "hidden_size")]
+    if min(sizes) < 1 or not all(0 <= s["from"] < s["to"] for s in manifest["shards"]):
+        raise ValueError("its sizes cannot be right")
     options = manifest["options"]
     StoreOptions(**{**options, **{n: tuple(options[n]) for n in ("features", "routing")}})
     if options["format"] not in TARGET_FORMATS:
