@@ -100,10 +100,16 @@ def blocks_of(
     tokens: int | None = None,
     options: TextOptions = DEFAULTS,
 ) -> Blocks:
-    """Turn records into blocks of exactly `block` tokens, in their order; see `load_blocks`. what: how errors call the data."""
+    """Turn records into blocks of exactly `block` tokens, in their order; see `load_blocks`. what: how errors call the data.
+
+    A warning says which records are skipped.
+    """
     counts = TextCounts()
     located = usable(((f"record {n}", row) for n, row in enumerate(rows, 1)), counts)
-    return _blocks(located, tokenizer, Layout(block), what, tokens, options, counts)
+    blocks = _blocks(located, tokenizer, Layout(block), what, tokens, options, counts)
+    if counts.skipped:
+        warnings.warn(f"data {what}: {counts.sentence()}", stacklevel=2)
+    return blocks
 
 
 def _blocks(

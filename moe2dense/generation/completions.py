@@ -10,7 +10,9 @@ from transformers import PreTrainedTokenizerBase
 
 from moe2dense.config.schema import WriteConfig
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.chat.conversation import joined_parts
 from moe2dense.data.load import blocks_of
+from moe2dense.data.options import DEFAULTS, TextOptions
 from moe2dense.errors import UserError
 from moe2dense.generation.endpoint import Endpoint, collect
 from moe2dense.generation.prompts import read_prompts
@@ -65,16 +67,18 @@ def ask_endpoint(
     tokens: int | None,
     seed: int,
     progress: Callable[..., None] | None = None,
+    options: TextOptions = DEFAULTS,
 ) -> list[dict[str, Any]]:
     """Return the endpoint's answers to the prompts in `data`, about `tokens` student tokens. See `collect`."""
     stride = write.prompt_tokens + endpoint.max_tokens
-    prompts = read_prompts(data, tokenizer, "train", seed, write.prompt_tokens, stride)
+    prompts = read_prompts(data, tokenizer, "train", seed, write.prompt_tokens, stride, options)
     sizes: list[int] = []
 
     def enough(records: list[dict[str, Any]]) -> bool:
         for record in records[len(sizes) :]:
             messages = record.get("messages")
-            text = " ".join(m["content"] for m in messages) if messages else record["prompt"] + record["completion"]
+            spoken = [joined_parts(m).get("content") or "" for m in messages or ()]
+            text = " ".join(spoken) if messages else record["prompt"] + record["completion"]
             sizes.append(len(tokenizer(text, add_special_tokens=False)["input_ids"]) + 1)
         return tokens is not None and sum(sizes) >= tokens
 
@@ -82,15 +86,23 @@ def ask_endpoint(
 
 
 def answer_blocks(
-    records: list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase, block: int, tokens: int | None, seed: int
+    records: list[dict[str, Any]],
+    tokenizer: PreTrainedTokenizerBase,
+    block: int,
+    tokens: int | None,
+    seed: int,
+    options: TextOptions = DEFAULTS,
 ) -> tuple[Blocks, Blocks | None]:
-    """Return (training blocks, held-out blocks: a twentieth of the records, None when they fill no block)."""
+    """Return (training blocks, held-out blocks: a twentieth of the records, None when they fill no block).
+
+    options: how documents are made of the records.
+    """
     order = torch.randperm(len(records), generator=torch.Generator().manual_seed(seed)).tolist()
     shuffled = [records[i] for i in order]
     training = len(shuffled) - len(shuffled) // 20
-    train = blocks_of(shuffled[:training], tokenizer, block, "of the completions", tokens)
+    train = blocks_of(shuffled[:training], tokenizer, block, "of the completions", tokens, options)
     try:
-        held_out = blocks_of(shuffled[training:], tokenizer, block, "held out")
+        held_out = blocks_of(shuffled[training:], tokenizer, block, "held out", options=options)
     except UserError:
         held_out = None
     return train, held_out

@@ -107,7 +107,9 @@ def _from_completions(setting: Setting) -> Material:
         console.print(f"[yellow]warning:[/] {warning}", highlight=False)
     console.print(f"{len(records)} completions, learnt as hard labels (alpha 1): no teacher distributions are known")
     seed = request.settings.seed
-    data, answers = answer_blocks(records, setting.tokenizer(), setting.block, request.tokens, seed)
+    data, answers = answer_blocks(
+        records, setting.tokenizer(), setting.block, request.tokens, seed, setting.text_options
+    )
     return Material(data, _hard_labels(request.settings.train), answers=answers)
 
 
@@ -116,15 +118,16 @@ def _from_endpoint(setting: Setting) -> Material:
     request, settings = setting.request, setting.request.settings
     assert request.endpoint is not None
     write, folder, tokenizer = settings.write, request.out / "answers", setting.tokenizer()
+    options = setting.text_options
     longest = write.new_tokens or max(1, setting.block - write.prompt_tokens)
     endpoint = Endpoint(request.endpoint, request.endpoint_model, longest, write.temperature, write.top_p)
     records = ask_endpoint(
-        endpoint, settings.data.path, folder, write, tokenizer, request.tokens, settings.seed, setting.progress
+        endpoint, settings.data.path, folder, write, tokenizer, request.tokens, settings.seed, setting.progress, options
     )
     setting.console.print(
         f"{len(records)} answers of {request.endpoint_model!r}, learnt as hard labels (alpha 1); they are kept in {folder}"
     )
-    data, answers = answer_blocks(records, tokenizer, setting.block, request.tokens, settings.seed)
+    data, answers = answer_blocks(records, tokenizer, setting.block, request.tokens, settings.seed, options)
     return Material(data, _hard_labels(settings.train), answers=answers)
 
 
