@@ -61,6 +61,22 @@ def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any
     return list(range(_teacher_field(teacher, match[1], card))) if match else _teacher_field(teacher, value[1:], card)
 
 
+def _window_of_every_layer(teacher: "PreTrainedConfig", card: StudentCard) -> dict[str, Any]:
+    """Return the host's layer types where it has some and the teacher has none.
+
+    A family without layer types has one kind of attention: within its sliding window in every layer, or everywhere. A host that
+    is left to derive its own would take them from other fields (Qwen3's `max_window_layers`).
+    """
+    from transformers import AutoConfig
+
+    if card.copy != ("*",) or "layer_types" in teacher.to_dict():
+        return {}
+    if "layer_types" not in AutoConfig.for_model(card.model_type).to_dict():
+        return {}
+    kind = "full_attention" if getattr(teacher, "sliding_window", None) is None else "sliding_attention"
+    return {"layer_types": [kind] * teacher.num_hidden_layers}
+
+
 def dense_config(
     teacher: "PreTrainedConfig", card: StudentCard, width: int, layers: Sequence[int] | None = None, **geometry: Any
 ) -> "PreTrainedConfig":
@@ -85,6 +101,7 @@ def dense_config(
         fields["head_dim"] = head_dim(teacher)  # the host's default is a number of its own
     if _HEAD_FIELDS & geometry.keys():
         fields["head_dim"] = head_dim(teacher)
+    fields |= _window_of_every_layer(teacher, card)
     fields |= {card.width: width} | geometry
     for name in _PER_LAYER:
         each = fields.get(name)
