@@ -203,8 +203,9 @@ def test_pretrained_model_thirty_layers_deep(carve_moe, text, tmp_path):
     gguf = next(Path(spec.origin).parent.glob("*.gguf"))
     out = tmp_path / "out"
     data = ["--data", str(text / "train.jsonl"), "--valid", str(text / "valid.jsonl")]
-    short = ["--fit-tokens", "8192", "--fit-passes", "0", "--tokens", "4096", "--rate", "5e-4", "--valid-blocks", "7"]
-    carve_moe.main([str(gguf), str(out), *data, *short])
+    fit = ["--fit-tokens", "4096", "--fit-passes", "0"]
+    heal = ["--tokens", "4096", "--batch", "2", "--rate", "3e-4", "--valid-blocks", "7"]
+    carve_moe.main([str(gguf), str(out), *data, *fit, *heal])
     log = json.loads((out / "log.json").read_text())
     kl = {record["stage"]: record["kl"] for record in log if "kl" in record}
     assert kl["healed"] < kl["fitted"] < kl["carved"]
