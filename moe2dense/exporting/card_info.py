@@ -5,7 +5,7 @@ from typing import Any
 
 from moe2dense.config.toml import write_config_table
 
-_ROWS = {"student": "student", "before": "student before training", "control": "random start, trained alike"}
+_ROWS = {"student": "student", "before": "student before training", "control": "random FFNs, trained alike"}
 
 
 def card_info(report: Mapping[str, Any]) -> dict[str, Any]:

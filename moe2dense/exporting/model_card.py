@@ -29,7 +29,7 @@ INFO_FIELDS = {
     "seed": "seed of the run",
     "rows": "list of {'name': str, 'scores': Scores.to_dict()}, the student first",
     "tokens_judged": "held-out tokens behind the table",
-    "transferred": "share of the experts' saliency found in the student, 0 to 1",
+    "transferred": "mean coverage of the experts by the student's neurons, 0 to 1",
     "lost": "sentences: what the student does worse, worst experts, domains",
     "command": "the exact command",
     "config": "the resolved settings as TOML",
@@ -160,7 +160,7 @@ def _quality(info: dict[str, Any], quantized: dict[str, float] | None) -> list[s
 def _lost(info: dict[str, Any]) -> list[str]:
     lines = ["For the uses the teacher was meant for, where its size is too much; judge it on your own text first.", ""]
     if "transferred" in info:
-        lines += [f"Of the experts' saliency, {100 * info['transferred']:.0f}% was found again in the student.", ""]
+        lines += [f"The student's neurons cover {100 * info['transferred']:.0f}% of what single experts compute.", ""]
     lines += [f"- {escaped(sentence)}" for sentence in info.get("lost", [])] + [""] * bool(info.get("lost"))
     if not info.get("lost"):
         lines += ["A dense student of fewer parameters knows less than its teacher: expect rare facts to go first.", ""]
