@@ -430,15 +430,15 @@ def main() -> int:
 def import_everything() -> None:
     """Import what the commands import, once, so that each try begins at its own work."""
     import importlib
-    import pkgutil
 
     import moe2dense
 
     os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", COLUMNS="200")
-    for module in pkgutil.walk_packages(moe2dense.__path__, "moe2dense."):
-        if not module.name.endswith("__main__"):
+    root = Path(moe2dense.__file__).parent
+    for path in sorted(root.rglob("*.py")):
+        if path.stem != "__main__":
             with contextlib.suppress(ImportError):  # optional packages
-                importlib.import_module(module.name)
+                importlib.import_module(".".join(("moe2dense", *path.relative_to(root).with_suffix("").parts)))
     importlib.import_module("transformers.models.mixtral.modeling_mixtral")
     importlib.import_module("transformers.models.mistral.modeling_mistral")
 

@@ -74,6 +74,11 @@ def _lock(folder: Path) -> BaseFileLock:
     return lock
 
 
+def _left_over(path: Path) -> bool:
+    """Return whether a file is what a run leaves that was killed before it wrote anything: its lock, or a file half-written."""
+    return path.name == _LOCK or (path.name.startswith(".") and path.name.endswith(".tmp"))
+
+
 def check_out(folder: str | Path, resume: bool = False) -> None:
     """Refuse a run folder before anything is computed; creates nothing.
 
@@ -81,7 +86,7 @@ def check_out(folder: str | Path, resume: bool = False) -> None:
     to resume.
     """
     folder = Path(folder)
-    exists = folder.exists() and (not folder.is_dir() or any(p.name != _LOCK for p in folder.iterdir()))
+    exists = folder.exists() and (not folder.is_dir() or any(not _left_over(p) for p in folder.iterdir()))
     if exists and not resume:
         raise UserError(f"--out {folder} exists; continue it with --resume, or choose another --out")
     if resume and not (folder / CONFIG).is_file():
@@ -110,6 +115,8 @@ def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Ite
             f"--out {folder} cannot be created: {error.strerror}; choose a folder you can write to"
         ) from error
     lock = _lock(folder)
+    for path in folder.glob(".*.tmp"):  # of a process that was killed: the lock says that no other is at work
+        path.unlink(missing_ok=True)
     run = refused = None
     try:
         if resume:
@@ -135,8 +142,9 @@ def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Ite
 
 def _remove_if_unused(folder: Path, created: bool) -> None:
     """Leave no trace of a run that was refused before it did anything: the corrected command may use the same --out."""
-    if {p.name for p in folder.iterdir()} <= {CONFIG, _LOCK}:
-        (folder / CONFIG).unlink(missing_ok=True)
-        (folder / _LOCK).unlink(missing_ok=True)
+    files = list(folder.iterdir())
+    if all(p.name == CONFIG or _left_over(p) for p in files):
+        for path in files:
+            path.unlink(missing_ok=True)
         if created:
             folder.rmdir()

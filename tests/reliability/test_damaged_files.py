@@ -9,7 +9,7 @@ from transformers import MistralConfig, MistralForCausalLM
 from moe2dense.__main__ import main
 from moe2dense.common.files import content_errors, read_json_object
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.run import MANIFEST, Run
+from moe2dense.conversion.run import MANIFEST, Run, check_out, open_run
 from moe2dense.data.counts import TextCounts, Unusable
 from moe2dense.data.fields import passage_of
 from moe2dense.distillation.targets import store
@@ -169,6 +169,20 @@ def test_a_damaged_run_is_refused(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
     with pytest.raises(UserError, match=r"run\.json"):
         Run(tmp_path, RunConfig(), None)  # type: ignore[arg-type]
+
+
+def test_a_run_killed_before_its_settings_were_written_can_be_started_again(tmp_path):
+    """All it leaves is its lock and a file half-written."""
+    folder = tmp_path / "out"
+    folder.mkdir()
+    for name in (".lock", ".moe2dense.toml.123.tmp"):
+        (folder / name).write_text("")
+    check_out(folder)
+    with open_run(folder, RunConfig()) as run:
+        run.save()
+    assert {p.name for p in folder.iterdir()} == {"moe2dense.toml", "run.json"}
+    with pytest.raises(UserError, match="continue it with --resume"):
+        check_out(folder)
 
 
 @pytest.fixture(scope="module")
