@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from moe2dense.errors import UserError
+from moe2dense.weights.files import refuse_adapter
 
 
 def is_training_checkpoint(folder: Path) -> bool:
@@ -27,5 +28,6 @@ def student_folder(path: str) -> Path:
                 return student
         raise UserError(f"{path} is a run without a built student yet; finish it with `moe2dense convert ... --resume`")
     if not (folder / "config.json").is_file():
+        refuse_adapter(folder)
         raise UserError(f"{path!r} is neither a run nor a checkpoint (no run.json, no config.json)")
     return folder

@@ -14,6 +14,7 @@ from moe2dense.teacher.card_check import check_card, is_shipped
 from moe2dense.teacher.fake_quant import BITS
 from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.sampled_routing import Resample
+from moe2dense.weights.files import refuse_adapter
 
 _PROBE_TOKENS = 16
 
@@ -114,6 +115,7 @@ def _folder_of(path: str | Path, card: TeacherCard | str | Path | None) -> Path:
     if not folder.exists():
         folder = fetch(resolve_teacher(str(path), str(card) if isinstance(card, (str, Path)) else ""))
     if not (folder / "config.json").is_file():
+        refuse_adapter(folder)
         raise UserError(
             f"teacher {folder} has no config.json; give the folder of a checkpoint as transformers saves it"
         )

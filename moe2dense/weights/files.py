@@ -65,7 +65,7 @@ def refuse_adapter(folder: str | Path) -> None:
         raise UserError(
             f"{folder} holds an adapter ({name}), which transformers applies to the weights beside it and moe2dense does not read; "
             f"merge it into the weights first (peft: merge_and_unload() of the loaded model, then save_pretrained to a new folder), "
-            f"or move {name} away to use the weights without it"
+            f"or move the adapter's files away to use the weights without it"
         )
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from moe2dense.errors import UserError
+from moe2dense.student.open import open_student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.weights.checkpoint import Checkpoint
 from moe2dense.weights.files import holds_weights, weight_files
@@ -111,6 +112,10 @@ def test_an_adapter_beside_the_weights_is_refused(tmp_path):
         load_teacher(tmp_path)
     with pytest.raises(UserError, match="holds an adapter"):
         weight_files(tmp_path)
+    (tmp_path / "config.json").unlink()  # an adapter alone, without the weights it belongs to
+    for look in (load_teacher, open_student):
+        with pytest.raises(UserError, match="holds an adapter"):
+            look(str(tmp_path))
 
 
 @pytest.mark.parametrize(
