@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from datetime import date, timedelta
+from datetime import date, datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -103,12 +103,18 @@ def test_a_run_goes_on_after_midnight(tmp_path, monkeypatch):
     for part in ("checkpoints", "model"):
         shutil.rmtree(out / part, ignore_errors=True)
 
-    class Tomorrow(date):
+    class Later(datetime):
+        """A clock of another day."""
+
+        @classmethod
+        def now(cls, tz=None):
+            return cls(2031, 1, 2)
+
         @classmethod
         def today(cls):
             return cls(2031, 1, 2)
 
-    monkeypatch.setattr("moe2dense.conversion.text_options.date", Tomorrow)
-    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    monkeypatch.setattr("moe2dense.conversion.text_options.date", Later)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Later)
     m2d.convert(out=out, resume=True)
     assert (out / "model/config.json").is_file()
