@@ -80,6 +80,25 @@ def test_the_model_is_dense_and_equals_the_trained_student(done):
     assert not [n for n in load_file(done.model / "model.safetensors") if "expert" in n or "gate.weight" in n]
 
 
+def test_the_report_says_what_is_exported_what_is_resampled_and_which_skills_are_kept(done, tiny, text, capsys):
+    report = json.loads((done.out / "report.json").read_text())
+    choice, rows = report["choice"], report["rows"]
+    assert choice["exported"] == done.exported != "built" and done.gained and done.exit_code == 0
+    assert rows["student"]["kl"]["value"] == pytest.approx(choice["kl"][done.exported], rel=1e-5)
+    assert rows["student"]["kl"]["value"] < rows["before"]["kl"]["value"]
+    assert [r["layer"] for r in report["build"] if "layer" in r] == [0, 1, 2, 3]
+    assert rows["student"]["unit"] in ("works", "passages") and 4 <= rows["student"]["clusters"] <= 8
+    assert rows["student"]["rare_by"] == "the training text"
+    skills = {row["name"]: row for row in report["skills"]["skills"]}
+    assert {"arithmetic", "copying", "induction", "brackets", "facts", "code"} == set(skills)
+    assert set(skills["facts"]["scores"]) == {"teacher", "student", "before", "control"}
+    assert "heal_kl_after" in (done.out / "control" / "build" / "student" / "student.json").read_text()
+    base = ["--teacher", str(tiny), "--data", str(text), "--tokens", "1k"]
+    capsys.readouterr()
+    assert main(["eval", str(done.model), *base, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["rows"]["teacher"]["rare_by"] == "the training text"
+
+
 def test_it_writes_text(done):
     tokenizer = AutoTokenizer.from_pretrained(done.model)
     model = AutoModelForCausalLM.from_pretrained(done.model)
