@@ -17,6 +17,7 @@ from moe2dense.conversion.text_options import text_options
 from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import check_source
 from moe2dense.data.vocabulary import check_vocabulary
+from moe2dense.distillation.adapters import check_adapters
 from moe2dense.distillation.checks import check_training
 from moe2dense.distillation.regimes.checks import brings_targets, check_regime_settings
 from moe2dense.distillation.regimes.registry import writes_text
@@ -24,10 +25,13 @@ from moe2dense.distillation.select_blocks import parse_selection
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.evaluation.baselines import check_baselines
 from moe2dense.evaluation.judge import check_judge
+from moe2dense.exporting.quantize import check_layers
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.generation.filters import parse_band
 from moe2dense.generation.sampling import Sampling
+from moe2dense.modeling.empty import empty_model
 from moe2dense.student.ffn.methods import parse_method
+from moe2dense.student.target.resolve import Target
 from moe2dense.teacher.model import Teacher
 
 
@@ -94,6 +98,14 @@ def check_draws(settings: RunConfig) -> None:
                 f"teacher.draws {draws} averages stored distributions, which train.{name} = {value!r} cannot be used with; "
                 f"set one of them otherwise (draws = 1 works with all)"
             )
+
+
+def check_architecture(settings: RunConfig, target: Target) -> None:
+    """Refuse adapters and rounding that the host's architecture has no place for. Raises UserError naming the setting."""
+    if settings.train.lora:
+        check_adapters(empty_model(target.config), settings.train)
+    if settings.export.quantize:
+        check_layers(empty_model(target.config))
 
 
 def check_places(settings: RunConfig, resume: bool) -> None:

@@ -9,6 +9,7 @@ from itertools import pairwise
 from moe2dense.common.files import free_bytes
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
+from moe2dense.conversion.checks import check_architecture
 from moe2dense.conversion.configure import default_out, stage_sizes, texts_of_folder
 from moe2dense.conversion.machine import calibrate
 from moe2dense.conversion.plan_warnings import (
@@ -60,6 +61,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     target = resolve_target(config.to, teacher.config, teacher.card, config.build.prune, config.build.host)
     if not target.checkpoint:
         remarks = [*remarks, check_host(teacher.config, teacher.card, target.card)]
+    check_architecture(config, target)
     block = block_length(config, shape.max_positions)
     tokens, build = config.train.tokens, build_tokens(config, block, target.width)
     machine = machine or calibrate(teacher.path, device=config.teacher.device)

@@ -162,3 +162,16 @@ def test_calibration_measures_something(tiny):
     machine = calibrate(tiny, seconds=0.2)
     assert machine.flops > 1e8
     assert machine.disk > 1e6
+
+
+@pytest.mark.parametrize(
+    ("flags", "match"),
+    [
+        ({"export__quantize": "int4"}, "are no linear layers"),
+        ({"train__lora": 8, "train__dora": True}, "for which peft has no DoRA"),
+    ],
+)
+def test_what_the_host_has_no_place_for_is_refused_by_the_plan(flags, match):
+    with pytest.raises(UserError, match=match):
+        planned("gpt-oss-20b", "7b", **flags)
+    planned("mixtral", "7b", **flags)
