@@ -85,8 +85,20 @@ def _skills() -> dict[str, Any]:
     for i, title in enumerate(("Arithmetic", "Copying", "Induction", "Brackets", "Training text", "Code")):
         solved = {"teacher": 0.25 + i / 8, "student": 0.25 + i / 9, "before": 0.25 + i / 10, "control": 0.25 + i / 20}
         scores = {k: {"value": v, "low": v - 0.15, "high": min(1.0, v + 0.15)} for k, v in solved.items()}
-        kept = {k: None if i < 2 else (solved[k] - 0.25) / (solved["teacher"] - 0.25) for k in ("student", "before", "control")}
-        rows.append({"name": title.lower(), "title": title, "help": "A small task.", "tasks": 20, "scores": scores, "retention": kept})
+        kept = {
+            k: None if i < 2 else (solved[k] - 0.25) / (solved["teacher"] - 0.25)
+            for k in ("student", "before", "control")
+        }
+        rows.append(
+            {
+                "name": title.lower(),
+                "title": title,
+                "help": "A small task.",
+                "tasks": 20,
+                "scores": scores,
+                "retention": kept,
+            }
+        )
     return {"chance": 0.25, "skills": rows}
 
 

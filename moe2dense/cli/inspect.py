@@ -15,7 +15,11 @@ def inspect(
     *,
     data: Annotated[
         str | None,
-        argument("Text to route, for the load of every expert, and to show as it is learnt.", example="my-text.jsonl", default="none: shape only"),
+        argument(
+            "Text to route, for the load of every expert, and to show as it is learnt.",
+            example="my-text.jsonl",
+            default="none: shape only",
+        ),
     ] = None,
     tokens: Annotated[
         str, argument("How much of it is routed.", unit="tokens", example="100k", metavar="COUNT")

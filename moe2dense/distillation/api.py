@@ -80,7 +80,9 @@ def distill(
     if answers is None and teacher is not None and not (regime is not None and regime.brings_targets):
         features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)
         answers = hidden_targets(teacher, data, features=features, routing=routing, progress=progress)
-    held_out = _held_out_batches(valid, valid_targets, teacher, count_tokens(data) if token_counts is None else token_counts)
+    held_out = _held_out_batches(
+        valid, valid_targets, teacher, count_tokens(data) if token_counts is None else token_counts
+    )
     batches = Batches(data, answers, weights=_token_weights(config.token_weights, answers, data))
     if config.temperature_schedule == "auto":
         best = settle_temperature(model, batches, held_out, config, seed, out, accelerator)

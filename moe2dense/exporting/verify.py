@@ -114,7 +114,10 @@ def check_config(folder: Path, student: PreTrainedModel, dtype: str) -> None:
         )
     if config.get("dtype") != dtype:
         raise VerificationError(f"export: config.json says dtype {config.get('dtype')}, the tensors are {dtype}")
-    want, got = student.config.to_dict(), AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict()
+    want, got = (
+        student.config.to_dict(),
+        AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).to_dict(),
+    )
     added = older_fields(want).keys() - want.keys()
     skipped = {"architectures", "dtype", "torch_dtype", "_name_or_path", "transformers_version", "quantization_config"}
     different = [key for key in sorted({*want, *got} - skipped - added) if want.get(key) != got.get(key)]

@@ -248,7 +248,16 @@ def test_terminal_tables_have_the_same_columns_and_say_what_they_mean(made_up_re
     heads = [lines[i + 1].split() for i, line in enumerate(lines) if "text" in line and "  KL" in lines[i + 1]]
     assert len(heads) == 2 and heads[0] == heads[1]
     explained = " ".join(" ".join(lines).split())
-    for name in ("KL: ", "same choice: ", "mean coverage: ", "coverage: ", "neurons: ", "±: ", "– or ·: ", "docs/report.md"):
+    for name in (
+        "KL: ",
+        "same choice: ",
+        "mean coverage: ",
+        "coverage: ",
+        "neurons: ",
+        "±: ",
+        "– or ·: ",
+        "docs/report.md",
+    ):
         assert name in explained, name
     assert ("rare KL: " in explained) == ("rare" in heads[0]) and ("ppl: " in explained) == ("ppl" in heads[0])
 
