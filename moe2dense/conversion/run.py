@@ -62,6 +62,10 @@ def _read_manifest(file: Path) -> dict[str, Any]:
             for name in ("finished", "seconds"):
                 if not math.isfinite(entry.get(name, 0)):
                     raise ValueError(f"{name} of stage {stage!r} is {entry[name]!r}")
+            if not all(isinstance(row, dict) for row in entry.get("history", [])) or not isinstance(
+                entry.get("kl", {}), dict
+            ):
+                raise ValueError(f"the record of stage {stage!r} is not as it is written")
     return manifest
 
 

@@ -16,7 +16,7 @@ from moe2dense.modeling.load import load_model, quiet
 from moe2dense.student.types import LayerProvenance, Student
 
 _REMEDY = "build the student again"
-_KINDS = {"host": str, "teacher": str, "method": str, "build_tokens": int, "layers": int}
+_KINDS = {"host": str, "teacher": str, "method": str, "build_tokens": int, "layers": int, "history": list}
 _PROVENANCE_FIELDS = [f.name for f in dataclasses.fields(LayerProvenance)]
 
 

@@ -163,7 +163,17 @@ def test_a_shard_outside_the_store_is_refused(tmp_path):
 
 @pytest.mark.parametrize(
     "text",
-    ["", DEEP, "[1]", '{"stages": []}', '{"stages": {"build": 3}}', '{"stages": {"build": {"seconds": {}}}}', "{}"],
+    [
+        "",
+        DEEP,
+        "[1]",
+        '{"stages": []}',
+        '{"stages": {"build": 3}}',
+        '{"stages": {"build": {"seconds": {}}}}',
+        "{}",
+        '{"stages": {"build": {"history": 3}}}',
+        '{"stages": {"build": {"kl": []}}}',
+    ],
 )
 def test_a_damaged_run_is_refused(tmp_path, text):
     (tmp_path / MANIFEST).write_text(text)
@@ -190,7 +200,7 @@ def student_folder(tmp_path_factory):
     config = MistralConfig(
         hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1, vocab_size=40, rope_theta=777.0
     )  # fmt: skip
-    student = Student(MistralForCausalLM(config), student_host("mistral"), [None, None], "teacher", "layerwise", 5, {})
+    student = Student(MistralForCausalLM(config), student_host("mistral"), [None, None], "teacher", "layerwise", 5, [])
     return save_student(student, tmp_path_factory.mktemp("student") / "student")
 
 
