@@ -10,7 +10,6 @@ from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
 from moe2dense.student.build import sweeps
 from moe2dense.student.build.api import build_student, build_to_folder
-from moe2dense.student.fit import Fit
 from moe2dense.student.store import load_student
 from moe2dense.teacher.load import load_teacher
 
@@ -48,12 +47,12 @@ def test_a_refused_sweep_leaves_the_student_as_it_is(source, monkeypatch):
     """A local fit that makes things worse, and a layer fit that finds nothing."""
     teacher, data = source
 
-    def worse(ffn, *_, **__):
-        return dataclasses.replace(ffn, down=ffn.down + 1), Fit(1, 1, 0)
+    def worse(_state, ffn, *_):
+        return dataclasses.replace(ffn, down=ffn.down + 1), {}
 
     once = build_student(teacher, "40%", data, INIT, config=dataclasses.replace(SHORT, sweeps=1))
-    monkeypatch.setattr(sweeps, "local", worse)
-    monkeypatch.setattr(sweeps, "fit_layer", lambda *_: None)
+    monkeypatch.setattr(sweeps, "fit_ffn", worse)
+    monkeypatch.setattr(sweeps, "fit_layer", lambda *_: {})
     twice = build_student(teacher, "40%", data, INIT, config=SHORT)
     assert all(r["held_out_after"] == r["held_out_before"] for r in again(twice))
     for (name, a), b in zip(once.model.named_parameters(), twice.model.parameters(), strict=True):
