@@ -19,7 +19,7 @@ def test_the_names_of_the_design():
 
 
 def test_unknown_name():
-    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+    with pytest.raises(AttributeError, match="No moe2dense attribute nothing"):
         moe2dense.nothing  # noqa: B018
 
 

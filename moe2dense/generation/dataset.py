@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from moe2dense.common.files import atomic_write
 from moe2dense.common.processes import from_first
 from moe2dense.config.schema import WriteConfig
-from moe2dense.data.options import DEFAULTS, TextOptions
+from moe2dense.data.options import DEFAULTS, TextOptions, document_prefix
 from moe2dense.errors import UserError
 from moe2dense.generation.filters import Filters, Sieve, parse_band
 from moe2dense.generation.parts import drop_parts, written_by_all
@@ -51,9 +51,12 @@ def _ids(value: Any) -> list[int]:
     return [] if value is None else list(value) if isinstance(value, (list, tuple)) else [value]
 
 
-def sizes(settings: WriteConfig, positions: int, block: int) -> tuple[int, int]:
-    """Return (prompt tokens, new tokens); new_tokens 0 = what is left of a block. Raises UserError when nothing is."""
-    new = settings.new_tokens or min(block, positions) - settings.prompt_tokens
+def sizes(settings: WriteConfig, positions: int, block: int, prefix: int = 0) -> tuple[int, int]:
+    """Return (prompt tokens, new tokens); new_tokens 0 = what is left of a block, after `prefix` tokens before each prompt.
+
+    Raises UserError when nothing is left.
+    """
+    new = settings.new_tokens or min(block, positions) - prefix - settings.prompt_tokens
     if new < 1:
         raise UserError(
             f"prompt_tokens {settings.prompt_tokens} leaves nothing to write of a block of {block}; lower it"
@@ -86,7 +89,10 @@ def write_text(
     folder, tokenizer = Path(folder), tokenizer or teacher.tokenizer()
     assert tokenizer is not None
     prompt_tokens, new = sizes(
-        settings, getattr(teacher.config.get_text_config(), "max_position_embeddings", block), block
+        settings,
+        getattr(teacher.config.get_text_config(), "max_position_embeddings", block),
+        block,
+        len(document_prefix(tokenizer, options.bos)),
     )
     sampling = Sampling(settings.temperature, settings.top_p, settings.beams, seed)
     sieve = Sieve(Filters(settings.min_tokens, parse_band(settings.nll), settings.duplicates, settings.same_script))

@@ -132,7 +132,9 @@ def test_clusters_are_balanced_and_gather_what_fires_together(carve_moe):
 @pytest.mark.parametrize("kind", ["carved", "upcycled"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe"])
 def test_healing_brings_the_moe_closer_to_the_dense_model(run, family, kind):
-    out, log = run("out", "--family", family, "--kind", kind, "--fit-tokens", "4096", "--tokens", "2048")
+    out, log = run(
+        "out", "--family", family, "--kind", kind, "--fit-tokens", "4096", "--tokens", "8192", "--rate", "2e-4"
+    )
     kl = {record["stage"]: record["kl"] for record in log if "kl" in record}
     assert kl["dense"] == 0 and kl["healed"] < kl["fitted"] < kl["carved"]
     assert all(record["error_fitted"] < record["error_carved"] for record in log if record["stage"] == "fit")

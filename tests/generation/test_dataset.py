@@ -11,7 +11,7 @@ from moe2dense.__main__ import main
 from moe2dense.config.schema import WriteConfig
 from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
-from moe2dense.generation.dataset import stop_ids, summary, write_text
+from moe2dense.generation.dataset import sizes, stop_ids, summary, write_text
 from moe2dense.generation.streamed import Completion
 from moe2dense.teacher.load import load_teacher
 
@@ -195,3 +195,11 @@ def _prompts(path, tokenizer, split):
         return list(read_prompts(path, tokenizer, split, 0, 6, 20))
     except UserError:  # a single file is split by a hash of its passages
         return []
+
+
+def test_what_stands_before_a_prompt_takes_its_place_from_what_is_written():
+    """A BOS before 32 prompt tokens of a block of 256 leaves 223 new ones, not one more than the teacher has positions."""
+    assert sizes(WriteConfig(prompt_tokens=32), 256, 256, prefix=1) == (32, 223)
+    assert sizes(WriteConfig(prompt_tokens=32, new_tokens=7), 256, 256, prefix=1) == (32, 7)
+    with pytest.raises(UserError, match="leaves nothing to write"):
+        sizes(WriteConfig(prompt_tokens=31), 256, 32, prefix=1)
