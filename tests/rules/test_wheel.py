@@ -10,9 +10,9 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def run(*command: object, **options) -> str:
+def run(*command: object, codes: tuple[int, ...] = (0,), **options) -> str:
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert done.returncode in codes, done.stdout[-3000:] + done.stderr[-3000:]
     return done.stdout
 
 
@@ -29,5 +29,6 @@ def test_an_installed_wheel_lists_teachers_and_converts(tmp_path, tiny, text):
     assert where.startswith(str(site))
     assert "mixtral" in run(sys.executable, "-m", "moe2dense", "list", "teachers", **options)
     command = ["convert", tiny, "--to", "3.2m", "--tokens", "20k", "--data", text, "--out", tmp_path / "out"]
-    run(sys.executable, "-m", "moe2dense", *command, **options)
+    # 3: so little text may gain nothing beyond the build, whose student is then the one that is exported
+    run(sys.executable, "-m", "moe2dense", *command, codes=(0, 3), **options)
     assert (tmp_path / "out" / "model" / "config.json").is_file() and (tmp_path / "out" / "report.html").is_file()
