@@ -23,8 +23,8 @@ def paragraph(path: Path) -> str:
 
 def sentence(path: Path) -> str:
     """The first sentence of a file's docstring."""
-    found = re.match(r".+?[.](?= [A-Z`]|$)", paragraph(path))
-    return found[0] if found else paragraph(path)
+    first = re.match(r".+?[.](?= [A-Z`]|$)", paragraph(path))
+    return first[0] if first else paragraph(path)
 
 
 def listing(folder: Path) -> list[str]:

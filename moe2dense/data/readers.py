@@ -199,8 +199,8 @@ def _csv(path: Path, file: IO[bytes]) -> Records:
         needed = FIELDS & set(names)
         line = reader.line_num + 1
         for row in reader:
-            kept = {k: v for k, v in row.items() if k in needed and v}
-            records.append(kept or dict.fromkeys(names))
+            values = {k: v for k, v in row.items() if k in needed and v}
+            records.append(values or dict.fromkeys(names))
             lines.append(line)
             line = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:

@@ -114,5 +114,5 @@ class _PromptReader:
             raise UserError("data has a conversation without a user's turn to answer")
         turns = messages[: last + 1]
         text = self._template.render(self._template.adapted(conversation_of(row | {"messages": turns})), answer=True)
-        beside = {name: row[name] for name in ("tools", "documents", "chat_template_kwargs") if name in row}
-        return Prompt(self._ids(text), text, domain, turns, beside)
+        template_values = {name: row[name] for name in ("tools", "documents", "chat_template_kwargs") if name in row}
+        return Prompt(self._ids(text), text, domain, turns, template_values)
