@@ -19,6 +19,7 @@ HEADS = {
     "self_attn.v_proj": "group rows",
     "self_attn.o_proj": "query columns",
 }
+_UNSUPPORTED = "unsupported.toml"  # beside the teachers' cards
 T = TypeVar("T")
 
 
@@ -30,6 +31,13 @@ class Checkpoint:
     aliases: tuple[str, ...] = ()
     license: str = ""
     config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class _Unsupported:
+    """A row of unsupported.toml."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -163,8 +171,16 @@ def read_student_card(path: str | Path) -> StudentCard:
 @cache
 def teacher_cards() -> dict[str, TeacherCard]:
     """Return every shipped teacher card by model_type."""
-    cards = (read_teacher_card(p) for p in sorted(card_folder("teachers").glob("*.toml")))
+    files = sorted(card_folder("teachers").glob("*.toml"))
+    cards = (read_teacher_card(path) for path in files if path.name != _UNSUPPORTED)
     return {card.model_type: card for card in cards}
+
+
+@cache
+def unsupported_teachers() -> dict[str, str]:
+    """Return {model_type: reason} of the MoE architectures of transformers that are known not to be possible as teachers."""
+    path = card_folder("teachers") / _UNSUPPORTED
+    return {model_type: _build(_Unsupported, row, path).reason for model_type, row in _read(path).items()}
 
 
 @cache

@@ -1,4 +1,5 @@
 import pytest
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import (
@@ -8,6 +9,7 @@ from moe2dense.families.cards import (
     student_cards,
     student_host,
     teacher_cards,
+    unsupported_teachers,
 )
 
 
@@ -16,6 +18,13 @@ def test_every_teacher_card_names_a_host_that_exists():
         assert not student_host(card.host).host, card.model_type
         assert card.weights_sum in ("one", "constant", "varies")
         assert card.dispatch in ("routed", "stacked")
+
+
+def test_what_cannot_be_a_teacher_has_a_reason_and_no_card():
+    reasons = unsupported_teachers()
+    assert reasons and all(len(reason.split()) > 4 for reason in reasons.values())
+    assert not reasons.keys() & teacher_cards().keys()
+    assert not [name for name in reasons if not CONFIG_MAPPING_NAMES.get(name)]  # a name that transformers has
 
 
 def test_every_named_target_has_a_host_and_sizes():
