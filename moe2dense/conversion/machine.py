@@ -55,7 +55,8 @@ def calibrate(path: Path | None, seconds: float = 2.0, device: str = "auto") -> 
     else:
         threads = torch.get_num_threads()
         name = f"this machine's CPU ({threads} thread{'s' if threads > 1 else ''})"
-    files = sorted(path.glob("*.safetensors"), key=lambda p: -p.stat().st_size) if path else []
+    found = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path else []
+    files = sorted(found, key=lambda p: -p.stat().st_size)
     if not files:
         return Machine(flops, _UNKNOWN_DISK, name)
     return Machine(flops, _measure_reads(files[0], seconds / 2), name, disk_measured=True)

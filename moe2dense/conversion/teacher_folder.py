@@ -6,7 +6,9 @@ from transformers import AutoTokenizer
 
 from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
+from moe2dense.teacher.check import check_quantization
 from moe2dense.teacher.folder_check import check_folder
+from moe2dense.teacher.skeleton import quantization_of
 from moe2dense.weights.files import holds_weights
 
 
@@ -16,6 +18,7 @@ def checked_teacher(given: str, card_path: str = "") -> tuple[ResolvedTeacher, l
     Raises UserError naming the file and tensor at fault, as loading the teacher would.
     """
     teacher = resolve_teacher(given, card_path)
+    check_quantization(teacher.path or teacher.hub_id, quantization_of(teacher.config))
     if teacher.path is None:
         return teacher, []
     _check_tokenizer(teacher)

@@ -78,13 +78,26 @@ def _offline_config(card: TeacherCard, row: Checkpoint) -> "PreTrainedConfig":
     return AutoConfig.for_model(card.model_type, **row.config)
 
 
+def checkpoint_folder(given: str | Path) -> Path:
+    """Return the folder that a path means: a GGUF file means the one that it lies in. Raises UserError where its config.json is missing."""
+    path = Path(given)
+    if path.suffix.lower() != ".gguf" or not path.is_file():
+        return path
+    if not (path.parent / "config.json").is_file():
+        raise UserError(
+            f"TEACHER {str(given)!r} has no config.json beside it; copy config.json and the tokenizer's files of the model that it was "
+            f"made of into its folder"
+        )
+    return path.parent
+
+
 def resolve_teacher(given: str, card_path: str = "") -> ResolvedTeacher:
     """Find TEACHER without downloading weights: an existing path, a hub id (contains '/'), a card or alias.
 
     A known hub checkpoint that cannot be reached falls back to the geometry on its card, so plans work offline.
     Raises UserError naming what was looked for.
     """
-    path = Path(given)
+    path = checkpoint_folder(given)
     if path.exists():
         if not (path / "config.json").is_file():
             raise UserError(

@@ -32,10 +32,6 @@ from transformers.utils.generic import ModelOutput
 
 from moe2dense.errors import UserError, first_line
 from moe2dense.modeling.empty import empty_model
-from moe2dense.weights import bitsandbytes
-
-_SCALES = re.compile(r"(_scale_inv|_scales)$")  # FP8's and MXFP4's peers of a weight
-_BLOCKS = re.compile(r"_blocks$")  # MXFP4's packed values
 
 
 class DecoderModule(Protocol):
@@ -52,18 +48,12 @@ class DecoderModule(Protocol):
 
 @dataclass(frozen=True)
 class Source:
-    """One checkpoint tensor that a model parameter is made of."""
+    """One checkpoint tensor that a model parameter is made of, by the name that it has unpacked."""
 
     key: str
     expert: int | None = None  # None: all experts in one tensor, or not an expert
     part: int = 0  # of `parts` tensors that are put side by side: 0 gate, 1 up
     parts: int = 1
-    scale: str = ""  # peer with the scales of a packed weight
-
-    @property
-    def from_bitsandbytes(self) -> bool:
-        """Packed as bitsandbytes does it; always a linear's own tensor, never several experts."""
-        return self.scale.endswith((".absmax", ".SCB"))
 
 
 @dataclass
@@ -142,38 +132,32 @@ def _expert_number(converter: WeightConverter, pattern: str, key: str) -> int | 
 def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> KeyMap:
     """Follow transformers' own renaming rules from the checkpoint's keys to the parameters of `model`.
 
-    `prefix`: what the checkpoint puts before the language model's names inside a multimodal model; other tensors are ignored.
+    `keys`: names of weights as they are unpacked. `prefix`: what the checkpoint puts before the language model's names inside a multimodal model; other tensors are ignored.
     """
     transforms = get_model_conversion_mapping(model)
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     meta = saved_tensors(model)
     keys = list(keys)
-    present, key_map = set(keys), KeyMap()
+    key_map = KeyMap()
     for key in keys:
         if not key.startswith(prefix):
             key_map.ignored.append(key)
             continue
         name = key.removeprefix(prefix)
-        if bitsandbytes.owner(key) in present or (
-            _SCALES.search(key) and (_SCALES.sub("", key) in present or _SCALES.sub("", key) + "_blocks" in present)
-        ):  # read along with its weight
-            continue
-        plain = _BLOCKS.sub("", name)
-        scale = next((s for s in (plain + "_scale_inv", plain + "_scales") if prefix + s in present), "")
-        target, pattern = rename_source_key(plain, renamings, converters, model.base_model_prefix, meta)
-        if target not in meta and plain in meta:
-            target, pattern = plain, None
+        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, meta)
+        if target not in meta and name in meta:
+            target, pattern = name, None
         if target not in meta:
             key_map.ignored.append(key)
             continue
-        source = Source(key, scale=prefix + scale if scale else bitsandbytes.scale_of(key, present))
+        source = Source(key)
         if pattern is not None:
             converter = next(c for c in converters if pattern in c.source_patterns)
-            expert = _expert_number(converter, pattern, apply_renamings(plain, renamings))
-            assert apply_converters(apply_renamings(plain, renamings), converters)[1] == pattern
+            expert = _expert_number(converter, pattern, apply_renamings(name, renamings))
+            assert apply_converters(apply_renamings(name, renamings), converters)[1] == pattern
             part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
-            source = Source(key, expert, part, parts, source.scale)
+            source = Source(key, expert, part, parts)
             if expert is None:
                 key_map.converters[target] = converter
         key_map.sources.setdefault(target, []).append(source)

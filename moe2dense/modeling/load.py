@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from moe2dense.errors import UserError, first_line
-from moe2dense.weights.files import weight_files
+from moe2dense.weights.files import GGUF_SUFFIX, weight_files
 
 _NAMED = 3  # tensors that an error names
 # what a wrapper puts before the names of a model's tensors = what the wrapper is, and how to save what is inside
@@ -54,8 +54,8 @@ def load_model(
     transformers would not read as they are (`moe2dense.weights.files`).
     """
     name = f"{argument} {source}".strip()
-    if Path(source).is_dir():
-        weight_files(source)
+    if Path(source).is_dir() and weight_files(source).files[0].suffix == GGUF_SUFFIX:
+        raise UserError(f"{name} holds GGUF weights, which are read of teachers alone; give a folder with safetensors")
     try:
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(

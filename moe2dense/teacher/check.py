@@ -12,25 +12,16 @@ from moe2dense.modeling.internals import Source
 from moe2dense.modeling.load import wrapper_hint
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.skeleton import Skeleton
-from moe2dense.weights import bitsandbytes
-from moe2dense.weights.packed import scale_grid
-
-_FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
-_METHODS = ("fp8", "mxfp4", "bitsandbytes")
+from moe2dense.weights.formats.fp8 import FP8
+from moe2dense.weights.formats.settings import METHODS, refusal
 
 
-def check_quantization(path: Path, quantization: dict[str, Any] | None) -> None:
+def check_quantization(path: Path | str, quantization: dict[str, Any] | None) -> None:
     """Raise UserError for a config whose weights are packed in a way that is not read here."""
-    if not quantization:
-        return
-    old = (
-        "bitsandbytes" if quantization.get("load_in_4bit") or quantization.get("load_in_8bit") else "an unnamed method"
-    )
-    method = quantization.get("quant_method") or old
-    if method not in _METHODS:
+    reason = refusal(quantization)
+    if reason:
         raise UserError(
-            f"teacher {path} is quantised with {method}, which cannot be read; "
-            f"give a checkpoint that is not quantised, or one in {', '.join(_METHODS)}"
+            f"teacher {path} {reason}; give a checkpoint that is not quantised, or one in {', '.join(METHODS)}"
         )
 
 
@@ -45,10 +36,13 @@ def check_coverage(skeleton: Skeleton, layers: Sequence[Layer]) -> None:
             )
             raise UserError(f"checkpoint {skeleton.path}: no tensor for parameter {name!r}; {reason}")
         for source in sources[name]:
-            _check_dtype(skeleton, source)
+            packed = skeleton.weights.packed.get(source.key)
+            if packed is None:
+                _check_dtype(skeleton, source)
             if name not in skeleton.weights.map.converters:
                 _check_shape(skeleton, name, source, want)
-            _check_scales(skeleton, source)
+            if packed is not None:
+                packed.check(skeleton.checkpoint)
     for layer in layers:
         experts = layer.experts
         if experts is not None:
@@ -67,58 +61,27 @@ def _untied(skeleton: Skeleton, name: str) -> str:
 
 
 def _check_dtype(skeleton: Skeleton, source: Source) -> None:
-    """Raise UserError where a tensor is neither floating point nor packed with scales."""
+    """Raise UserError where a tensor that is not packed is not floating point."""
     info = skeleton.checkpoint[source.key]
-    packed = info.dtype in (torch.uint8, *_FP8) if source.scale else False
-    packed = info.dtype == torch.int8 if source.scale.endswith(".SCB") else packed
-    if packed or (info.dtype.is_floating_point and info.dtype not in _FP8):
+    if info.dtype.is_floating_point and info.dtype not in FP8:
         return
     dtype = str(info.dtype).removeprefix("torch.")
     raise UserError(
         f"checkpoint file {info.file}: tensor {source.key!r} has dtype {dtype}"
-        + (" and no tensor of scales beside it" if info.dtype in (torch.uint8, *_FP8) else ", which is no weight")
+        + (" and no tensor of scales beside it" if info.dtype in (torch.uint8, *FP8) else ", which is no weight")
     )
-
-
-def _check_scales(skeleton: Skeleton, source: Source) -> None:
-    """Raise UserError where the scales of a packed tensor are not as many, or not of the dtype, that unpacking it takes."""
-    if not source.scale:
-        return
-    checkpoint, block = skeleton.checkpoint, skeleton.weights.block
-    if source.from_bitsandbytes:
-        bitsandbytes.check_scales(checkpoint, source.key)
-        return
-    info, scale = checkpoint[source.key], checkpoint[source.scale]
-    if info.dtype == torch.uint8:
-        fits, wanted = scale.shape == info.shape[:-1] and info.shape[-1:] == (16,), list(info.shape[:-1])
-        what = f"one for each 32 values, {wanted}"
-    else:
-        fits = scale_grid(info.shape, scale.shape, block) is not None
-        what = "one for the tensor, for each row, or for each block" + (f" of {block[0]} x {block[1]}" if block else "")
-    if not fits:
-        raise UserError(
-            f"checkpoint file {scale.file}: the scales {source.scale!r} have shape {list(scale.shape)}, which does not fit "
-            f"{source.key!r} of shape {list(info.shape)} ({what}); correct weight_block_size in config.json, or give a checkpoint "
-            f"that is not quantised"
-        )
-    if not scale.dtype.is_floating_point and scale.dtype != torch.uint8:
-        dtype = str(scale.dtype).removeprefix("torch.")
-        raise UserError(f"checkpoint file {scale.file}: the scales {source.scale!r} have dtype {dtype}")
 
 
 def _check_shape(skeleton: Skeleton, name: str, source: Source, want: Tensor) -> None:
     """Raise UserError where a tensor has not the shape of its part of parameter `name`."""
-    info = skeleton.checkpoint[source.key]
-    shape, wanted = info.shape, tuple(want.shape)
-    if source.from_bitsandbytes:
-        shape = bitsandbytes.shape_of(skeleton.checkpoint, source.key)
-    elif info.dtype == torch.uint8:  # packed: [.., R, groups, 16 bytes], its last two dimensions are the input
-        shape, wanted = (*shape[:-2], shape[-2] * shape[-1] * 2), (*wanted[:-2], wanted[-1], wanted[-2])
+    packed, wanted = skeleton.weights.packed.get(source.key), tuple(want.shape)
+    info = skeleton.checkpoint[source.key if packed is None else packed.codes]
+    shape = info.shape if packed is None else packed.shape(skeleton.checkpoint)
     if source.expert is not None:
         wanted = (wanted[1] // source.parts, *wanted[2:])
     if shape != wanted:
         raise UserError(
-            f"checkpoint file {info.file}: tensor {source.key!r} has shape {list(shape)}, the config says {list(wanted)}"
+            f"checkpoint file {info.file}: tensor {info.name!r} has shape {list(shape)}, the config says {list(wanted)}"
         )
 
 

@@ -53,7 +53,7 @@ def split_budget(budget: int, total: int, layer: int, expert: int, token: int) -
 
 def checkpoint_bytes(teacher: ResolvedTeacher, shape: Geometry) -> int:
     """Return the size of the teacher's weight files; two bytes a parameter where they are not on this machine."""
-    files = list(teacher.path.glob("*.safetensors")) if teacher.path else []
+    files = list(teacher.path.glob("*.safetensors")) or list(teacher.path.glob("*.gguf")) if teacher.path else []
     return sum(f.stat().st_size for f in files) or 2 * shape.parameters
 
 

@@ -8,7 +8,7 @@ from moe2dense.families.cards import TeacherCard
 from moe2dense.teacher.card_check import check_card, is_shipped
 from moe2dense.teacher.check import check_coverage, check_quantization
 from moe2dense.teacher.layers import Layer
-from moe2dense.teacher.skeleton import Skeleton
+from moe2dense.teacher.skeleton import Skeleton, quantization_of
 
 
 def check_folder(path: Path, config: PreTrainedConfig, card: TeacherCard | None) -> list[str]:
@@ -16,7 +16,7 @@ def check_folder(path: Path, config: PreTrainedConfig, card: TeacherCard | None)
 
     A config that ties tensors which differ is corrected. Raises UserError naming the file and tensor at fault.
     """
-    check_quantization(path, getattr(config, "quantization_config", None))
+    check_quantization(path, quantization_of(config))
     if card is not None and not is_shipped(card):
         check_card(config, card)
     skeleton = Skeleton(path, config, card, "cpu")

@@ -8,7 +8,7 @@ from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard, read_teacher_card, teacher_cards
-from moe2dense.families.resolve import family_card, fetch, has_experts, resolve_teacher
+from moe2dense.families.resolve import checkpoint_folder, family_card, fetch, has_experts, resolve_teacher
 from moe2dense.modeling.internals import read_config
 from moe2dense.teacher.card_check import check_card, is_shipped
 from moe2dense.teacher.fake_quant import BITS
@@ -111,7 +111,7 @@ def load_teacher(
 
 def _folder_of(path: str | Path, card: TeacherCard | str | Path | None) -> Path:
     """Return the folder of a teacher, downloaded where it is a hub id or a known name. Raises UserError without one."""
-    folder = Path(path)
+    folder = checkpoint_folder(path)
     if not folder.exists():
         folder = fetch(resolve_teacher(str(path), str(card) if isinstance(card, (str, Path)) else ""))
     if not (folder / "config.json").is_file():

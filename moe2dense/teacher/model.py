@@ -22,7 +22,7 @@ from moe2dense.teacher.lm_head import LMHead
 from moe2dense.teacher.memory import MemoryPlan, free_memory, plan_memory
 from moe2dense.teacher.observer import Observer
 from moe2dense.teacher.sampled_routing import Resample
-from moe2dense.teacher.skeleton import Skeleton
+from moe2dense.teacher.skeleton import Skeleton, quantization_of
 from moe2dense.teacher.stream import Stream
 
 
@@ -48,7 +48,7 @@ class Teacher(Skeleton):
         quantize: str = "",
         resample: Resample | None = None,
     ):
-        check_quantization(path, getattr(config, "quantization_config", None))
+        check_quantization(path, quantization_of(config))
         super().__init__(path, config, card, device, quantize)
         self.resample = resample
         self.layers = [Layer(self, index) for index in range(len(self.body.layers))]

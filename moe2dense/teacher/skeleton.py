@@ -6,6 +6,7 @@ Layers, memory plans, expert backends, streams and observers need no more than t
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,6 +19,9 @@ from moe2dense.modeling.head import logit_rules
 from moe2dense.teacher.lm_head import LMHead
 from moe2dense.teacher.parameters import Weights, assign
 from moe2dense.weights.checkpoint import Checkpoint, same_values
+from moe2dense.weights.files import GGUF_SUFFIX
+from moe2dense.weights.formats.find import PackedWeights, find_packed
+from moe2dense.weights.formats.gguf import gguf_weights
 from moe2dense.weights.remarks import unread_files
 
 _TABLE_ROWS = 4096  # rows of an embedding table read at once
@@ -39,14 +43,16 @@ class Skeleton:
         self.model = internals.build_skeleton(text, self.dtype)
         self.checkpoint = Checkpoint(path)
         prefix = "" if text is config else _language_prefix(self.checkpoint)
-        key_map = internals.map_keys(self.model, self.checkpoint.tensors, prefix)
+        packed = _packed_weights(self.checkpoint, config)
+        key_map = internals.map_keys(self.model, packed.names(self.checkpoint.tensors), prefix)
         self.ignored = key_map.ignored
         self.remarks = [
             *unread_files(self.checkpoint),
             *_untie(text, key_map, self.checkpoint),
             *_ignored_tensors(path, key_map.ignored),
+            *_unrounded_activations(path, packed),
         ]
-        self.weights = Weights(self.checkpoint, key_map, self.model, getattr(config, "quantization_config", None))
+        self.weights = Weights(self.checkpoint, key_map, self.model, packed)
         name, self.body = internals.decoder(self.model)
         self.layers_prefix = f"{name}.layers." if name else "layers."
         self.embedding_name = f"{name}.embed_tokens.weight" if name else "embed_tokens.weight"
@@ -109,6 +115,21 @@ class Skeleton:
                     module._buffers[name] = value.to(self.device)
 
 
+def _packed_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> PackedWeights:
+    """Return the packed weights of a checkpoint. Raises UserError for those that cannot be told how to unpack."""
+    file, text = checkpoint.files.files[0], config.get_text_config()
+    if file.suffix != GGUF_SUFFIX:
+        return find_packed(checkpoint.tensors, quantization_of(config))
+    heads = text.num_attention_heads, text.num_key_value_heads
+    return gguf_weights(checkpoint.tensors, checkpoint.folder, file, text.model_type, heads)
+
+
+def quantization_of(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """Return what config.json says of quantised weights, for the whole model or for its language model alone."""
+    own = getattr(config, "quantization_config", None)
+    return own or getattr(config.get_text_config(), "quantization_config", None)
+
+
 def _untie(config: PreTrainedConfig, key_map: internals.KeyMap, checkpoint: Checkpoint) -> list[str]:
     """Correct a config that ties tensors which the checkpoint holds with different values; return a sentence on each.
 
@@ -117,7 +138,8 @@ def _untie(config: PreTrainedConfig, key_map: internals.KeyMap, checkpoint: Chec
     remarks = []
     for name, twin in key_map.tied.items():
         (first,), (second,) = key_map.sources[name], key_map.sources[twin]
-        if same_values(checkpoint[first.key], checkpoint[second.key]):
+        plain = first.key in checkpoint.tensors and second.key in checkpoint.tensors
+        if plain and same_values(checkpoint[first.key], checkpoint[second.key]):
             continue
         config.tie_word_embeddings = False
         remarks.append(
@@ -133,6 +155,16 @@ def _ignored_tensors(path: Path, ignored: Sequence[str]) -> list[str]:
         return []
     names = ", ".join(ignored[:_NAMED]) + (", ..." if len(ignored) > _NAMED else "")
     return [f"{path}: {len(ignored)} tensors are ignored, which the model has no place for: {names}"]
+
+
+def _unrounded_activations(path: Path, packed: PackedWeights) -> list[str]:
+    """Return a sentence on the scales of activations that are not used, else nothing."""
+    if not packed.activations:
+        return []
+    return [
+        f"{path}: {len(packed.activations)} scales of activations are not used ({packed.activations[0]}, ...): weights are unpacked, "
+        f"and activations are not rounded"
+    ]
 
 
 def _language_prefix(checkpoint: Checkpoint) -> str:

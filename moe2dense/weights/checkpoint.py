@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from moe2dense.errors import UserError
-from moe2dense.weights.files import WeightFiles, weight_files
+from moe2dense.weights.files import GGUF_SUFFIX, WeightFiles, weight_files
+from moe2dense.weights.gguf_file import tensor_entries
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -42,6 +43,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     start: int
     nbytes: int
+    packing: str = ""  # of GGUF: the type of its blocks, whose bytes the last dimension counts
 
     @property
     def row_bytes(self) -> int:
@@ -100,12 +102,27 @@ def _tensor_info(path: Path, name: str, entry: Any, base: int, size: int) -> Ten
 def read_header(path: str | Path) -> dict[str, TensorInfo]:
     """Read the header of one safetensors file: its tensors, every offset checked against the file. Raises UserError naming file and tensor."""
     path = Path(path)
+    if path.suffix == GGUF_SUFFIX:
+        return _gguf_header(path)
     header, base, size = _header(path)
     tensors = {n: _tensor_info(path, n, e, base, size) for n, e in header.items() if n != "__metadata__"}
     ordered = sorted(tensors.values(), key=lambda t: t.start)
     for before, after in itertools.pairwise(ordered):
         if after.start < before.start + before.nbytes:
             raise UserError(f"checkpoint file {path}: tensors {before.name!r} and {after.name!r} overlap")
+    return tensors
+
+
+def _gguf_header(path: Path) -> dict[str, TensorInfo]:
+    """Read the header of a GGUF file. Raises UserError naming file and tensor."""
+    size, tensors = path.stat().st_size, {}
+    for name, dtype, shape, start, count, packing in tensor_entries(path):
+        if start + count > size:
+            raise UserError(
+                f"checkpoint file {path} is truncated: tensor {name!r} ends at byte {start + count} and the file has {size}; "
+                "download it again"
+            )
+        tensors[name] = TensorInfo(name, path, dtype, shape, start, count, packing)
     return tensors
 
 

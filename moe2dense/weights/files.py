@@ -5,6 +5,7 @@ model.safetensors.index.json. An adapter in the folder is applied to what it has
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,15 @@ from moe2dense.common.files import refuse_outside_links
 from moe2dense.errors import UserError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+GGUF_SUFFIX = ".gguf"
 ADAPTER_CONFIG = "adapter_config.json"
+_GGUF_PART = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf")
 _ADAPTER_FILES = (ADAPTER_CONFIG, "adapter_model.safetensors", "adapter_model.bin")
 
 
 @dataclass(frozen=True)
 class WeightFiles:
-    """The safetensors files that hold a folder's weights."""
+    """The files that hold a folder's weights: safetensors, or without any, GGUF."""
 
     folder: Path
     # in the order in which transformers reads them
@@ -49,12 +52,40 @@ def weight_files(folder: str | Path) -> WeightFiles:
         weight_map = read_index(index)
         files = tuple(_inside(folder, name) for name in sorted(set(weight_map.values())))
         return WeightFiles(folder, files, index, weight_map)
+    if files := _gguf_files(folder):
+        return WeightFiles(folder, files)
     raise _no_weights(folder)
+
+
+def _gguf_files(folder: Path) -> tuple[Path, ...]:
+    """Return a folder's GGUF file, or its parts in their order; () without one. Raises UserError for several, or a missing part."""
+    files = sorted(folder.glob(f"*{GGUF_SUFFIX}"))
+    parts = [_GGUF_PART.fullmatch(path.name) for path in files]
+    models = {path.name if part is None else part[1] for path, part in zip(files, parts, strict=True)}
+    if len(models) > 1:
+        raise UserError(
+            f"checkpoint {folder} holds several GGUF models ({', '.join(sorted(models)[:3])}, ...); leave one of them in a folder with "
+            f"config.json and the tokenizer"
+        )
+    split = [part for part in parts if part is not None]
+    if split and (len(split) != int(split[0][3]) or len(split) != len(files)):
+        raise UserError(
+            f"checkpoint {folder} holds {len(split)} of {int(split[0][3])} parts of {split[0][1]}; download the others"
+        )
+    return tuple(files)
 
 
 def holds_weights(folder: str | Path) -> bool:
     """Return whether a folder holds any file that may be weights, in whatever form."""
-    patterns = ("*.safetensors", "*.safetensors.index.json", "*.bin", "*.pt", "*.pth", ADAPTER_CONFIG)
+    patterns = (
+        "*.safetensors",
+        "*.safetensors.index.json",
+        f"*{GGUF_SUFFIX}",
+        "*.bin",
+        "*.pt",
+        "*.pth",
+        ADAPTER_CONFIG,
+    )
     return any(next(Path(folder).glob(pattern), None) is not None for pattern in patterns)
 
 

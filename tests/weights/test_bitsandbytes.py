@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from moe2dense.errors import UserError
 from moe2dense.teacher.load import load_teacher
-from moe2dense.weights import bitsandbytes as ours
+from moe2dense.weights.formats import bitsandbytes as ours
 from tests.teacher.families import blocks, make
 
 KINDS = ["nf4", "nf4-nested", "int8"]
@@ -148,7 +148,7 @@ def load_file_state(name):
 def test_a_method_that_is_not_read_is_refused(tmp_path):
     make("mixtral", tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    for found, named in (({"quant_method": "gptq"}, "gptq"), ({"bits": 4}, "an unnamed method")):
+    for found, named in (({"quant_method": "aqlm"}, "aqlm"), ({"bits": 4}, "an unnamed method")):
         (tmp_path / "config.json").write_text(json.dumps(config | {"quantization_config": found}))
         with pytest.raises(UserError, match=f"is quantised with {named}, which cannot be read; give a checkpoint"):
             load_teacher(tmp_path)

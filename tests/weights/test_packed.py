@@ -10,7 +10,8 @@ from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from moe2dense.errors import UserError
 from moe2dense.teacher.load import load_teacher
-from moe2dense.weights.packed import scale_grid, unpack_fp8, unpack_mxfp4
+from moe2dense.weights.formats.fp8 import scale_grid, unpack_fp8
+from moe2dense.weights.formats.mxfp4 import unpack_mxfp4
 from tests.teacher.families import FAMILIES, blocks, make
 
 FP8 = torch.float8_e4m3fn

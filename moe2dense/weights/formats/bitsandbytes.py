@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe2dense.errors import UserError
 from moe2dense.weights.checkpoint import Checkpoint
+from moe2dense.weights.formats.packed_weight import PackedWeight
 
 _FOUR_BIT = re.compile(r"\.(absmax|quant_map|nested_absmax|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 _EIGHT_BIT = re.compile(r"\.(SCB|weight_format)$")
@@ -115,3 +116,20 @@ def read_weight(checkpoint: Checkpoint, key: str) -> Tensor:
         nested, code = (checkpoint.read(f"{key}.nested_{part}") for part in ("absmax", "quant_map"))
         scales = unpack_scales(scales, nested, code, state)
     return unpack_4bit(checkpoint.read(key), scales.float(), checkpoint.read(key + ".quant_map"), state)
+
+
+@dataclass(frozen=True)
+class BitsandbytesWeight(PackedWeight):
+    """tensors: the codes, their scales."""
+
+    def shape(self, checkpoint: Checkpoint) -> tuple[int, ...]:
+        """Return the shape, which the state beside a 4-bit weight says."""
+        return shape_of(checkpoint, self.key)
+
+    def check(self, checkpoint: Checkpoint) -> None:
+        """Raise UserError where the tensors beside the weight are missing, or not as many values as unpacking takes."""
+        check_scales(checkpoint, self.key)
+
+    def read(self, checkpoint: Checkpoint, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read the weight, and of it rows [start, stop)."""
+        return read_weight(checkpoint, self.key)[start:stop]
