@@ -73,7 +73,7 @@ class DataConfig:
         help="Text to learn from: a folder with train/valid/test files, one .jsonl, .txt or .parquet file, or a hub id. "
         "Of one file, 90% trains and 5% is held out.",
         example="my-text.jsonl",
-        shown=f"{DEFAULT_CORPUS}, or what the teacher's folder names",
+        shown=f"what the teacher's folder names, else {DEFAULT_CORPUS}, mixed with chats, code or mathematics by the teacher's name",
         group="Essentials",
         flag="--data",
     )

@@ -101,6 +101,11 @@ class TrainConfig:
         example="router-entropy",
         shown="all tokens alike",
     )
+    call_weight: float = option(
+        1.0,
+        help="Weight of the tokens of tool calls in the loss against the teacher, where others weigh 1.",
+        example="3",
+    )
     lora: int = option(
         0,
         help="Train low-rank adapters of this rank instead of all weights.",

@@ -7,6 +7,7 @@ from typing import Any
 from moe2dense.config.schedules import with_temperature
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import differences, merge, merge_flags, read_config, read_toml
+from moe2dense.conversion.default_text import default_text
 from moe2dense.errors import UserError
 from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
 
@@ -68,6 +69,7 @@ def configure(
 ) -> RunConfig:
     """Return a run's settings: defaults < teacher card < the checkpoint folder's moe2dense.toml < --config < options.
 
+    Where none of them names a text, it follows from what the teacher was made for.
     options: values by dotted key, such as {"train.lr": 0.1}; teacher and to are two of them. Raises UserError for a teacher or
     size that nobody named, an unknown teacher or key, and a value of the wrong kind.
     """
@@ -83,6 +85,9 @@ def configure(
     settings = merge(settings, folder_defaults(resolved), str((resolved.path or Path()) / CONFIG))
     settings = merge(settings, from_file, f"--config {config}")
     settings = merge_flags(settings, options)
+    if not settings.data.path:
+        text = default_text(resolved.hub_id or resolved.name)
+        settings = replace(settings, data=replace(settings.data, path=text))
     if settings.stages:
         settings = with_last_stage(settings)
     if not settings.to:

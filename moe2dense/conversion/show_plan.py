@@ -8,6 +8,7 @@ from rich.table import Table
 
 from moe2dense.common.units import show_bytes, show_count, show_seconds
 from moe2dense.config.schema import RunConfig
+from moe2dense.conversion.default_text import kind_of_text
 from moe2dense.conversion.plan_warnings import share_text
 from moe2dense.conversion.planning import stage_targets
 from moe2dense.conversion.results import Plan
@@ -164,7 +165,9 @@ def _sentences(plan: Plan) -> list[str]:
 
 
 def _text_name(plan: Plan, name: str, path: str) -> str:
-    """A text's path, from the folder one is in where that is shorter; said where the teacher's folder chose it."""
+    """A text's path, from the folder one is in where that is shorter; said where the teacher's folder or name chose it."""
+    if name == "path" and (kind := kind_of_text(path)):
+        return f"{path} (the default for a {kind} model, which the teacher's name says it is; --data names another)"
     shown = Path(path)
     if shown.is_absolute() and shown.is_relative_to(Path.cwd()):
         shown = shown.relative_to(Path.cwd())

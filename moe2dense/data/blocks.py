@@ -18,6 +18,7 @@ class Blocks:
     passages, works [N, S] int64: numbers of the passage and of the work (a record's `source`) that each token comes from,
     None = unknown. A passage without a source is a work of its own.
     prefix_mask [N, S] bool, the tokens that a tokenizer puts before a document (BOS), which nothing predicts; None = there are none.
+    calls_mask [N, S] bool, the tokens of tool calls, which may weigh more than others; None = there are none.
     """
 
     input_ids: Tensor
@@ -28,6 +29,7 @@ class Blocks:
     passages: Tensor | None = None
     works: Tensor | None = None
     prefix_mask: Tensor | None = None
+    calls_mask: Tensor | None = None
 
     def __post_init__(self) -> None:
         assert self.input_ids.dim() == 2 and self.input_ids.dtype == torch.int64, "input_ids must be [N, S] int64"
@@ -40,7 +42,7 @@ class Blocks:
     def __getitem__(self, index: slice | list[int] | Tensor) -> "Blocks":
         rows = torch.arange(len(self))[index]
         optional = (self.attention_mask, self.document_ids, self.labels_mask, self.passages, self.works)
-        optional += (self.prefix_mask,)
+        optional += (self.prefix_mask, self.calls_mask)
         return Blocks(
             self.input_ids[rows],
             [self.domains[i] for i in rows.tolist()],
@@ -79,6 +81,14 @@ class Blocks:
             mask[:, :-1] &= ~self.prefix_mask[:, 1:]
         return mask
 
+    def call_positions(self) -> Tensor | None:
+        """Return [N, S] bool: the positions whose next token belongs to a tool call; None where there are none."""
+        if self.calls_mask is None:
+            return None
+        positions = torch.zeros_like(self.calls_mask)
+        positions[:, :-1] = self.calls_mask[:, 1:]
+        return positions
+
     def keys(self) -> list[str]:
         """Return a content hash per block: of its tokens and, where given, its masks."""
         parts = [x.numpy() for x in (self.input_ids, self.attention_mask, self.document_ids) if x is not None]
@@ -116,6 +126,7 @@ def join_blocks(parts: list[Blocks]) -> Blocks:
         _numbered_on([p.passages for p in parts]),
         _numbered_on([p.passages if p.works is None else p.works for p in parts]) if any_works else None,
         together("prefix_mask", False, torch.bool),
+        together("calls_mask", False, torch.bool),
     )
 
 

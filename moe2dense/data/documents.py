@@ -21,7 +21,7 @@ _BATCH = 64  # plain texts that are tokenised at once
 class Document:
     """One document's tokens.
 
-    learnt: which are learnt, None = all of a plain text; prefix: how many stand before the text itself (BOS); work: the record's
+    learnt: which are learnt, None = all of a plain text; calls: which of these belong to tool calls, None = none; prefix: how many stand before the text itself (BOS); work: the record's
     `source`, "" where it names none.
     """
 
@@ -30,6 +30,7 @@ class Document:
     domain: str = ""
     work: str = ""
     prefix: int = 0
+    calls: list[bool] | None = None
 
 
 class Documents:
@@ -68,7 +69,11 @@ class Documents:
             self._template = ChatTemplate(self._tokenizer, self._options)
         chat = conversation_of(passage)
         samples = chat_samples(chat, self._template, self._options.learn, self._block)
-        return [Document(s.ids, s.learnt, *labels) for s in samples if any(s.learnt)]
+        return [
+            Document(s.ids, s.learnt, *labels, calls=s.calls if any(s.calls) else None)
+            for s in samples
+            if any(s.learnt)
+        ]
 
     def _completion(self, passage: dict[str, Any], labels: tuple[str, str]) -> Document:
         """Return prompt and completion as they follow each other. Raises Unusable where there is no completion."""

@@ -28,6 +28,20 @@ def _without_bars() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
+def hub_split(split: str, available: list[str]) -> tuple[str, bool]:
+    """Return the hub's name of a split ("" for none), and whether records are chosen from it by hash.
+
+    Many data sets have no split to choose by: a part of `train` that a hash decides is held out of it then.
+    """
+    own = next((n for n in SPLIT_NAMES[split] if n in available), "")
+    held_out = any(n in available for n in SPLIT_NAMES["valid"])
+    if split == "train":
+        return own, bool(own) and not held_out
+    if own or (split == "ood" and available != ["train"]):
+        return own, False
+    return ("train", True) if "train" in available and not held_out else ("", False)
+
+
 def hub_records(name: str, split: str, seed: int, remedy: str) -> tuple[Iterable[dict[str, Any]], bool]:
     """Return a streamed hub dataset, `owner/name` or `owner/name:configuration`, and whether it must be split by hash.
 
@@ -41,11 +55,10 @@ def hub_records(name: str, split: str, seed: int, remedy: str) -> tuple[Iterable
             if not constants.HF_HUB_OFFLINE:
                 dataset_info(repository, timeout=10)  # fails at once where `datasets` would retry for half a minute
             available = datasets.get_dataset_split_names(repository, configuration or None)
-            wanted = next((n for n in SPLIT_NAMES[split] if n in available), None)
-            hashed = available == ["train"]
+            wanted, hashed = hub_split(split, available)
             data = None
-            if wanted or hashed:
-                data = datasets.load_dataset(repository, configuration or None, split=wanted or "train", streaming=True)
+            if wanted:
+                data = datasets.load_dataset(repository, configuration or None, split=wanted, streaming=True)
         except Exception as error:  # no network, offline mode, no such dataset, gated, ...: one remedy for all
             raise UserError(
                 f"data {name!r} is no file or folder here and cannot be read from the hub "

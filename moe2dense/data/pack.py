@@ -53,6 +53,7 @@ def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos:
     block = layout.block
     ids: list[int] = []
     learnt: list[bool] = []
+    calls: list[bool] = []
     prefix: list[bool] = []
     owner: list[int] = []
     domains: list[str] = []
@@ -64,6 +65,8 @@ def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos:
         marks = [True] * len(closed) if document.learnt is None else document.learnt
         ids += closed
         learnt += marks + marks[-1:] * (len(closed) - len(marks))  # the closing token is learnt as the turn before it
+        called = document.calls or [False] * len(document.tokens)
+        calls += called + called[-1:] * (len(closed) - len(called))
         prefix += [i < document.prefix for i in range(len(closed))]
         owner += [number] * len(closed)
         domains.append(document.domain)
@@ -88,6 +91,7 @@ def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos:
         passages=owners,
         works=_work_numbers(works)[owners] if any(works) else None,
         prefix_mask=cut(prefix, torch.bool) if any(prefix) else None,
+        calls_mask=cut(calls, torch.bool) if any(calls[: count * block]) else None,
     )
 
 

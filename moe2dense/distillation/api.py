@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -83,7 +84,7 @@ def distill(
     held_out = _held_out_batches(
         valid, valid_targets, teacher, count_tokens(data) if token_counts is None else token_counts
     )
-    batches = Batches(data, answers, weights=_token_weights(config.token_weights, answers, data))
+    batches = Batches(data, answers, weights=_token_weights(config, answers, data))
     if config.temperature_schedule == "auto":
         best = settle_temperature(model, batches, held_out, config, seed, out, accelerator)
         config = dataclasses.replace(config, temperature=best, temperature_schedule="")
@@ -132,6 +133,10 @@ def _check_arguments(
     for name in ("features", "token_weights"):
         if getattr(config, name) not in ("", "auto") and regime is not None and brings_targets:
             raise UserError(f"{name} belong to fixed text; the {regime.name} regime brings its own: leave {name} out")
+    if config.call_weight != 1 and brings_targets:
+        raise UserError(
+            f"call_weight belongs to fixed text; the {regime.name if regime else ''} regime brings its own: leave it out"
+        )
     if config.shard and (config.lora or out is None):
         raise UserError(
             "shard=True needs out=, where its weights are gathered, and trains all weights: it takes no lora"
@@ -152,10 +157,14 @@ def _held_out_batches(
     return Batches(valid, as_targets(answers, valid, "valid_targets"), rare_labels(valid, counts))
 
 
-def _token_weights(name: str, targets: Targets | None, blocks: Blocks) -> Tensor | None:
+def _token_weights(config: TrainConfig, targets: Targets | None, blocks: Blocks) -> Tensor | None:
     """Return [N, S] with mean 1 over the tokens that count; None when every token weighs the same."""
-    if not name:
-        return None
-    if not isinstance(targets, RoutedTargets):
+    name, calls = config.token_weights, blocks.call_positions() if config.call_weight != 1 else None
+    if name and not isinstance(targets, RoutedTargets):
         raise UserError(f"token_weights={name!r} needs a streamed teacher, or targets stored with it")
-    return normalized(targets.token_weights(name)[: len(blocks)], blocks.loss_mask())
+    weights = torch.ones(blocks.input_ids.shape)
+    if name and isinstance(targets, RoutedTargets):
+        weights = targets.token_weights(name)[: len(blocks)].float()
+    if calls is not None:
+        weights = torch.where(calls, weights * config.call_weight, weights)
+    return normalized(weights, blocks.loss_mask()) if name or calls is not None else None

@@ -19,6 +19,8 @@ def check_training(config: TrainConfig) -> None:
     if config.wanted_features:
         parse_features(config.features)
         scheduled(config.feature_weight, 0, 1)
+    if not 0 < config.call_weight < float("inf"):
+        raise UserError(f"train.call_weight must be a number above 0; found {config.call_weight:g}")
     if config.token_weights:
         check_token_weights(config.token_weights)
     if config.temperature_schedule not in ("", "auto"):

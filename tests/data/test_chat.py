@@ -164,3 +164,47 @@ def test_what_cannot_be_learnt_says_why(messages, reason):
     template = "{{ raise_exception('no chats today') }}" if "refuses" in reason else PRINTS
     with pytest.raises(Unusable, match=reason):
         samples_of(messages, tokenizer_with(template))
+
+
+def test_tool_calls_are_told_from_the_other_words():
+    tokenizer = tokenizer_for(FAMILIES["qwen3"])
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Oslo"}}}
+    asks = {
+        "role": "assistant",
+        "content": "let me look",
+        "reasoning_content": "they want weather",
+        "tool_calls": [call],
+    }
+    talk = [*turns("q"), asks, {"role": "tool", "content": "rain"}, {"role": "assistant", "content": "it rains"}]
+    for shape in (talk, [*talk[:1], {k: v for k, v in asks.items() if k != "reasoning_content"}, *talk[2:]]):
+        samples = samples_of(shape, tokenizer)
+        called = "".join(
+            tokenizer.decode([i for i, c in zip(s.ids, s.calls, strict=True) if c]) for s in samples if any(s.calls)
+        )
+        assert (
+            called.strip().startswith("<tool_call>") and '"Oslo"' in called and called.rstrip().endswith("<|im_end|>")
+        )
+        assert "let me look" not in called and "they want" not in called and "it rains" not in called
+        assert all(learnt for s in samples for learnt, c in zip(s.learnt, s.calls, strict=True) if c)
+    plain = samples_of(turns("q", "a"), tokenizer)
+    assert not any(plain[0].calls)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_template_shows_where_its_calls_begin(name):
+    """The call's name and arguments are among the tokens, what was said before it is not."""
+    family = FAMILIES[name]
+    tokenizer = tokenizer_for(family)
+    call = {"type": "function", "id": "call12345", "function": {"name": "zebrafinch", "arguments": {"quagga": 7}}}
+    tool = {
+        "type": "function",
+        "function": {"name": "zebrafinch", "description": "d", "parameters": {"type": "object", "properties": {}}},
+    }
+    talk = [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [call]}]
+    try:
+        samples = samples_of(talk, tokenizer, tools=[tool])
+    except Unusable:
+        pytest.skip("the template knows no calls")
+    (sample,) = [s for s in samples if any(s.calls)]
+    called = tokenizer.decode([i for i, c in zip(sample.ids, sample.calls, strict=True) if c])
+    assert "zebrafinch" in called and "quagga" in called and "7" in called

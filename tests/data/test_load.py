@@ -8,6 +8,7 @@ from transformers import AutoTokenizer
 
 from moe2dense.data.blocks import Blocks, join_blocks
 from moe2dense.data.load import load_blocks
+from moe2dense.data.options import TextOptions
 from moe2dense.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -221,3 +222,21 @@ def test_a_file_for_one_purpose_is_used_whole(text, tokenizer):
     assert set(whole.domains) == {"history"}
     with pytest.raises(UserError, match="needs a single file"):
         load_blocks(text, tokenizer, 64, "all")
+
+
+def test_the_tokens_of_tool_calls_are_marked_in_the_blocks(tmp_path, tokenizer):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content or '' }}{% for c in m.tool_calls or [] %} CALL {{ c.function.name }}{% endfor %}"
+        "</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    call = {"type": "function", "function": {"name": "weather", "arguments": {}}}
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I look", "tool_calls": [call]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": talk}) + "\n" for _ in range(20)))
+    blocks = load_blocks(tmp_path, tokenizer, 32, options=TextOptions(chat_template=str(template)))
+    assert blocks.calls_mask is not None
+    called = tokenizer.decode(blocks.input_ids[0][blocks.calls_mask[0]])
+    assert "CALL weather" in called and "look" not in called and "user" not in called
+    plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I look"}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": plain}) + "\n" for _ in range(20)))
+    assert load_blocks(tmp_path, tokenizer, 32, options=TextOptions(chat_template=str(template))).calls_mask is None

@@ -43,6 +43,29 @@ class Answers:
             start = max(start, self._after_thinking(turn, start))
         return start, len(text)
 
+    def calls(self, turn: int) -> tuple[int, int] | None:
+        """Return from which character to which of `text(turn + 1)` the turn calls tools, its end included; None where it calls nothing.
+
+        Raises Unusable as `span` does.
+        """
+        message, text = self.chat.messages[turn], self.text(turn + 1)
+        other = with_other_call(message)
+        if other is None:
+            return None
+        name = common_prefix(text, self._rendered_with(turn, other))
+        silent = {k: v for k, v in message.items() if k != "tool_calls"} | {"content": message.get("content") or ""}
+        try:
+            begin = min(name, common_prefix(text, self._rendered_with(turn, silent)))
+        except Unusable:  # a template may refuse a turn that says nothing
+            begin = name
+        # without calls a template may write the thinking elsewhere: what precedes the call's own words is none of it
+        before = self._after_thinking(turn, 0)
+        words = message.get("content")
+        if isinstance(words, str) and words.strip():
+            at = text.find(words.strip(), max(0, before - 1))
+            before = at + len(words.strip()) if 0 <= at < name else before
+        return max(begin, min(before, name)), len(text)
+
     def _start(self, turn: int) -> int:
         """Return where the turn's words begin: what the template writes before any answer is not the assistant's."""
         after = self.text(turn + 1)

@@ -13,10 +13,11 @@ _LEADING = ("system", "developer")
 
 @dataclass(frozen=True)
 class ChatSample:
-    """A rendered conversation: token ids, and True where a token is to be learnt."""
+    """A rendered conversation: token ids, True where a token is to be learnt, and where it is so because the turn calls tools."""
 
     ids: list[int]
     learnt: list[bool]
+    calls: list[bool]
 
 
 def chat_samples(
@@ -46,9 +47,13 @@ def chat_samples(
 def _samples_of(chat: Conversation, template: ChatTemplate, learn: str) -> list[ChatSample]:
     """Return the samples of a conversation that is short enough."""
     marked = template.marks_answers(chat)
-    if marked and learn == "all" and not chat.learn_from:
-        return [ChatSample(*template.marked(chat))]
     answers = Answers(template, chat)
+    if marked and learn == "all" and not chat.learn_from:
+        ids, learnt = template.marked(chat)
+        length = len(chat.messages)
+        called = [turn for turn in chat.answers() if "tool_calls" in chat.messages[turn]]
+        turns = [turn for turn in called if answers.text(length).startswith(answers.text(turn + 1))]
+        return [ChatSample(ids, learnt, _calls(answers, length, turns, learnt))]
     turns = chat.answers()[-1:] if learn == "last" else chat.answers()
     samples = []
     for length, taught in _renderings(answers, turns):
@@ -59,8 +64,17 @@ def _samples_of(chat: Conversation, template: ChatTemplate, learn: str) -> list[
         if marked:
             ids, marks = template.marked(chat, length)
             learnt = [a and b for a, b in zip(learnt, marks, strict=True)]
-        samples.append(ChatSample(ids, learnt))
+        samples.append(ChatSample(ids, learnt, _calls(answers, length, taught, learnt)))
     return samples[::-1]
+
+
+def _calls(answers: Answers, length: int, turns: list[int], learnt: list[bool]) -> list[bool]:
+    """Return which learnt tokens of the first `length` turns belong to tool calls of these turns."""
+    spans = [span for turn in turns if "tool_calls" in answers.chat.messages[turn] and (span := answers.calls(turn))]
+    if not spans:
+        return [False] * len(learnt)
+    _, places = answers.template.tokens(answers.text(length))
+    return [a and b for a, b in zip(overlapping(places, spans), learnt, strict=True)]
 
 
 def _renderings(answers: Answers, turns: list[int]) -> Iterator[tuple[int, list[int]]]:
