@@ -1,4 +1,4 @@
-"""Chat templates written after the published behaviour of ten families, each with the same rendering in plain Python.
+"""Chat templates written after the published behaviour of twelve families, each with the same rendering in plain Python.
 
 A rendering is a list of (text, whether the assistant writes it); the conversation's last turn is the last that is rendered.
 """
@@ -348,6 +348,84 @@ def ernie(turns: Turns, tools: list | None, day: date) -> Segments:
 
 _ALL = frozenset({"system", "tools", "thinking", "parts"})
 _CHATML = ("<|im_start|>", "<|im_end|>", "<tool_call>", "</tool_call>", THINK, UNTHINK)
+# qwen3.5: the prompt opens the thinking, which answers after the last user's turn always have; calls are written parameter by parameter
+QWEN3_5 = """{%- if messages[0].role == 'system' or tools %}{{ '<|im_start|>system\n' }}{% if tools %}{{ '# Tools\n\n<tools>' }}{% for t in tools %}{{ '\n' + (t | tojson) }}{% endfor %}{{ '\n</tools>' }}{% endif %}{% if messages[0].role == 'system' %}{% if tools %}{{ '\n\n' }}{% endif %}{{ messages[0].content }}{% endif %}{{ '<|im_end|>\n' }}{% endif %}
+{%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ '<|im_start|>user\n' + m.content + '<|im_end|>\n' }}
+{%- elif m.role == 'assistant' %}{% set thinking = m.reasoning_content if m.reasoning_content is string else '' %}{% set content = m.content or '' %}
+{{- '<|im_start|>assistant\n' }}{% if loop.index0 > ns.last %}{{ '<think>\n' + thinking.strip('\n') + '\n</think>\n\n' }}{% endif %}{{ content }}{% for c in m.tool_calls or [] %}{% if content or not loop.first %}{{ '\n' }}{% endif %}{{ '<tool_call>\n<function=' + c.function.name + '>\n' }}{% for k, v in c.function.arguments.items() %}{{ '<parameter=' + k + '>\n' }}{{ v if v is string else v | tojson }}{{ '\n</parameter>\n' }}{% endfor %}{{ '</function>\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}
+{%- elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + m.content + '\n</tool_response><|im_end|>\n' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{% endif %}"""
+
+
+def qwen3_5(turns: Turns, tools: list | None, day: date) -> Segments:
+    """Render as QWEN3_5 does."""
+    system = text_of(turns[0]) if turns[0]["role"] == "system" else ""
+    shown = "# Tools\n\n<tools>" + "".join("\n" + as_json(t) for t in tools) + "\n</tools>" if tools else ""
+    between = "\n\n" if shown and turns[0]["role"] == "system" else ""
+    opening = shown or turns[0]["role"] == "system"
+    out: Segments = [(f"<|im_start|>system\n{shown}{between}{system}<|im_end|>\n", False)] if opening else []
+    for i, turn in enumerate(turns):
+        if turn["role"] == "user":
+            out.append((f"<|im_start|>user\n{text_of(turn)}<|im_end|>\n", False))
+        elif turn["role"] == "tool":
+            out.append((f"<|im_start|>user\n<tool_response>\n{text_of(turn)}\n</tool_response><|im_end|>\n", False))
+        elif turn["role"] == "assistant":
+            said = text_of(turn)
+            for call in calls_of(turn):
+                pairs = "".join(
+                    f"<parameter={k}>\n{v if isinstance(v, str) else as_json(v)}\n</parameter>\n"
+                    for k, v in call["arguments"].items()
+                )
+                said += (
+                    "\n" if said else ""
+                ) + f"<tool_call>\n<function={call['name']}>\n{pairs}</function>\n</tool_call>"
+            header, thinking = "<|im_start|>assistant\n", (turn.get("reasoning_content") or "").strip("\n")
+            if i > last_user(turns):
+                header, said = header + "<think>\n", f"{thinking}\n</think>\n\n{said}"
+            out += [(header, False), (said + "<|im_end|>\n", True)]
+    return out
+
+
+# minimax-m2: the prompt opens the thinking, and an answer without any is rendered without it
+MINIMAX_M2 = """{{ ']~!b[]~b]system\n' }}{% if messages[0].role == 'system' %}{{ messages[0].content }}{% else %}{{ 'You are a helpful assistant.' }}{% endif %}{% if tools %}{{ '\n\n# Tools\n<tools>\n' }}{% for t in tools %}{{ '<tool>' + (t.function | tojson) + '</tool>\n' }}{% endfor %}{{ '</tools>' }}{% endif %}{{ '[e~[\n' }}
+{%- set ns = namespace(last=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set ns.last = loop.index0 %}{% endif %}{% endfor %}
+{%- for m in messages %}
+{%- if m.role == 'user' %}{{ ']~b]user\n' + m.content + '[e~[\n' }}
+{%- elif m.role == 'assistant' %}{{ ']~b]ai\n' }}{% if m.reasoning_content and loop.index0 > ns.last %}{{ '<think>\n' + m.reasoning_content + '\n</think>\n\n' }}{% endif %}{{ m.content or '' }}{% if m.tool_calls %}{{ '\n<minimax:tool_call>\n' }}{% for c in m.tool_calls %}{{ '<invoke name="' + c.function.name + '">\n' }}{% for k, v in c.function.arguments.items() %}{{ '<parameter name="' + k + '">' }}{{ v if v is string else v | tojson }}{{ '</parameter>\n' }}{% endfor %}{{ '</invoke>\n' }}{% endfor %}{{ '</minimax:tool_call>' }}{% endif %}{{ '[e~[\n' }}
+{%- elif m.role == 'tool' %}{{ ']~b]tool\n<response>' + m.content + '</response>[e~[\n' }}
+{%- endif %}{% endfor %}{% if add_generation_prompt %}{{ ']~b]ai\n<think>\n' }}{% endif %}"""
+
+
+def minimax_m2(turns: Turns, tools: list | None, day: date) -> Segments:
+    """Render as MINIMAX_M2 does."""
+    system = text_of(turns[0]) if turns[0]["role"] == "system" else "You are a helpful assistant."
+    listed = "".join(f"<tool>{as_json(t['function'])}</tool>\n" for t in tools or [])
+    shown = f"\n\n# Tools\n<tools>\n{listed}</tools>" if tools else ""
+    out: Segments = [(f"]~!b[]~b]system\n{system}{shown}[e~[\n", False)]
+    for i, turn in enumerate(turns):
+        if turn["role"] == "user":
+            out.append((f"]~b]user\n{text_of(turn)}[e~[\n", False))
+        elif turn["role"] == "tool":
+            out.append((f"]~b]tool\n<response>{text_of(turn)}</response>[e~[\n", False))
+        elif turn["role"] == "assistant":
+            said, header = text_of(turn), "]~b]ai\n"
+            if calls_of(turn):
+                said += "\n<minimax:tool_call>\n"
+                for call in calls_of(turn):
+                    pairs = "".join(
+                        f'<parameter name="{k}">{v if isinstance(v, str) else as_json(v)}</parameter>\n'
+                        for k, v in call["arguments"].items()
+                    )
+                    said += f'<invoke name="{call["name"]}">\n{pairs}</invoke>\n'
+                said += "</minimax:tool_call>"
+            if turn.get("reasoning_content") and i > last_user(turns):
+                header, said = header + "<think>\n", f"{turn['reasoning_content']}\n</think>\n\n{said}"
+            out += [(header, False), (said + "[e~[\n", True)]
+    return out
+
+
 FAMILIES = {
     "mistral": Family(
         MISTRAL, mistral,
@@ -356,6 +434,8 @@ FAMILIES = {
     ),
     "qwen2": Family(QWEN2, qwen2, _CHATML, _ALL - {"thinking"}),
     "qwen3": Family(QWEN3, qwen3, _CHATML, _ALL | {"tags"}),
+    "qwen3_5": Family(QWEN3_5, qwen3_5, _CHATML, _ALL),
+    "minimax_m2": Family(MINIMAX_M2, minimax_m2, ("]~!b[", "]~b]", "[e~[", THINK, UNTHINK), _ALL),
     "gpt_oss": Family(
         GPT_OSS, gpt_oss, ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|return|>", "<|call|>"), _ALL,
     ),

@@ -1,4 +1,4 @@
-"""Check chats: what is rendered against transformers, and what is learnt against a reference written by hand, for ten families.
+"""Check chats: what is rendered against transformers, and what is learnt against a reference written by hand, for twelve families.
 
 For every family 40 synthetic conversations (several turns, thinking, tools, parts of content, system turns). None may be refused that
 transformers renders, and every answer must be taught exactly once, as the model would write it after the prompt it would see.

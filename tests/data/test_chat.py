@@ -190,7 +190,7 @@ def test_tool_calls_are_told_from_the_other_words():
     assert not any(plain[0].calls)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name, family in FAMILIES.items() if "tools" in family.features])
 def test_every_template_shows_where_its_calls_begin(name):
     """The call's name and arguments are among the tokens, what was said before it is not."""
     family = FAMILIES[name]
@@ -201,10 +201,7 @@ def test_every_template_shows_where_its_calls_begin(name):
         "function": {"name": "zebrafinch", "description": "d", "parameters": {"type": "object", "properties": {}}},
     }
     talk = [*turns("q"), {"role": "assistant", "content": "", "tool_calls": [call]}]
-    try:
-        samples = samples_of(talk, tokenizer, tools=[tool])
-    except Unusable:
-        pytest.skip("the template knows no calls")
+    samples = samples_of(talk, tokenizer, tools=[tool])
     (sample,) = [s for s in samples if any(s.calls)]
     called = tokenizer.decode([i for i, c in zip(sample.ids, sample.calls, strict=True) if c])
     assert "zebrafinch" in called and "quagga" in called and "7" in called

@@ -44,8 +44,8 @@ def test_answers_of_chats_are_marked(folder, tmp_path):
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.chat_template = TEMPLATE
     talk = [{"role": "user", "content": "what is by the river"}, {"role": "assistant", "content": "a house of stone"}]
-    (tmp_path / "train.jsonl").write_text(json.dumps({"messages": talk}) + "\n" + json.dumps({"messages": talk}) + "\n")
-    blocks = load_blocks(tmp_path, tokenizer, 32)
+    (tmp_path / "train.jsonl").write_text((json.dumps({"messages": talk}) + "\n") * 4)
+    blocks = load_blocks(tmp_path, tokenizer, 128)
     assert blocks.labels_mask is not None
     learnt = tokenizer.decode(blocks.input_ids[0][blocks.labels_mask[0]])
     assert "a house of stone" in learnt and "river" not in learnt

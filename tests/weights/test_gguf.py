@@ -20,7 +20,7 @@ SIZES = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 64,
     "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "tie_word_embeddings": False,
     "rope_parameters": {"rope_type": "default", "rope_theta": 12345.0}, "rotary_dim": 8,
-    "mlp_only_layers": [0],
+    "mlp_only_layers": [],
 }  # fmt: skip
 ARCHS = {model: arch for arch, family in GGUF_FAMILIES.items() for model in family.model_types}
 # names of a layer's stacked experts that gguf's own table knows, by the hub's names of their parts
