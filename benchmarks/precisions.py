@@ -60,15 +60,18 @@ def difference(layout: Layout, folder: Path) -> tuple[float, str]:
 
 
 def quantize(source: Path, folder: Path, layout: Layout) -> None:
-    """Write a model with every projection, experts included, in a layout; its values are the layout's random ones."""
+    """Write a model with every projection, experts included, in a layout; projections of one shape share the layout's random values."""
     stored: dict[str, Tensor] = {}
     settings: dict = {}
+    patterns: dict[torch.Size, dict[str, Tensor]] = {}
     for key, value in load_file(source / "model.safetensors").items():
-        if value.dim() == 2 and "proj" in key:
-            parts, settings, _ = layout(key.removesuffix(".weight"), *value.shape)
-            stored |= parts
-        else:
+        if value.dim() != 2 or "proj" not in key:
             stored[key] = value
+            continue
+        if value.shape not in patterns:
+            patterns[value.shape], settings, _ = layout(NAME, *value.shape)
+        module = key.removesuffix(".weight")
+        stored |= {module + name.removeprefix(NAME): part.clone() for name, part in patterns[value.shape].items()}
     folder.mkdir()
     save_file({k: v.contiguous() for k, v in stored.items()}, folder / "model.safetensors", {"format": "pt"})
     config = json.loads((source / "config.json").read_text()) | {"quantization_config": settings}
