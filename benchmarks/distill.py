@@ -94,7 +94,14 @@ def bare_loop(teacher, blocks: Blocks, steps: int, labels_only: bool = False) ->
 
 def our_loop(teacher, blocks: Blocks, targets, alpha: float = 0.0) -> float:
     config = TrainConfig(
-        batch=PER_STEP * 256, micro_batch=PER_STEP, alpha=alpha, features="", save_every=10**9, eval_every=10**9
+        batch=PER_STEP * 256,
+        micro_batch=PER_STEP,
+        alpha=alpha,
+        features="",
+        save_every=10**9,
+        eval_every=10**9,
+        epochs=1.0,
+        optimizer="adamw",
     )
     student = make_student(teacher)
     return sum(
@@ -202,7 +209,7 @@ def formats(teacher, blocks: Blocks, valid: Blocks, tokens: int) -> None:
                 size = sum(p.stat().st_size for p in Path(folder).glob("shard-*")) / small.tokens
             line = f"{name:20s} {size:12.1f}"
             if tokens:
-                config = TrainConfig(alpha=alpha, features="", eval_every=10**9)
+                config = TrainConfig(alpha=alpha, features="", epochs=1.0, optimizer="adamw", eval_every=10**9)
                 store = WithoutTail(store) if "without" in name else store
                 run = distill(
                     make_student(teacher),
@@ -243,7 +250,10 @@ def features(blocks: Blocks, valid: Blocks, tokens: int, rows, seeds: int, folde
     for options in rows:
         kls, clock = [], time.perf_counter()
         for seed in range(seeds):
-            student, config = copy.deepcopy(start), TrainConfig(eval_every=10**9, **({"features": ""} | options))
+            student, config = (
+                copy.deepcopy(start),
+                TrainConfig(epochs=1.0, eval_every=10**9, **({"features": ""} | options)),
+            )
             run = distill(
                 student, data=used, targets=targets, valid=valid, valid_targets=valid_targets, config=config, seed=seed
             )

@@ -182,11 +182,7 @@ class BuildConfig:
     )
     fraction: float = option(0.1, help="Share of --tokens that the build reads.", example="0.2")
     max_tokens: int = option(
-        200_000,
-        help="The most that the build reads; its memory grows with it.",
-        unit="tokens",
-        example="400k",
-        parse=parse_count,
+        200_000, help="The most that the build reads.", unit="tokens", example="400k", parse=parse_count
     )
     min_tokens: int = option(
         49_152,
@@ -205,11 +201,13 @@ class BuildConfig:
     local_steps: int = option(
         0,
         help="Steps of the fit of one layer's FFN.",
+        shown="600 where a heal follows, else 1200; no more than 14 passes",
         unit="steps",
         example="400",
-        shown="600 where a heal follows, else 1200",
     )
-    local_lr: float = option(4e-3, help="Peak learning rate of that fit.", example="2e-3")
+    local_lr: float = option(
+        0.0, help="Peak learning rate of that fit.", example="2e-3", shown="4e-3 up to hidden size 192, 4e-4 at 4096"
+    )
     local_batch: int = option(512, help="Batch of that fit.", unit="tokens", example="1024")
     layer_steps: int = option(
         200,
@@ -217,7 +215,9 @@ class BuildConfig:
         unit="steps",
         example="100",
     )
-    layer_lr: float = option(1e-3, help="Peak learning rate of the whole layer's fit.", example="5e-4")
+    layer_lr: float = option(
+        0.0, help="Peak learning rate of it.", example="5e-4", shown="1e-3 up to hidden size 192, 1e-4 at 4096"
+    )
     layer_batch: int = option(2048, help="Batch of the whole layer's fit.", unit="tokens", example="4096")
     sweeps: int = option(
         1,
@@ -226,17 +226,18 @@ class BuildConfig:
         example="2",
     )
     heal_epochs: float = option(
-        16.0,
-        help="Length of the end-to-end fit that closes the build (healing), in passes over the build's text.",
+        -1.0,
+        help="Length of the end-to-end fit that closes the build (healing), in passes over the build's text. 0 leaves it out.",
         unit="passes",
-        example="4",
+        example="8",
+        shown="4 where training follows, else 16",
     )
-    heal_lr: float = option(1e-3, help="Peak learning rate of the heal.", example="5e-4")
+    heal_lr: float = option(
+        0.0, help="Peak learning rate of the heal.", example="5e-4", shown="1e-3 up to hidden size 192, 1e-4 at 4096"
+    )
     heal_batch: int = option(2048, help="Batch of the heal.", unit="tokens", example="4096")
     heal_hints: float = option(
-        10.0,
-        help="Weight of the teacher's hidden states beside its distributions in the heal; 0 leaves them out.",
-        example="1",
+        10.0, help="Weight of the teacher's hidden states in the heal; 0 leaves them out.", example="1"
     )
     hold_out: float = option(
         0.06, help="Share of the build's blocks kept back to choose the best step of every fit.", example="0.1"

@@ -20,7 +20,11 @@ class TrainConfig:
         parse=parse_count,
     )
     epochs: float = option(
-        1.0, help="Passes over the training text. Repeats read no teacher.", unit="passes", example="5"
+        0.0,
+        help="Passes over the training text. Repeats read no teacher.",
+        unit="passes",
+        example="3",
+        shown="1 to 5, by the tokens for each of the student's parameters",
     )
     batch: int = option(2048, help="Batch of one optimiser step.", unit="tokens", example="8192")
     micro_batch: int = option(8, help="How much of a batch passes the student at once.", unit="blocks", example="2")
@@ -29,6 +33,14 @@ class TrainConfig:
         help="Peak learning rate.",
         example="2e-4",
         shown="by the hidden size: 1e-3 at 192, 1e-4 at 4096; three times that for --lora",
+    )
+    optimizer: str = option(
+        "auto",
+        help="What makes the steps: adamw, or muon for the matrices inside the layers and AdamW for the rest. Adapters and sharded "
+        "students take AdamW.",
+        choices=("auto", "adamw", "muon"),
+        example="adamw",
+        shown="auto: muon where the batch is at least three times the hidden size",
     )
     warmup: float = option(0.03, help="Share of the steps in which the learning rate rises.", example="0.1")
     weight_decay: float = option(0.0, help="Decoupled weight decay of AdamW.", example="0.1")

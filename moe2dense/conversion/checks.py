@@ -50,8 +50,8 @@ def check_settings(settings: RunConfig) -> None:
     ):
         if value < 0:
             raise UserError(f"{flag} must not be negative; found {value}")
-    if settings.train.epochs <= 0:
-        raise UserError(f"--epochs must be above 0; found {settings.train.epochs:g}")
+    if settings.train.epochs < 0:
+        raise UserError(f"--epochs must not be negative; found {settings.train.epochs:g}")
     if settings.train.temperature <= 0:
         raise UserError(f"--temperature must be above 0; found {settings.train.temperature}")
     if not 0 <= settings.train.alpha <= 1:

@@ -1,5 +1,6 @@
 """A whole conversion, read top to bottom: plan -> build -> targets -> distill -> evaluate -> report -> export."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from moe2dense.conversion.run import open_run
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.conversion.text_options import run_day
 from moe2dense.conversion.training_text import with_training_text
+from moe2dense.distillation.cost import passes
 from moe2dense.families.resolve import fetch, resolve_teacher
 from moe2dense.student.store import load_student
 from moe2dense.student.types import Student
@@ -47,6 +49,8 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
             console.print(f"{split} text: {counts.sentence()}", highlight=False, markup=False)
         if warning := shortfall(text, plan):
             console.print(f"[yellow]warning:[/] {warning}")
+        passed = passes(settings.train, text.train.tokens, plan.target.parameters)
+        settings = replace(settings, train=replace(settings.train, epochs=passed))
         result = _stages(Job(run, settings, plan, teacher, text, progress))
     report_stage.show_result(run.folder, console)
     return result

@@ -22,7 +22,7 @@ from moe2dense.conversion.plan_warnings import (
 )
 from moe2dense.conversion.results import Machine, Plan
 from moe2dense.conversion.teacher_folder import checked_teacher
-from moe2dense.distillation.cost import stored_states
+from moe2dense.distillation.cost import passes, stored_states
 from moe2dense.errors import UserError
 from moe2dense.modeling.shape import Geometry, teacher_geometry
 from moe2dense.student.build.cost import build_bytes, build_tokens, fit_flops, heal_runs
@@ -98,6 +98,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         target=target,
         tokens=tokens,
         build_tokens=build,
+        passes=passes(config.train, tokens, target.parameters),
         block=block,
         data=config.data.path or DEFAULT_CORPUS,
         out=out,
@@ -152,7 +153,7 @@ def _flops(config: RunConfig, shape: Geometry, target: Target, build: int, heal:
     return {
         "teacher": 2.0 * shape.active_parameters * max(tokens, build),
         "build": 2.0 * shape.parameters * build * config.build.sweeps + fit_flops(config, target, build, heal),
-        "student": 6.0 * n * tokens * config.train.epochs,
+        "student": 6.0 * n * tokens * passes(config.train, tokens, n),
         "from_scratch": 6.0 * n * TOKENS_PER_PARAMETER * n,
     }
 

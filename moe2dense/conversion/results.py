@@ -43,6 +43,7 @@ class Plan:
     seconds: dict[str, float]
     machine: Machine
     warnings: tuple[str, ...] = field(default=())
+    passes: float = 1.0  # of training over its text
     depth: str = "influence"  # which layers stay where some go
     ood: str = ""  # text of another kind for the report
     folder_texts: tuple[str, ...] = ()  # which of path, valid and ood the teacher's folder names

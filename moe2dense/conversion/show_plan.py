@@ -145,7 +145,7 @@ def _sentences(plan: Plan) -> list[str]:
     from_scratch = plan.flops["from_scratch"]
     build = show_count(plan.build_tokens)
     tokens = (
-        f"tokens: the teacher reads {show_count(plan.tokens)}, of which the build takes {build}"
+        f"tokens: the teacher reads {show_count(plan.tokens)}, of which the build takes {build}; training passes them {_times(plan)}"
         if plan.tokens
         else f"tokens: {build} for the build; nothing is trained after it"
     )
@@ -162,6 +162,10 @@ def _sentences(plan: Plan) -> list[str]:
         f"compute: {spent:.2g} FLOPs, {share_text(spent / from_scratch)} of training this student from scratch "
         f"({from_scratch:.2g})",
     ]
+
+
+def _times(plan: Plan) -> str:
+    return "once" if plan.passes == 1 else f"{plan.passes:g} times"
 
 
 def _text_name(plan: Plan, name: str, path: str) -> str:

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from moe2dense.config.schema import RunConfig
+from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.conversion.choice import BEST, LAST, load_checkpoint
 from moe2dense.conversion.job import Job
 from moe2dense.conversion.scoring import TextScores, reference_for, score
@@ -21,12 +21,19 @@ from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.feature_spec import teacher_features
 from moe2dense.student.build.api import build_student, build_to_folder
+from moe2dense.student.fit_defaults import heal_passes
 from moe2dense.student.init_spec import base_and_steps
 from moe2dense.student.open import open_student
 from moe2dense.student.store import load_student, save_student
 from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.model import Teacher
+
+
+def build_settings(job: Job) -> BuildConfig:
+    """Return the settings of a run's builds: where training follows, their heal is short."""
+    settings = job.settings.build
+    return replace(settings, heal_epochs=heal_passes(settings.heal_epochs, trained=job.plan.tokens > 0))
 
 
 def build(job: Job) -> Student:
@@ -47,7 +54,7 @@ def build(job: Job) -> Student:
             folder=folder / "student",
             out=folder,
             init=settings.build.init,
-            config=settings.build,
+            config=build_settings(job),
             seed=settings.seed,
             progress=progress,
         )
@@ -138,7 +145,7 @@ def control(job: Job) -> tuple[Path, TextScores]:
                 to=job.target,
                 data=job.text.build,
                 init=control_init(settings.build.init),
-                config=settings.build,
+                config=build_settings(job),
                 seed=settings.seed,
             )
             save_student(student, folder)
@@ -227,7 +234,7 @@ def second_student(job: Job) -> Student:
                 to=job.target,
                 data=job.text.build,
                 init=peer,
-                config=settings.build,
+                config=build_settings(job),
                 seed=settings.seed + 1,
             )
             save_student(student, folder)

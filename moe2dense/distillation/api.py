@@ -17,6 +17,7 @@ from moe2dense.data.frequency import count_tokens, rare_labels
 from moe2dense.distillation.auto_features import make_match, settle_features
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.checks import check_training, needs_teacher
+from moe2dense.distillation.cost import passes
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.setup import default_learning_rate
@@ -77,6 +78,7 @@ def distill(
     if not bool(data.loss_mask().any()):
         raise UserError("data: no token carries loss; the blocks are masked throughout")
     config = settle_features(config, student, answers, teacher, regime)
+    config = dataclasses.replace(config, epochs=passes(config, data.tokens, model.num_parameters()))
     match = make_match(config, model, answers, teacher, seed) if config.features else None
     if answers is None and teacher is not None and not (regime is not None and regime.brings_targets):
         features, routing = match.teacher_features if match else (), [config.token_weights] * bool(config.token_weights)

@@ -16,6 +16,11 @@ def check_training(config: TrainConfig) -> None:
         raise UserError(
             f"train.target_format must be one of {', '.join(TARGET_FORMATS)}; found {config.target_format!r}"
         )
+    if config.optimizer == "muon" and (config.lora or config.shard):
+        other = "--lora" if config.lora else "train.shard"
+        raise UserError(
+            f"train.optimizer = 'muon' takes whole matrices, which {other} does not leave; use adamw, or auto"
+        )
     if config.wanted_features:
         parse_features(config.features)
         scheduled(config.feature_weight, 0, 1)

@@ -4,10 +4,17 @@ from typing import TYPE_CHECKING
 
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.training import TrainConfig
+from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.losses.feature_spec import teacher_features
 
 if TYPE_CHECKING:
     from moe2dense.student.target.resolve import Target
+
+MOST_PASSES = 5
+TOKENS_PER_PASS = 0.03  # of each of the student's parameters: a further pass pays from so much text on
+ENOUGH_TOKENS = 20  # for each parameter, passes included (2203.15556): more text leaves less to gain by repeating it
+MUON_BATCH = 3  # batch in tokens over hidden size from which a step of Muon costs less than its gradient
+
 
 # what `features = "auto"` is where it fits: four hidden states of the teacher, see auto_features.py
 AUTO_FEATURES = "mse:even:4@10"
@@ -26,3 +33,30 @@ def stored_states(config: RunConfig, target: "Target") -> int:
     text, layers = features_to_store(config.train, target), target.teacher.num_hidden_layers
     names = teacher_features(text, target.config.num_hidden_layers, layers)
     return sum(name.startswith("hidden-") for name in names)
+
+
+def passes(config: TrainConfig, tokens: int, parameters: int) -> float:
+    """Return how often a student of so many parameters passes `tokens` of training text: config.epochs or, for 0, by rule.
+
+    By rule it is one pass for each TOKENS_PER_PASS tokens a parameter, at most MOST_PASSES, and no more than make ENOUGH_TOKENS
+    a parameter in all. Text without the teacher's whole distributions, or of a regime, is passed once: what repeats there is
+    learnt by heart.
+    """
+    if config.epochs:
+        return config.epochs
+    each = tokens / max(parameters, 1)
+    if (
+        config.regime
+        or (config.alpha >= 1 and not config.alpha_schedule)
+        or not TARGET_FORMATS[config.target_format].whole
+        or not each
+    ):
+        return 1.0
+    return float(max(1, round(min(MOST_PASSES, each / TOKENS_PER_PASS, ENOUGH_TOKENS / each))))
+
+
+def uses_muon(config: TrainConfig, hidden_size: int) -> bool:
+    """Return whether Muon trains the matrices inside the layers of a student of this hidden size."""
+    if config.lora or config.shard:
+        return False
+    return config.optimizer == "muon" or (config.optimizer == "auto" and config.batch >= MUON_BATCH * hidden_size)

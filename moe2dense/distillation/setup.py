@@ -5,7 +5,6 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from torch import nn
 from transformers import PreTrainedModel
 
 from moe2dense.config.training import TrainConfig
@@ -15,7 +14,6 @@ from moe2dense.errors import UserError
 from moe2dense.modeling.documents import understands_positions
 from moe2dense.modeling.forward import model_inputs
 
-BETAS = (0.9, 0.95)
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
 
 
@@ -43,16 +41,6 @@ def default_learning_rate(hidden_size: int, lora: bool = False) -> float:
     three times as much.
     """
     return 1e-3 * (192 / hidden_size) ** 0.75 * (3 if lora else 1)
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Make AdamW over the parameters that train; norms and biases are not decayed."""
-    by_decay: dict[float, list[nn.Parameter]] = {}
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            by_decay.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
-    groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
-    return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)
 
 
 def check_documents(model: PreTrainedModel, data: Blocks) -> None:

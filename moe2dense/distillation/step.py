@@ -16,6 +16,7 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import micro_batches, step_blocks
 from moe2dense.distillation.fsdp import full_tensor
+from moe2dense.distillation.optimizers import RATE
 from moe2dense.distillation.targets.formats import written_temperature
 from moe2dense.losses.feature_spec import feature_weights
 
@@ -69,7 +70,7 @@ def train_step(
     """
     world, device = accelerator.num_processes, accelerator.device
     for group in optimizer.param_groups:
-        group["lr"] = plan.lr
+        group["lr"] = plan.lr * group.get(RATE, 1.0)
     counts = batches.denominators(plan.indices)
     parts = micro_batches(plan.indices, accelerator.process_index, world, config.micro_batch)
     sums = torch.zeros(4, device=device, dtype=torch.float64)

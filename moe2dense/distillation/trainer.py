@@ -20,8 +20,9 @@ from moe2dense.distillation.checkpoints import Checkpoints, optimizer_tensors, r
 from moe2dense.distillation.fsdp import full_tensor, shard, shard_like
 from moe2dense.distillation.log import Interrupts, MetricsFile, memory_bytes
 from moe2dense.distillation.objective import Objective
+from moe2dense.distillation.optimizers import make_optimizer, muon_matrices
 from moe2dense.distillation.regime import Regime, RunView
-from moe2dense.distillation.setup import check_documents, check_head, make_accelerator, make_optimizer
+from moe2dense.distillation.setup import check_documents, check_head, make_accelerator
 from moe2dense.distillation.step import StepPlan, plan_step, train_step, validate
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
@@ -84,7 +85,8 @@ class Trainer:
             self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
             self.optimizer = self.accelerator.prepare(make_optimizer(objective, config))
         else:
-            self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(objective, config))
+            optimizer = make_optimizer(objective, config, muon_matrices(self.model, config))
+            self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         # the student's parameters under their own names; projectors of features are kept for resuming, never exported
         self.names: dict[Tensor, str] = {
             p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad

@@ -44,9 +44,6 @@ STEPS: dict[str, Step] = {
 }
 LAYERWISE = "obs+refit+local+layer+heal"
 
-# steps of the local fit: what more of them bring, the heal brings sooner
-LOCAL_STEPS_BEFORE_HEAL, LOCAL_STEPS_ALONE = 600, 1200
-
 
 def base_and_steps(init: str) -> list[str]:
     """Return the base method and the steps of `--init` in the order they are written."""
@@ -64,8 +61,3 @@ def steps_of(init: str, healed: bool, join: str = "additive") -> list[str]:
     if init == "layerwise" and healed and join != "post_norm":
         steps.remove("layer")
     return steps
-
-
-def local_steps(wanted: int, healed: bool) -> int:
-    """Return the steps of the local fit of a layer's FFN: those wanted or, for 0, a default by whether a heal follows."""
-    return wanted or (LOCAL_STEPS_BEFORE_HEAL if healed else LOCAL_STEPS_ALONE)

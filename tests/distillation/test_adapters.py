@@ -10,7 +10,8 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation import adapters
 from moe2dense.distillation.adapters import adapter_targets, add_adapters, merge_adapters
-from moe2dense.distillation.setup import check_documents, make_optimizer
+from moe2dense.distillation.optimizers import make_optimizer
+from moe2dense.distillation.setup import check_documents
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_cards, student_host, teacher_cards
 from moe2dense.student.target.dense_config import dense_config

@@ -8,7 +8,7 @@ import torch
 from moe2dense.config.schema import BuildConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.student.build.api import build_student
-from moe2dense.student.init_spec import local_steps, steps_of
+from moe2dense.student.init_spec import steps_of
 from moe2dense.teacher.load import load_teacher
 from tests.teacher.families import make
 
@@ -44,8 +44,3 @@ def test_whole_layers_are_fitted_where_no_heal_follows(tmp_path, family, init, e
     assert len(layers) == student.model.config.num_hidden_layers
     assert [("layer_after" in record) for record in layers] == [fitted] * len(layers)
     assert any("heal_kl_after" in record for record in student.history) == (epochs > 0)
-
-
-def test_local_steps_are_as_wanted_or_by_what_follows():
-    assert local_steps(7, healed=True) == local_steps(7, healed=False) == 7
-    assert 0 < local_steps(0, healed=True) < local_steps(0, healed=False)

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.checkpoints import optimizer_tensors, restore_optimizer
 from moe2dense.distillation.objective import Objective
+from moe2dense.distillation.optimizers import make_optimizer, muon_matrices
 from moe2dense.distillation.regime import RunView
-from moe2dense.distillation.setup import make_optimizer
 from moe2dense.distillation.step import StepPlan, train_step
 
 
@@ -25,7 +25,8 @@ class PeerTrainer:
             model.float()
         model.requires_grad_(True)
         objective = Objective(model)
-        self.objective, self.optimizer = self.accelerator.prepare(objective, make_optimizer(objective, run.config))
+        optimizer = make_optimizer(objective, run.config, muon_matrices(model, run.config))
+        self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         self.names: dict[Tensor, str] = {p: n.removeprefix("model.") for n, p in objective.named_parameters()}
 
     def step(self, batches: Batches, plan: StepPlan) -> dict[str, Any]:

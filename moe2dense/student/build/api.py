@@ -27,8 +27,9 @@ from moe2dense.student.build.state import Progress, StudentBuild
 from moe2dense.student.build.sweeps import sweep
 from moe2dense.student.dense_teacher import dense_target, single_expert
 from moe2dense.student.ffn.methods import parse_method
+from moe2dense.student.fit_defaults import heal_passes, settle_fits
 from moe2dense.student.footprint import heal_bytes, hint_layers
-from moe2dense.student.init_spec import local_steps, steps_of
+from moe2dense.student.init_spec import steps_of
 from moe2dense.student.memory import eager_release, release_freed_memory
 from moe2dense.student.prune.cut import cut_for
 from moe2dense.student.prune.norms import NormFactors, norm_factors, scale_norms
@@ -66,7 +67,7 @@ def build_student(
     Every layer is fitted to what the teacher's layer returns, given the student's own hidden states so far.
     Raises UserError for an unknown method, a student that the teacher's tensors cannot fill, or no data.
     """
-    config = config or BuildConfig()
+    config = _settled(config)
     target = _resolve(teacher, to, data, init, config)
     if target.checkpoint:
         return pretrained_sibling(target, teacher, data, init, config, seed, progress)
@@ -89,7 +90,7 @@ def build_to_folder(
 
     The student is in memory as a whole only while it is healed.
     """
-    config = config or BuildConfig()
+    config = _settled(config)
     target = _resolve(teacher, to, data, init, config)
     if target.checkpoint:
         return save_student(pretrained_sibling(target, teacher, data, init, config, seed, progress), folder)
@@ -102,6 +103,12 @@ def build_to_folder(
     )
     assert state.store is not None
     return save_parts(student, folder, _tensors_by_part(state, state.store))
+
+
+def _settled(config: BuildConfig | None) -> BuildConfig:
+    """Return the settings of a build with which no training is known to follow."""
+    config = config or BuildConfig()
+    return replace(config, heal_epochs=heal_passes(config.heal_epochs, trained=False))
 
 
 def heals(steps: Sequence[str], config: BuildConfig) -> bool:
@@ -172,7 +179,7 @@ def _start(
     )  # fmt: skip
     healed = _will_heal(state)
     state.steps = steps_of(init, healed, target.card.join)
-    state.config = replace(config, local_steps=local_steps(config.local_steps, healed))
+    state.config = settle_fits(config, state.hidden.shape[-1], data.tokens, healed)
     if out:
         state.store = LayerStore(out, data, init, config, seed, target)
         unload(runner.body.embed_tokens)

@@ -4,8 +4,9 @@ from typing import TYPE_CHECKING
 
 from moe2dense.config.schema import RunConfig
 from moe2dense.modeling.shape import Geometry
+from moe2dense.student.fit_defaults import heal_passes, local_steps
 from moe2dense.student.footprint import STATE_COPIES, heal_bytes, hint_layers, layer_bytes, pool_limit, refit_limit
-from moe2dense.student.init_spec import local_steps, steps_of
+from moe2dense.student.init_spec import steps_of
 from moe2dense.teacher.cost import HIDDEN_COPIES, WORK_BYTES, resident_layer_bytes
 
 if TYPE_CHECKING:
@@ -33,7 +34,11 @@ def build_tokens(config: RunConfig, block: int, width: int) -> int:
 def heal_asked(config: RunConfig, target: "Target") -> bool:
     """Return whether the build is to end with the end-to-end fit of the student."""
     asked = "heal" in steps_of(config.build.init, healed=False)
-    return asked and config.build.heal_epochs > 0 and not target.checkpoint
+    return asked and _heal_passes(config) > 0 and not target.checkpoint
+
+
+def _heal_passes(config: RunConfig) -> float:
+    return heal_passes(config.build.heal_epochs, trained=config.train.tokens > 0)
 
 
 def heal_runs(config: RunConfig, target: "Target", budget: int) -> bool:
@@ -87,5 +92,7 @@ def fit_flops(config: RunConfig, target: "Target", build: int, heal: bool = True
     ffn = 3 * hidden * target.width
     layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
     layer_tokens = c.layer_steps * c.layer_batch if "layer" in steps_of(c.init, heal, target.card.join) else 0
-    fits = layers * (local_steps(c.local_steps, heal) * c.local_batch * ffn + layer_tokens * max(layer, ffn))
-    return 6.0 * (c.sweeps * fits + heal * c.heal_epochs * build * target.parameters)
+    fits = layers * (
+        local_steps(c.local_steps, heal, build, c.local_batch) * c.local_batch * ffn + layer_tokens * max(layer, ffn)
+    )
+    return 6.0 * (c.sweeps * fits + heal * _heal_passes(config) * build * target.parameters)

@@ -1,7 +1,6 @@
 """Graft FFNs built from the teacher's experts onto a pretrained dense model, wherever that brings it closer (`build.graft`)."""
 
 import time
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -16,7 +15,7 @@ from moe2dense.student.build.layer import build_ffn, choose_held_out, on_cpu
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.state import BuildState, Progress
 from moe2dense.student.ffn.methods import parse_method
-from moe2dense.student.init_spec import local_steps
+from moe2dense.student.fit_defaults import settle_fits
 from moe2dense.student.target.resolve import Target
 from moe2dense.student.types import Student
 from moe2dense.teacher.model import Teacher, masks
@@ -64,7 +63,7 @@ def graft(
     check_graft(target, teacher, len(data))
     model, card = student.model.eval().requires_grad_(False), student.card
     base, steps = parse_method(init)
-    config = replace(config, local_steps=local_steps(config.local_steps, healed=False))
+    config = settle_fits(config, target.config.hidden_size, data.tokens, healed=False)
     held_out = choose_held_out(len(data), config.hold_out, seed)
     judge = _Judge(student, teacher, data[torch.nonzero(held_out).flatten()])
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
