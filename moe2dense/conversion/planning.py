@@ -68,8 +68,8 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     size = checkpoint_bytes(teacher, shape)
     budget = memory_budget(config.teacher.memory, "--memory")
     batch = macro_batch_tokens(budget, shape)
-    passes = config.build.sweeps + scored(target.geometry, config.build.depth)
-    reads = _parts(build, batch) * passes + _parts(max(tokens - build, 0), batch)
+    build_reads = config.build.sweeps + scored(target.geometry, config.build.depth)
+    reads = _parts(build, batch) * build_reads + _parts(max(tokens - build, 0), batch)
     heal = heal_runs(config, target, budget)
     memory = {
         "build": build_bytes(config, shape, target, build, budget),

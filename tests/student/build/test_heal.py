@@ -56,7 +56,7 @@ def test_hints_are_the_teachers_states(to, root, monkeypatch):
     inner = build.heal
 
     def watch(*args):
-        seen.update(args[-1])
+        seen.update(args[3])
         return inner(*args)
 
     monkeypatch.setattr(build, "heal", watch)
