@@ -42,8 +42,8 @@ def by_hand(model, teacher, blocks, config, steps, per_step):
     for step in range(steps):
         ids = blocks.input_ids[step_blocks(len(blocks), per_step, step, 0)]
         with torch.no_grad():
-            goal = teacher(ids).logits[:, :-1].softmax(-1)
-        loss = F.kl_div(model(ids).logits[:, :-1].log_softmax(-1), goal, reduction="none").sum(-1).mean()
+            goal = teacher(ids).logits.softmax(-1)
+        loss = F.kl_div(model(ids).logits.log_softmax(-1), goal, reduction="none").sum(-1).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), config.clip)
         rate = learning_rate(step, steps, config.lr, config.warmup)
@@ -56,12 +56,12 @@ def by_hand(model, teacher, blocks, config, steps, per_step):
 def test_training_with_muon_equals_torchs_two_optimisers():
     student, teacher, blocks = make_model(1), make_model(2), make_blocks()
     expected = copy.deepcopy(student)
-    config = TrainConfig(epochs=2, batch=24, lr=1e-2, optimizer="muon", features="")
+    config = TrainConfig(epochs=2, batch=24, lr=1e-3, optimizer="muon", features="")
     by_hand(expected, teacher, blocks, config, 6, 3)
     distill(student, teacher, blocks, config=config)
     for (name, ours), value in zip(student.named_parameters(), expected.parameters(), strict=True):
         # Newton-Schulz computes in bfloat16, so the gradients' last digits show
-        torch.testing.assert_close(ours, value, atol=2e-3, rtol=0, msg=name)
+        torch.testing.assert_close(ours, value, atol=1e-3, rtol=0, msg=name)
         assert not torch.equal(value, dict(make_model(1).named_parameters())[name])
 
 
