@@ -61,7 +61,7 @@ def test_training_with_muon_equals_torchs_two_optimisers():
     distill(student, teacher, blocks, config=config)
     for (name, ours), value in zip(student.named_parameters(), expected.parameters(), strict=True):
         # Newton-Schulz computes in bfloat16, so the gradients' last digits show
-        torch.testing.assert_close(ours, value, atol=1e-3, rtol=0, msg=name)
+        torch.testing.assert_close(ours, value, atol=2e-4, rtol=0, msg=name)
         assert not torch.equal(value, dict(make_model(1).named_parameters())[name])
 
 
