@@ -189,8 +189,10 @@ def fuzz(arguments: argparse.Namespace) -> int:
             row, printed = fuzz_one(arguments.only, arguments.seed, inputs, folder / "tries", arguments.timeout)
             print(printed, row, sep="\n")
             return int(row.outcome not in (SUCCESS, SENTENCE))
-        tries = []
+        tries, until = [], time.monotonic() + 60 * arguments.minutes
         for number in range(arguments.first, arguments.first + arguments.count):
+            if time.monotonic() > until:
+                break
             tries.append(fuzz_one(number, arguments.seed, inputs, folder / "tries", arguments.timeout)[0])
             if tries[-1].outcome not in (SUCCESS, SENTENCE) or arguments.verbose:
                 print(*vars(tries[-1]).values(), sep=" | ", flush=True)
@@ -295,7 +297,10 @@ def kills(arguments: argparse.Namespace) -> int:
             f"an uninterrupted run takes {reference.seconds:.1f} s; stages: {', '.join(reference.stages)}", flush=True
         )
         rng, counts, killed = random.Random(arguments.seed), Counter(), 0
+        until = time.monotonic() + 60 * arguments.minutes
         for number in range(4 * arguments.count):
+            if time.monotonic() > until:
+                break
             # One moment in each of `count` equal parts of the run, in random order: spread over all its stages.
             fraction = (rng.randrange(arguments.count) + rng.random()) / arguments.count
             stage, outcome, line = kill_one(
@@ -403,6 +408,9 @@ def main() -> int:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--work", type=Path, help="folder for inputs and tries; default: a temporary one")
     options.add_argument("--timeout", type=float, default=60, help="seconds of one process")
+    options.add_argument(
+        "--minutes", type=float, default=1e9, help="stop after so many, with the table of what was tried"
+    )
     tried = commands.add_parser("fuzz", parents=[options])
     tried.add_argument("--count", type=int, default=1000)
     tried.add_argument("--first", type=int, default=0, help="number of the first try")

@@ -57,6 +57,8 @@ def _place_reason(error: BaseException) -> str | None:
     return None
 
 
+WEIGHT_SUFFIXES = (".safetensors", ".gguf")
+
 # What the reader of damaged content raises, whatever the content is.
 _CONTENT = (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, AssertionError, RecursionError)
 
@@ -86,26 +88,36 @@ def read_json_object(file: str | Path, remedy: str) -> dict[str, Any]:
     return value
 
 
-def refuse_outside_links(folder: str | Path) -> None:
-    """Raise UserError for a symbolic link in a checkpoint's folder that leads out of it.
+def outside_links(folder: str | Path) -> list[Path]:
+    """Return the symbolic links in a checkpoint's folder that lead out of it, or to nothing.
 
-    What a folder from elsewhere links to would be read, and copied into exports, as if it were part of it. In the hub's cache a
-    snapshot's files are links to blobs beside it, which are followed.
+    In the hub's cache a snapshot's files are links to blobs beside it, which belong to it.
     """
     own = Path(folder).resolve()
     bounds = own.parents[1] if own.parent.name == "snapshots" else own
-    for path in (*own.glob("*"), *own.glob("*/*")):
-        if not path.is_symlink():
-            continue
+    links = []
+    for path in (p for p in (*own.glob("*"), *own.glob("*/*")) if p.is_symlink()):
         try:
             outside = not path.resolve().is_relative_to(bounds)
         except (OSError, RuntimeError):  # links that lead back to themselves
             outside = True
         if outside:
-            name = path.relative_to(own)
-            raise UserError(
-                f"{folder}: {name} is a link that leads out of the folder; put the file itself there (cp -L), or remove the link"
-            )
+            links.append(path)
+    return links
+
+
+def refuse_outside_links(folder: str | Path) -> None:
+    """Raise UserError for a symbolic link that leads out of a checkpoint's folder, files of weights excepted.
+
+    What a folder from elsewhere links to would be read, and copied into exports, as if it were part of it. Shards on another
+    disk are common and are read as nothing but numbers (`weights.remarks` says that they lie elsewhere).
+    """
+    for path in outside_links(folder):
+        if path.suffix in WEIGHT_SUFFIXES and path.is_file():
+            continue
+        raise UserError(
+            f"{folder}: {path.name} is a link that leads out of the folder; put the file itself there (cp -L), or remove the link"
+        )
 
 
 def _flush(folder: Path) -> None:

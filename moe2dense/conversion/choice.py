@@ -10,7 +10,7 @@ import torch
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.adapters import add_adapters, merge_adapters
 from moe2dense.distillation.checkpoints import Checkpoints
-from moe2dense.student.store import load_student
+from moe2dense.student.open import open_student
 from moe2dense.student.types import Student
 
 BUILT, BEST, LAST = "built", "best", "last"
@@ -59,7 +59,7 @@ def load_checkpoint(student: Student, folder: Path, step: int, built: Path, conf
     weights, _, _ = Checkpoints(folder).load(step)
     model = student.model
     if config.lora:
-        student = load_student(built)
+        student = open_student(str(built))
         model = add_adapters(student.model, config)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

@@ -11,18 +11,21 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
 from moe2dense.conversion.choice import BUILT, Choice, choose
-from moe2dense.conversion.job import Job, load_text, shortfall
+from moe2dense.conversion.job import Job, Text, load_text, shortfall
 from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Plan, Result
 from moe2dense.conversion.run import open_run
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.conversion.text_options import run_day
 from moe2dense.conversion.training_text import with_training_text
+from moe2dense.data.overlap import overlap_warning, seen_share
 from moe2dense.distillation.cost import passes
 from moe2dense.families.resolve import fetch, resolve_teacher
 from moe2dense.student.store import load_student
 from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
+from moe2dense.teacher.model import Teacher
+from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash
 
 
 def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Result | Plan:
@@ -44,16 +47,33 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
         run.save(teacher={"remarks": teacher.remarks, "ignored_tensors": teacher.ignored})
         text = load_text(settings, plan, teacher.tokenizer(), run_day(run))
         check_report_settings(settings, text, teacher)
+        run.check_inputs(**_hashes(teacher, text))
         run.save(text={split: counts.to_dict() for split, counts in text.records.items()})
         for split, counts in text.records.items():
             console.print(f"{split} text: {counts.sentence()}", highlight=False, markup=False)
-        if warning := shortfall(text, plan):
-            console.print(f"[yellow]warning:[/] {warning}")
+        seen = _seen_in_training(text)
+        run.save(seen_in_training=seen)
+        for warning in (shortfall(text, plan), *(overlap_warning(share, name) for name, share in seen.items())):
+            if warning:
+                console.print(f"[yellow]warning:[/] {warning}")
         passed = passes(settings.train, text.train.tokens, plan.target.parameters)
         settings = replace(settings, train=replace(settings.train, epochs=passed))
         result = _stages(Job(run, settings, plan, teacher, text, progress))
     report_stage.show_result(run.folder, console)
     return result
+
+
+def _hashes(teacher: Teacher, text: Text) -> dict[str, str]:
+    """Return hashes of what every stage of a run reads."""
+    texts = {"training_text": text.train, "held_out_text": text.valid, "out_of_distribution_text": text.ood}
+    hashes = {name: text_hash(blocks) for name, blocks in texts.items() if blocks is not None}
+    return {"teacher": checkpoint_fingerprint(teacher.path)} | hashes
+
+
+def _seen_in_training(text: Text) -> dict[str, float]:
+    """Return how much of each text that judges the student was also trained on."""
+    judges = {"held-out": text.valid, "out-of-distribution": text.ood}
+    return {name: seen_share(blocks, text.train) for name, blocks in judges.items() if blocks is not None}
 
 
 def _stages(job: Job) -> Result:
@@ -76,7 +96,7 @@ def _stages(job: Job) -> Result:
             rows["direct"] = scoring.score(job, progressive.direct(whole))
     rows |= scoring.score_baselines(job)
     report = report_stage.write_report(job, student, rows, choice, last, control)
-    model = report_stage.export_model(job, student, report)
+    model = report_stage.export_model(job, student, report, choice)
     exported, gained = (choice.exported, choice.gained) if choice else (BUILT, None)
     return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"], exported, gained)
 
@@ -92,9 +112,10 @@ def _trained(
     trained = job.run.finished("train-student")
     assert trained is not None, "training records what it did"
     choice = choose(float(before["valid"].kl), trained)
+    job.run.save(choice=choice.to_dict())
     last = trained.get("last") or {}
     if choice.gained:
         return student, scoring.score(job, student), choice, last
     if not last:
-        last = {text: scores.to_dict() for text, scores in scoring.score(job, student).items()}
+        last = scoring.plain_scores(job, scoring.score(job, student))
     return load_student(job.run.folder / "build" / "student"), before, choice, last

@@ -9,13 +9,16 @@ from contextlib import ExitStack
 from dataclasses import replace
 
 from moe2dense.conversion import stages
+from moe2dense.conversion.choice import choose
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job, Text
 from moe2dense.conversion.planning import stage_targets
 from moe2dense.conversion.run import open_run
+from moe2dense.conversion.scoring import score
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
 from moe2dense.student.build.cost import build_tokens
+from moe2dense.student.locate import student_folder
 from moe2dense.student.store import load_student
 from moe2dense.student.target.resolve import Target
 from moe2dense.student.types import Student
@@ -42,9 +45,7 @@ def direct(job: Job) -> Student:
     """Make the student of the last stage from the teacher at once, on the text of all stages: what the detour is worth."""
     target = stage_targets(job.settings)[-1]
     _run_stage(job, "direct", target, range(len(job.text.train)), None)
-    folder = job.run.folder / "stages" / "direct"
-    final = folder / "checkpoints" / "final"
-    return load_student(final if final.is_dir() else folder / "build" / "student")
+    return load_student(student_folder(str(job.run.folder / "stages" / "direct")))
 
 
 def _text(job: Job, rows: range) -> Text:
@@ -55,8 +56,22 @@ def _text(job: Job, rows: range) -> Text:
     return replace(job.text, train=train, build=train[[i * len(train) // count for i in range(count)]])
 
 
+def _trained(stage: Job, built: Student) -> Student:
+    """Train a stage's student; return it as it was closest to its teacher, and note which that was."""
+    before = float(score(stage, built)["valid"].kl)
+    stages.train(stage, built)
+    trained = stage.run.finished("train-student")
+    assert trained is not None, "training records what it did"
+    choice = choose(before, trained)
+    stage.run.save(choice=choice.to_dict())
+    return load_student(student_folder(str(stage.run.folder)))
+
+
 def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_teacher: Teacher | None) -> Teacher:
-    """One stage in a run folder of its own, finished parts read back; returns its student as a teacher."""
+    """One stage in a run folder of its own, finished parts read back; returns its student as a teacher.
+
+    As in a whole run, it is the built student where training brought it no closer to its teacher.
+    """
     folder, text = job.run.folder / "stages" / name, _text(job, rows)
     train = replace(job.settings.train, tokens=text.train.tokens if job.plan.tokens else 0)
     settings = replace(job.settings, to=target.to, out=str(folder), stages="", control=False, train=train)
@@ -72,7 +87,7 @@ def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_te
         if not run.finished("export"):
             student = stages.build(stage)
             if train.tokens:
-                student = stages.train(stage, student)
+                student = _trained(stage, student)
             with stage.timed("export"):
                 export(student, folder / "model", tokenizer=str(job.teacher.path), dtype="float32", overwrite=True)
     teacher = job.settings.teacher

@@ -154,9 +154,11 @@ def hashes(job: Job) -> dict[str, str]:
 def score_training_text(job: Job, student: Student, most: int = 24) -> Scores | None:
     """Score the student on a little of the text it was trained on, against the stored targets.
 
-    None where these hold no hidden states, or are an intermediate teacher's.
+    None where these hold no hidden states, are an intermediate teacher's, or were removed once the training was done.
     """
     if not job.plan.tokens or job.intermediate_teacher is not None:
+        return None
+    if job.run.finished("targets") and not (job.run.folder / "targets").is_dir():
         return None
     store = training_targets(job)
     if not isinstance(store, StoredTargets) or store.head is None:
@@ -199,8 +201,14 @@ def _text_facts(job: Job) -> dict[str, Any]:
     paths = {"train": data.path or DEFAULT_CORPUS, "valid": data.valid or data.path or DEFAULT_CORPUS, "ood": data.ood}
     blocks = {"train": text.train, "valid": text.valid, "ood": text.ood}
     sizes = {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
-    seen = {k: {"records": c.to_dict(), "read": c.sentence()} for k, c in text.records.items()}
-    return {k: size | seen.get(k, {}) for k, size in sizes.items()}
+    read = {k: {"records": c.to_dict(), "read": c.sentence()} for k, c in text.records.items()}
+    seen = job.run.manifest.get("seen_in_training") or {}
+    learnt = {
+        k: {"seen_in_training": seen[n]}
+        for k, n in (("valid", "held-out"), ("ood", "out-of-distribution"))
+        if n in seen
+    }
+    return {k: size | read.get(k, {}) | learnt.get(k, {}) for k, size in sizes.items()}
 
 
 def command_line(settings: RunConfig) -> str:
@@ -212,11 +220,15 @@ def command_line(settings: RunConfig) -> str:
     return shlex.join(["moe2dense", "convert", settings.model, "--config", config, "--out", f"{settings.out}-again"])
 
 
-def export_model(job: Job, student: Student, report: Report) -> Path:
-    """Write the deployable checkpoint, whole and checked. A quantised one is judged too, and joins the report as a row."""
+def export_model(job: Job, student: Student, report: Report, choice: Choice | None = None) -> Path:
+    """Write the deployable checkpoint, whole and checked. A quantised one is judged too, and joins the report as a row.
+
+    choice: which student it is. The built one was there before any heads, so none go beside it.
+    """
     options, folder = job.settings.export, job.run.folder / "model"
-    if job.run.finished("export"):
-        return folder
+    done = job.run.finished("export")
+    if done is not None and all((folder / name).is_file() for name in done.get("files", ())):
+        return folder  # where its files were removed, they are written again
 
     def score_quantized(model: PreTrainedModel) -> dict[str, Any]:
         scores = evaluate(
@@ -239,7 +251,8 @@ def export_model(job: Job, student: Student, report: Report) -> Path:
             score=score_quantized if options.quantize else None,
             overwrite=True,
         )
-        copy_heads(job.run.folder, folder)
+        if choice is not None and choice.gained:
+            copy_heads(job.run.folder, folder)
         report["run"]["hashes"] |= weight_hashes(folder / f for f in exported.files)
         report["student"] |= {"bytes": exported.bytes} | (
             {"quantized": exported.quantized} if exported.quantized else {}

@@ -47,6 +47,21 @@ class Run:
         self.manifest |= fields
         atomic_write(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
+    def check_inputs(self, **hashes: str) -> None:
+        """Note what the run is made from, or compare with what it was made from so far.
+
+        hashes: of the teacher's weights and the texts. Raises UserError for one that is another than when the run began: later stages
+        would not fit those that are finished.
+        """
+        began = self.manifest.get("inputs") or {}
+        changed = next((name for name, value in hashes.items() if began.get(name, value) != value), None)
+        if changed is not None:
+            raise UserError(
+                f"--resume: the {changed.replace('_', ' ')} changed since the run in {self.folder} began; put it back as it was, or "
+                f"start another run with another --out"
+            )
+        self.save(inputs=hashes)
+
     def close(self) -> None:
         """Let others use the folder."""
         self._lock.release()

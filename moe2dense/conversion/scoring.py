@@ -1,8 +1,9 @@
 """Score a conversion's models on its held-out text, each against the teacher."""
 
 from pathlib import Path
+from typing import Any
 
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -11,8 +12,10 @@ from moe2dense.conversion.job import Job
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.baselines import open_baseline, row_names
 from moe2dense.evaluation.reference import Reference, reference
+from moe2dense.evaluation.retention import split_domains
 from moe2dense.evaluation.scores import Scores
 from moe2dense.student.types import Student
+from moe2dense.weights.tensors import read_tensors
 
 # V vocabulary
 _COUNTS = "token_counts.safetensors"
@@ -39,13 +42,26 @@ def read_token_counts(student: str | Path) -> Tensor | None:
     folder = Path(student)
     places = (folder, *folder.absolute().parents[:3])
     file = next((place / _COUNTS for place in places if (place / _COUNTS).is_file()), None)
-    return None if file is None else load_file(file)["token_counts"]
+    return None if file is None else read_tensors(file, "remove it to count on the scored text")["token_counts"]
 
 
 def score(job: Job, student: Student | PreTrainedModel) -> TextScores:
     """Score a student on the held-out and, where given, the out-of-distribution text."""
     counts, seed = job.text.token_counts, job.settings.seed
     return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in _texts(job)}
+
+
+def plain_scores(job: Job, scores: TextScores) -> dict[str, dict[str, Any]]:
+    """Return scores by text as the run's record holds them.
+
+    Under --allow-loss each has "apart": the same without those domains ("kept") and on them alone ("lost").
+    """
+    plain = {}
+    for text, whole in scores.items():
+        parts = split_domains(whole, job.settings.evaluate.allow_loss) if job.settings.evaluate.allow_loss else None
+        apart = {"apart": {"kept": parts[0].to_dict(), "lost": parts[1].to_dict()}} if parts else {}
+        plain[text] = whole.to_dict() | apart
+    return plain
 
 
 def score_teacher(job: Job) -> TextScores:

@@ -7,17 +7,18 @@ from typing import Any
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.conversion.choice import BEST, LAST, load_checkpoint
 from moe2dense.conversion.job import Job
-from moe2dense.conversion.scoring import TextScores, reference_for, score
+from moe2dense.conversion.scoring import TextScores, plain_scores, reference_for, score
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.distillation.cost import features_to_store
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.checks import brings_targets
 from moe2dense.distillation.regimes.make import make_regime
+from moe2dense.distillation.regimes.mtp import keep_heads_of
 from moe2dense.distillation.regimes.registry import REGIMES
 from moe2dense.distillation.targets.mixture import MixedTargets
 from moe2dense.distillation.targets.protocols import Targets
-from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.store import MANIFEST, open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.feature_spec import teacher_features
 from moe2dense.student.build.api import build_student, build_to_folder
@@ -36,10 +37,15 @@ def build_settings(job: Job) -> BuildConfig:
     return replace(settings, heal_epochs=heal_passes(settings.heal_epochs, trained=job.plan.tokens > 0))
 
 
+def _done(job: Job, stage: str, *files: Path) -> bool:
+    """Return whether a stage is finished and its files are still there; a stage whose files were removed is done again, alike."""
+    return job.run.finished(stage) is not None and all(file.is_file() for file in files)
+
+
 def build(job: Job) -> Student:
     """Build the student layer by layer beside the teacher."""
     folder = job.run.folder / "build"
-    if job.run.finished("build"):
+    if _done(job, "build", folder / "student" / "student.json"):
         return load_student(folder / "student")
 
     def progress(name: str, done: int, total: int, **numbers: Any) -> None:
@@ -75,7 +81,7 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
     """
     folder = job.run.folder if row == "student" else job.run.folder / row
     stage, final = f"train-{row}", folder / "checkpoints" / "final"
-    if job.run.finished(stage):
+    if _done(job, stage, final / "student.json"):
         return load_student(final)
 
     def progress(name: str, done: int, total: int, **numbers: Any) -> None:
@@ -128,7 +134,8 @@ def _keep_best(
     if kl[BEST] >= kl[LAST]:
         return {"exported": LAST, "kl": kl}
     save_student(best, checkpoints / "final")
-    return {"exported": BEST, "kl": kl, "last": {text: scores.to_dict() for text, scores in last.items()}}
+    keep_heads_of(folder.load(best_step)[0], checkpoints.parent)
+    return {"exported": BEST, "kl": kl, "last": plain_scores(job, last)}
 
 
 def control(job: Job) -> tuple[Path, TextScores]:
@@ -138,7 +145,7 @@ def control(job: Job) -> tuple[Path, TextScores]:
     same training, and is taken where it is closest to the teacher, as the student is. Return its folder and its scores.
     """
     settings, folder = job.settings, job.run.folder / "control" / "build" / "student"
-    if not job.run.finished("build-control"):
+    if not _done(job, "build-control", folder / "student.json"):
         with job.timed("build-control") as entry:
             student = build_student(
                 job.source,
@@ -184,7 +191,7 @@ def training_targets(job: Job) -> Targets | None:
     draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
     folder = job.run.folder / "targets"
     folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
-    if not job.run.finished("targets"):
+    if not _done(job, "targets", *(place / MANIFEST for place in folders)):
         with job.timed("targets"):
             _store_targets(job, folders)
     stores = [open_targets(place, job.text.train) for place in folders]
@@ -227,7 +234,7 @@ def second_student(job: Job) -> Student:
     peer = settings.regime.peer
     if Path(peer).is_dir():
         return open_student(peer)
-    if not job.run.finished("peer"):
+    if not _done(job, "peer", folder / "student.json"):
         with job.timed("peer"):
             student = build_student(
                 job.source,

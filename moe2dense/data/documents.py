@@ -3,12 +3,12 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.data.chat.conversation import conversation_of
-from moe2dense.data.chat.samples import chat_samples
+from moe2dense.data.chat.samples import ChatSample, chat_samples
 from moe2dense.data.chat.template import ChatTemplate
 from moe2dense.data.counts import TextCounts, Unusable
 from moe2dense.data.options import TextOptions, document_prefix
@@ -40,6 +40,7 @@ class Documents:
         self._tokenizer, self._block, self._options, self._counts = tokenizer, block, options, counts
         self._prefix = document_prefix(tokenizer, options.bos)
         self._template: ChatTemplate | None = None
+        self._special = {*tokenizer.all_special_ids, *tokenizer.added_tokens_decoder}
 
     def of(self, passages: Iterable[tuple[str, dict[str, Any]]]) -> Iterator[Document]:
         """Yield the documents of passages, each given with where it stands, in their order."""
@@ -71,9 +72,24 @@ class Documents:
         samples = chat_samples(chat, self._template, self._options.learn, self._block)
         return [
             Document(s.ids, s.learnt, *labels, calls=s.calls if any(s.calls) else None)
-            for s in samples
+            for s in map(self._closed, samples)
             if any(s.learnt)
         ]
+
+    def _closed(self, sample: ChatSample) -> ChatSample:
+        """Return a sample; with an end-of-text token that is not learnt, where its last turn has an end of its own.
+
+        Packing closes every document. A model that ends its turn by a token of the template must not learn to write more.
+        """
+        eos = cast(int, self._tokenizer.eos_token_id)
+        if not sample.learnt[-1] or sample.ids[-1] == eos or not self._ends_itself(sample.ids):
+            return sample
+        return ChatSample([*sample.ids, eos], [*sample.learnt, False], [*sample.calls, False])
+
+    def _ends_itself(self, ids: list[int]) -> bool:
+        """Return whether nothing but white space follows the last special token."""
+        words = (i for i in reversed(ids) if i in self._special or str(self._tokenizer.decode([i])).strip())
+        return next(words, None) in self._special
 
     def _completion(self, passage: dict[str, Any], labels: tuple[str, str]) -> Document:
         """Return prompt and completion as they follow each other. Raises Unusable where there is no completion."""

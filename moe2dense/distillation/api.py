@@ -91,6 +91,7 @@ def distill(
         best = settle_temperature(model, batches, held_out, config, seed, out, accelerator)
         config = dataclasses.replace(config, temperature=best, temperature_schedule="")
     with contextlib.ExitStack() as stack:
+        batches.source = answers.identity if isinstance(answers, StoredTargets) else ""
         if isinstance(answers, StoredTargets) and regime is None:
             per_step = max(1, config.batch // block)
             ahead = ReadAhead(answers, len(data), per_step, config.epochs, seed, config.micro_batch, *launched())

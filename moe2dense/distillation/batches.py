@@ -18,13 +18,15 @@ from moe2dense.modeling.forward import model_inputs
 class Batches:
     """Blocks with the teacher's answers on them.
 
-    watch [N, S] bool: tokens whose KL is reported apart; weights [N, S]: of each token's distillation loss.
+    watch [N, S] bool: tokens whose KL is reported apart; weights [N, S]: of each token's distillation loss. source: what tells
+    the answers of a store from another's, "" for others.
     """
 
     blocks: Blocks
     targets: Targets | None
     watch: Tensor | None = None
     weights: Tensor | None = None
+    source: str = ""
 
     @cached_property
     def mask(self) -> Tensor:

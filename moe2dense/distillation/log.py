@@ -21,18 +21,18 @@ class MetricsFile:
         self.records: list[dict[str, Any]] = []
 
     def truncate(self, step: int) -> None:
-        """Drop the records after `step`, and a line cut short by a crash."""
+        """Drop the records after `step`, and lines that are none: one may have been cut short by a crash."""
         if self.path is None:
             self.records = [r for r in self.records if r["step"] <= step]
             return
-        lines = self.path.read_text().splitlines() if self.path.exists() else []
+        lines = self.path.read_text(errors="replace").splitlines() if self.path.exists() else []
         self.records = []
         for line in lines:
             try:
                 record = json.loads(line)
-            except json.JSONDecodeError:
+            except ValueError:
                 continue
-            if record["step"] <= step:
+            if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
                 self.records.append(record)
         atomic_write(self.path, "".join(json.dumps(r) + "\n" for r in self.records))
 

@@ -1,13 +1,16 @@
 """One distillation run: steps, validation, checkpoints and their resumption."""
 
+import math
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -26,6 +29,8 @@ from moe2dense.distillation.setup import check_documents, check_head, make_accel
 from moe2dense.distillation.step import StepPlan, plan_step, train_step, validate
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
+from moe2dense.weights.fingerprint import text_hash
+from moe2dense.weights.finite import all_finite
 
 # settings that may change between a run and its continuation
 _FREE_SETTINGS = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
@@ -152,6 +157,11 @@ class Trainer:
         """Measure the student as it is, and save a state to come back to."""
         if self.held_out is not None:
             self.metrics.add({"step": 0, "tokens": 0, "loss": None, "parts": {"kd": None}} | self._measure())
+            if not math.isfinite(self.first_kl or 0.0):
+                raise UserError(
+                    f"the held-out KL is {self.first_kl} before any training, so the student or the targets of the held-out text "
+                    f"hold NaN; build the student or write those targets again"
+                )
         self._save()
 
     def _after_step(
@@ -185,18 +195,25 @@ class Trainer:
 
     # ---- checkpoints
 
+    @cached_property
+    def _text(self) -> tuple[str, str]:
+        """Hashes of the blocks and of which of their positions count."""
+        counted = self.batches.mask.numpy().tobytes() + self.batches.labels.numpy().tobytes()
+        return text_hash(self.batches.blocks), xxhash.xxh3_128_hexdigest(counted)
+
     def _identity(self) -> dict[str, Any]:
         """Return what must not change between a run and its continuation."""
-        blocks = self.batches.blocks
-        first, last = blocks[:1].keys()[0], blocks[[len(blocks) - 1]].keys()[0]
         config = {k: v for k, v in asdict(self.config).items() if k not in _FREE_SETTINGS}
-        text = {"blocks": len(blocks), "first block": first, "last block": last}
+        text = {"blocks": len(self.batches.blocks), "text": self._text[0], "tokens to learn": self._text[1]}
+        text |= {"targets": self.batches.source} if self.batches.source else {}
         return config | {"seed": self.seed} | text | {f"regime {k}": v for k, v in self.regime.settings().items()}
 
     def _save(self) -> None:
-        """Write a checkpoint of this step and drop all but it and the best."""
+        """Write a checkpoint of this step and drop all but it and the best. Raises UserError for weights that are not finite."""
+        weights = {n: full_tensor(p.detach()) for p, n in self.names.items()}
+        self._check_weights(weights)
         if self.checkpoints is not None:
-            weights = {n: full_tensor(p.detach()).cpu() for p, n in self.names.items()}
+            weights = {n: w.cpu() for n, w in weights.items()}
             state = optimizer_tensors(self.optimizer.optimizer, self.names) | {"rng/state": torch.get_rng_state()}
             state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
             metadata = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
@@ -206,6 +223,23 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         if self.checkpoints is not None:
             self.regime.saved(self.step)
+
+    def _check_weights(self, weights: dict[str, Tensor]) -> None:
+        """Raise UserError where training has left NaN or infinity among the weights: after the last step no loss would show it."""
+        spoilt = next((name for name, value in weights.items() if not all_finite(value)), None)
+        if spoilt is not None:
+            raise UserError(
+                f"training stopped after step {self.step} of {self.steps}: it left NaN or infinity in {spoilt}; lower --lr (now "
+                f"{self.config.lr:g}){self._last_sound()}"
+            )
+
+    def _last_sound(self) -> str:
+        """Return what can still be used of a run that has to stop, as the end of a sentence; '' where nothing was saved."""
+        steps = [] if self.checkpoints is None else self.checkpoints.steps()
+        if self.checkpoints is None or not steps:
+            return ""
+        step = self.best[1] if self.best and self.best[1] in steps else steps[-1]
+        return f". {self.checkpoints.path(step)} is as it was before and can be exported or evaluated"
 
     def _load(self, step: int) -> None:
         """Go to the state of a checkpoint. Raises UserError for one of other settings or text."""
@@ -238,7 +272,7 @@ class Trainer:
         again = ", also after going back to the last checkpoint" if retried else ""
         return (
             f"training stopped at step {self.step + 1} of {self.steps}: {error} at {where}{again}; lower --lr (now "
-            f"{self.config.lr:g}), or look at that text and its targets"
+            f"{self.config.lr:g}), or look at that text and its targets{self._last_sound()}"
         )
 
     @torch.no_grad()
@@ -263,7 +297,7 @@ class Trainer:
         if not quiet and final is not None and self.first_kl is not None and not final <= self.first_kl:
             warnings.warn(
                 f"DISTILLATION MADE THE STUDENT WORSE: validation KL went from {self.first_kl:.4g} to {final:.4g}; lower "
-                f"--lr (now {self.config.lr:g}), give more --tokens, or keep the student as it was built (--tokens 0)",
+                f"--lr (now {self.config.lr:g}), give more --tokens, or use the student as it was before",
                 stacklevel=4,
             )
         seen = self.step * self.per_step

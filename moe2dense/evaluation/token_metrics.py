@@ -46,8 +46,20 @@ def score_tokens(
     for i in range(0, len(labels), step):
         log_t = exact_t.logits(hidden_t[i : i + step].to(exact_t.weight))[:, :width].to(device)
         log_s = exact_s.logits(hidden_s[i : i + step].to(exact_s.weight))[:, :width]
+        for model, logits in (("teacher", log_t), ("student", log_s)):
+            _check_answers(model, logits)
         parts.append(_score(log_t.log_softmax(-1), log_s.log_softmax(-1), labels[i : i + step].to(device)))
     return {k: torch.cat([p[k] for p in parts]) for k in parts[0]} if parts else {}
+
+
+def _check_answers(model: str, logits: Tensor) -> None:
+    """Raise UserError where a token has NaN for a logit, or infinity for its largest: no distribution comes of it."""
+    spoilt = int((~torch.isfinite(logits.amax(-1))).sum())
+    if spoilt:
+        raise UserError(
+            f"{model}: its logits are NaN or infinite for {spoilt} of {len(logits)} tokens, so that nothing can be judged; see that "
+            f"its weights are those of a run that went well"
+        )
 
 
 def _score(log_t: Tensor, log_s: Tensor, labels: Tensor) -> dict[str, Tensor]:

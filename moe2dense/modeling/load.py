@@ -11,6 +11,7 @@ from transformers.utils import logging
 
 from moe2dense.errors import UserError, first_line
 from moe2dense.weights.files import GGUF_SUFFIX, weight_files
+from moe2dense.weights.finite import refuse_not_finite
 
 _NAMED = 3  # tensors that an error names
 # what a wrapper puts before the names of a model's tensors = what the wrapper is, and how to save what is inside
@@ -50,8 +51,8 @@ def load_model(
     """Load a causal language model with transformers from a folder or hub id; no parameter is left at random.
 
     argument: what the user gave it as, such as "--to"; it opens every error. options: more for `from_pretrained`.
-    Raises UserError naming up to three tensors that are missing, left over or of another shape, and for a folder whose weights
-    transformers would not read as they are (`moe2dense.weights.files`).
+    Raises UserError naming up to three tensors that are missing, left over or of another shape, the first that holds NaN or
+    infinity, and for a folder whose weights transformers would not read as they are (`moe2dense.weights.files`).
     """
     name = f"{argument} {source}".strip()
     if Path(source).is_dir() and weight_files(source).files[0].suffix == GGUF_SUFFIX:
@@ -72,6 +73,10 @@ def load_model(
     model, info = loaded
     if faults := loading_faults(info):
         raise UserError(f"{name} cannot be used: {faults}")
+    for tensor, value in model.state_dict().items():
+        refuse_not_finite(
+            value, f"{name} cannot be used: tensor {tensor!r}", "give a checkpoint from before that happened"
+        )
     return model
 
 

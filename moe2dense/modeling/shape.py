@@ -1,5 +1,7 @@
 """Read a model's shape in numbers from its config, on the meta device: no weights are touched."""
 
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -66,6 +68,30 @@ def _field(config: "PreTrainedConfig", card: TeacherCard, key: str) -> Any:
     return value
 
 
+def check_config(config: "PreTrainedConfig", card: TeacherCard | None) -> None:
+    """Raise UserError for a number that is NaN, and where a token uses no expert, or more than there are."""
+    if name := next(_nan_fields(config.to_dict()), ""):
+        raise UserError(f"config.json: {name} is NaN; put the number there that the model was trained with")
+    if card is None:
+        return
+    config = config.get_text_config()
+    experts, top_k = _field(config, card, "num_experts"), _field(config, card, "top_k")
+    for number in top_k if isinstance(top_k, (list, tuple)) else (top_k,):
+        if type(number) is not int or type(experts) is not int or not 1 <= number <= experts:
+            raise UserError(
+                f"config.json: {card.top_k} is {number!r}, but a token uses between 1 and all of the experts ({card.num_experts}: {experts!r})"
+            )
+
+
+def _nan_fields(value: Any, path: str = "") -> Iterator[str]:
+    """Yield the dotted names of the fields of a config that are NaN."""
+    if isinstance(value, float) and math.isnan(value):
+        yield path
+    entries = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else ()
+    for key, inner in entries:
+        yield from _nan_fields(inner, f"{path}.{key}" if path else str(key))
+
+
 def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
     """Return the shape of a teacher of this config; the card says where its MoE block, experts and shared FFN are.
 
@@ -73,6 +99,7 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
     """
     from moe2dense.modeling.decoder import decoder_layers
 
+    check_config(config, card)
     config = config.get_text_config()
     model = empty_model(config)
     moe, shared, dense, per_expert = [], 0, 0, 0

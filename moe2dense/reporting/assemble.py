@@ -49,7 +49,8 @@ def assemble_report(
     "moe_shaped"}; more keys are shown as they are. rows: Scores by "teacher", "student" (required), "before", "control", and
     any baseline under the name to show; all from one Reference. ood: the same rows on out-of-distribution text.
     build: the build's records (student/build). choice: `Choice.to_dict()`: which student is exported, where one was trained.
-    last: {"valid", "ood"}: `Scores.to_dict()` of the last training step, where another student is exported.
+    last: {"valid", "ood"}: `Scores.to_dict()` of the last training step, where another student is exported; under allow_loss
+    with "apart": {"kept", "lost"}, the same without those domains and on them alone.
     history: the records of metrics.jsonl: "step", "tokens", "loss", optional parts under "parts" (name -> value), "lr",
     "tokens_per_second", and at evaluations "valid_kl", "valid_rare_kl", "valid_nll"; control_history: the control's.
     transfer: `Transfer.to_dict()`. timings: seconds by stage. hashes: file or stage -> hash.
@@ -73,7 +74,7 @@ def assemble_report(
         "build": [dict(r) for r in build],
         "rows": _in_order(rows, (last or {}).get("valid")),
         "ood": _in_order(ood or {}, (last or {}).get("ood")),
-        "apart": _apart(rows, ood or {}, allow_loss),
+        "apart": _apart(rows, ood or {}, allow_loss, last or {}),
         "retention": _retention(rows, allow_loss),
         "history": [dict(r) for r in history],
         "control_history": [dict(r) for r in control_history],
@@ -101,28 +102,39 @@ def _in_order(rows: Mapping[str, Scores], last: Mapping[str, Any] | None = None)
     """Return teacher, student, before, last step, control, then baselines as given."""
     plain = {name: scores.to_dict() for name, scores in rows.items()}
     if last and plain:
-        plain["last"] = dict(last)
+        plain["last"] = {k: v for k, v in last.items() if k != "apart"}
     known = [n for n in ROW_TITLES if n in plain]
     return {n: plain[n] for n in [*known, *(n for n in plain if n not in known)]}
 
 
-def _apart(rows: Mapping[str, Scores], ood: Mapping[str, Scores], allow_loss: Sequence[str]) -> dict[str, Any] | None:
+def _apart(
+    rows: Mapping[str, Scores], ood: Mapping[str, Scores], allow_loss: Sequence[str], last: Mapping[str, Any]
+) -> dict[str, Any] | None:
     """Return {"domains", "held_out": {"kept": rows, "lost": rows}, "ood": the same or None}; None where nothing may be lost."""
     if not allow_loss:
         return None
-    return {"domains": list(allow_loss), "held_out": split_rows(rows, allow_loss), "ood": split_rows(ood, allow_loss)}
+    parts = {"held_out": (rows, last.get("valid")), "ood": (ood, last.get("ood"))}
+    return {"domains": list(allow_loss)} | {
+        k: split_rows(scores, allow_loss, row) for k, (scores, row) in parts.items()
+    }
 
 
-def split_rows(rows: Mapping[str, Scores], domains: Sequence[str]) -> dict[str, dict[str, Any]] | None:
+def split_rows(
+    rows: Mapping[str, Scores], domains: Sequence[str], last: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]] | None:
     """Return rows of scores without `domains` ("kept") and on them alone ("lost").
 
-    None where the text has none of them or nothing else.
+    last: the row of the last training step, split already under "apart". None where the text has none of them or nothing else.
     """
     parts = {name: split_domains(scores, domains) for name, scores in rows.items()}
     known = {name: part for name, part in parts.items() if part is not None}
     if not known:
         return None
-    return {side: _in_order({n: part[i] for n, part in known.items()}) for i, side in enumerate(("kept", "lost"))}
+    apart = (last or {}).get("apart") or {}
+    return {
+        side: _in_order({n: part[i] for n, part in known.items()}, apart.get(side))
+        for i, side in enumerate(("kept", "lost"))
+    }
 
 
 def _token_texts(rows: Mapping[str, Scores], tokenizer: PreTrainedTokenizerBase | None) -> dict[str, Any]:

@@ -15,6 +15,7 @@ ACTIVE_SHARE = 0.5  # student parameters over the teacher's active ones, below w
 HIGH_KL = 0.3  # nats per token
 MEMORISED = 1.5  # held-out KL over training KL
 UNMEASURED_SHARE = 0.25
+SEEN_IN_TRAINING = 0.05  # share of the held-out text
 
 
 def diagnose(report: Report) -> list[Finding]:
@@ -182,6 +183,18 @@ def rare_tokens_suffer(report: Report) -> Finding | None:
     )  # fmt: skip
 
 
+def judged_by_training_text(report: Report) -> Finding | None:
+    """Report held-out text that was also trained on."""
+    share = (((report.get("run") or {}).get("data") or {}).get("valid") or {}).get("seen_in_training")
+    if share is None or share < SEEN_IN_TRAINING:
+        return None
+    return finding(
+        "judged_by_training_text", "error", "Judged by text it was trained on",
+        f"{show_percent(share)} of the held-out text stands word for word in the training text too.",
+        "Give held-out text of its own (--valid): these scores say how well the text was learnt by heart.",
+    )  # fmt: skip
+
+
 def memorised(report: Report) -> Finding | None:
     """Report a student that is much closer to the teacher on its training text than on held-out text."""
     kl, train = _score(report, "kl", all_domains=True), score_value(report.get("train_scores"), "kl")
@@ -231,6 +244,7 @@ RULES: tuple[Callable[[Report], Finding | None], ...] = (
     temperature_too_high,
     alpha_out_of_balance,
     rare_tokens_suffer,
+    judged_by_training_text,
     memorised,
     far_on_other_text,
     experts_unmeasured,

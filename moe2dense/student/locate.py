@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from moe2dense.common.files import read_json_object
 from moe2dense.errors import UserError
 from moe2dense.weights.files import refuse_adapter
 
@@ -16,14 +17,22 @@ def is_run(folder: Path) -> bool:
     return (folder / "run.json").is_file()
 
 
-def student_folder(path: str) -> Path:
-    """Return the newest whole student in a run (trained, else built), or the checkpoint folder itself.
+def _exported(run: Path) -> str:
+    """Return which student a run chose for its export ("built", "best" or "last"), '' where it has not chosen yet."""
+    choice = read_json_object(run / "run.json", "restore it, or pass the folder of a student").get("choice")
+    return str(choice.get("exported", "")) if isinstance(choice, dict) else ""
 
-    Raises UserError when there is neither.
+
+def student_folder(path: str) -> Path:
+    """Return the student of a run, or the checkpoint folder itself.
+
+    Of a run it is the one that was exported: the trained one, unless training brought it no closer to its teacher; of an unfinished
+    run the newest that is whole. Raises UserError when there is neither.
     """
     folder = Path(path)
     if is_run(folder):
-        for student in (folder / "checkpoints" / "final", folder / "build" / "student"):
+        trained, built = folder / "checkpoints" / "final", folder / "build" / "student"
+        for student in (built, trained) if _exported(folder) == "built" else (trained, built):
             if (student / "student.json").is_file():
                 return student
         raise UserError(f"{path} is a run without a built student yet; finish it with `moe2dense convert ... --resume`")

@@ -1,17 +1,18 @@
 """Open a student from a run, from a step of its training, or from any dense checkpoint."""
 
-import json
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 
+from moe2dense.common.files import read_json_object
 from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard, student_cards
 from moe2dense.modeling.load import load_model
 from moe2dense.student.locate import is_training_checkpoint, student_folder
 from moe2dense.student.store import load_student
 from moe2dense.student.types import Student
+from moe2dense.weights.finite import refuse_not_finite
+from moe2dense.weights.tensors import read_tensors
 
 
 def open_student(path: str) -> Student:
@@ -33,7 +34,7 @@ def open_student(path: str) -> Student:
 def open_intermediate(folder: Path) -> Student:
     """Return the student at one step of training.
 
-    Raises UserError where the run's built student is gone, or adapters were trained.
+    Raises UserError where the run's built student is gone, adapters were trained, or the checkpoint is damaged.
     """
     run = next((p for p in folder.absolute().parents if (p / "build" / "student" / "student.json").is_file()), None)
     if run is None:
@@ -41,7 +42,7 @@ def open_intermediate(folder: Path) -> Student:
             f"{folder} is a training checkpoint outside its run; pass it inside the run folder it came from"
         )
     student = load_student(run / "build" / "student")
-    weights = load_file(folder / "weights.safetensors")
+    weights = read_tensors(folder / "weights.safetensors", "take another step")
     parameters = dict(student.model.named_parameters())
     for name, value in weights.items():
         if name not in parameters:
@@ -50,8 +51,10 @@ def open_intermediate(folder: Path) -> Student:
             )
         if parameters[name].shape != value.shape:
             raise UserError(f"{folder} holds {name} in another shape than the run's built student")
+        refuse_not_finite(value, f"{folder} cannot be used: tensor {name!r}", "take an earlier step")
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)
-    student.method += f", training step {json.loads((folder / 'state.json').read_text())['step']}"
+    step = read_json_object(folder / "state.json", "take another step").get("step", "unknown")
+    student.method += f", training step {step}"
     return student

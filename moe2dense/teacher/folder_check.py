@@ -5,6 +5,7 @@ from pathlib import Path
 from transformers import PreTrainedConfig
 
 from moe2dense.families.cards import TeacherCard
+from moe2dense.modeling.shape import check_config
 from moe2dense.teacher.card_check import check_card, is_shipped
 from moe2dense.teacher.check import check_coverage, check_quantization
 from moe2dense.teacher.layers import Layer
@@ -17,6 +18,7 @@ def check_folder(path: Path, config: PreTrainedConfig, card: TeacherCard | None)
     A config that ties tensors which differ is corrected. Raises UserError naming the file and tensor at fault.
     """
     check_quantization(path, quantization_of(config))
+    check_config(config, card)
     if card is not None and not is_shipped(card):
         check_card(config, card)
     skeleton = Skeleton(path, config, card, "cpu")

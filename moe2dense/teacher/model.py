@@ -13,6 +13,7 @@ from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.errors import UserError, first_line
 from moe2dense.families.cards import TeacherCard
 from moe2dense.modeling.forward import document_positions, one_document
+from moe2dense.modeling.shape import check_config
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.check import check_coverage, check_quantization
@@ -49,6 +50,7 @@ class Teacher(Skeleton):
         resample: Resample | None = None,
     ):
         check_quantization(path, quantization_of(config))
+        check_config(config, card)
         super().__init__(path, config, card, device, quantize)
         self.resample = resample
         self.layers = [Layer(self, index) for index in range(len(self.body.layers))]

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from moe2dense.errors import UserError
 from moe2dense.modeling.internals import KeyMap, Source, convert
 from moe2dense.weights.checkpoint import Checkpoint
+from moe2dense.weights.finite import refuse_not_finite
 from moe2dense.weights.formats.find import PackedWeights
 
 
@@ -28,9 +29,26 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, model: PreTrainedModel, packed: PackedWeights):
         self.checkpoint, self.map, self.model, self.packed = checkpoint, key_map, model, packed.weights
+        self._finite: set[tuple[str, int | None]] = set()  # what was read before, and is not looked at again
 
     def _read(self, source: Source, expert: int | None = None, buffer: Tensor | None = None) -> Tensor:
-        """Read one source, unpacked, or one expert of it; into `buffer` where it is not packed. Raises UserError for other dtypes."""
+        """Read one source, unpacked, or one expert of it; into `buffer` where it is not packed.
+
+        Raises UserError for other dtypes, and naming the tensor that holds NaN or infinity.
+        """
+        value = self._unpacked(source, expert, buffer)
+        if (source.key, expert) not in self._finite:
+            self._check_finite(source.key, value)
+            self._finite.add((source.key, expert))
+        return value
+
+    def _check_finite(self, key: str, value: Tensor) -> None:
+        """Raise UserError where what was read of a tensor is not finite."""
+        info = self.checkpoint.tensors.get(key)  # packed weights have tensors of other names
+        where = f"checkpoint {self.checkpoint.folder}" if info is None else f"checkpoint file {info.file}"
+        refuse_not_finite(value, f"{where}: tensor {key!r}", "download it again, or mend what wrote the checkpoint")
+
+    def _unpacked(self, source: Source, expert: int | None, buffer: Tensor | None) -> Tensor:
         span = (0, None) if expert is None else (expert, expert + 1)
         packed = self.packed.get(source.key)
         if packed is not None:
@@ -79,8 +97,11 @@ class Weights:
         if name in self.map.converters:
             return self.parameter(name)[start:stop]
         if source.key in self.packed:
-            return self.packed[source.key].read(self.checkpoint, start, stop)
-        return self.checkpoint.read(source.key, start, stop)
+            value = self.packed[source.key].read(self.checkpoint, start, stop)
+        else:
+            value = self.checkpoint.read(source.key, start, stop)
+        self._check_finite(source.key, value)
+        return value
 
     def expert_sources(self, name: str, expert: int) -> list[Source]:
         """Return what expert `expert` of parameter `name` is read from, in order of part."""

@@ -22,7 +22,7 @@ from moe2dense.weights.checkpoint import Checkpoint, same_values
 from moe2dense.weights.files import GGUF_SUFFIX
 from moe2dense.weights.formats.find import PackedWeights, find_packed
 from moe2dense.weights.formats.gguf import gguf_weights
-from moe2dense.weights.remarks import unread_files
+from moe2dense.weights.remarks import linked_files, unread_files
 
 _TABLE_ROWS = 4096  # rows of an embedding table read at once
 _NAMED = 3  # ignored tensors that are named
@@ -48,6 +48,7 @@ class Skeleton:
         self.ignored = key_map.ignored
         self.remarks = [
             *unread_files(self.checkpoint),
+            *linked_files(self.checkpoint),
             *_untie(text, key_map, self.checkpoint),
             *_ignored_tensors(path, key_map.ignored),
             *_unrounded_activations(path, packed),

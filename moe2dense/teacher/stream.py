@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.documents import close_masks
 from moe2dense.modeling.hooks import first_tensor
@@ -23,6 +24,7 @@ from moe2dense.teacher.layer_pass import LayerPass
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.observer import Observer
 from moe2dense.teacher.skeleton import Skeleton
+from moe2dense.weights.finite import all_finite
 
 # N blocks, S block length, T = N * S tokens, H hidden size, E experts, K top_k
 _ARGUMENT_BYTES = 64_000_000  # of masks and positions, kept for chunks that come again
@@ -115,6 +117,7 @@ class Stream:
             try:
                 layer.load()
                 layer_pass = self._layer(layer, hidden, other)
+                self._check_finite(layer_pass)
                 for observer in self.observers:
                     with torch.no_grad():
                         observer.layer(layer_pass)
@@ -124,6 +127,20 @@ class Stream:
             self.arena.release()
             hidden, other = other, hidden
         self._finish(hidden, other)
+
+    def _check_finite(self, layer_pass: LayerPass) -> None:
+        """Raise UserError where a layer of finite weights gives a real token NaN or infinity."""
+        if all_finite(layer_pass.hidden_out):
+            return
+        rows = layer_pass.hidden_out.reshape(-1, self.shape[2])
+        real = self.token_mask.to(rows.device)
+        spoilt = torch.nonzero(real & ~torch.isfinite(rows).all(1)).flatten()
+        if len(spoilt):
+            block, token = divmod(int(spoilt[0]), self.shape[1])
+            raise UserError(
+                f"teacher {self.skeleton.path}: layer {layer_pass.index} gives NaN or infinity for {len(spoilt)} of {len(rows)} tokens "
+                f"(first at block {block}, token {token}), although its weights are finite; see that config.json fits the weights"
+            )
 
     @torch.no_grad()
     def _embed(self, out: Tensor) -> None:

@@ -1,7 +1,8 @@
-"""Say what a reader should know of a folder of weights: files that are there and not read."""
+"""Say what a reader should know of a folder of weights: files that are there and not read, or that lie elsewhere."""
 
 from pathlib import Path
 
+from moe2dense.common.files import outside_links
 from moe2dense.errors import UserError
 from moe2dense.weights.checkpoint import Checkpoint, TensorInfo, read_header, same_values
 from moe2dense.weights.files import SINGLE, read_index
@@ -26,6 +27,16 @@ def unread_files(checkpoint: Checkpoint) -> list[str]:
         f"{where}, but the shards of {index.name} beside it hold other weights ({len(names)} tensors differ, the first "
         f"is {names[0]}), and other programs may read those; delete the ones that are not meant"
     ]
+
+
+def linked_files(checkpoint: Checkpoint) -> list[str]:
+    """Return a sentence where weights that are read are links to another folder, else nothing."""
+    links = {path.name: path for path in outside_links(checkpoint.folder)}
+    names = sorted(file.name for file in checkpoint.files.files if file.name in links)
+    if not names:
+        return []
+    more = f" and {len(names) - 1} more are links" if len(names) > 1 else " is a link"
+    return [f"{checkpoint.folder}: {names[0]}{more} to weights elsewhere ({links[names[0]].resolve()}), which are read"]
 
 
 def _tensors_of(index: Path) -> dict[str, TensorInfo]:

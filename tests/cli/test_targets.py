@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from transformers import AutoTokenizer, MistralConfig, MistralForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from moe2dense.__main__ import main
 from moe2dense.config.schedules import temperature_settings
@@ -100,6 +100,33 @@ def test_temperature_is_chosen_on_text_held_out_from_the_store(student, text, st
     records = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
     assert records[0]["valid_kl"] > records[-1]["valid_kl"] and records[-1]["parts"]["features"] > 0
     assert main([*arguments, "--resume"]) == 0  # nothing is left to do, and nothing is tried again
+
+
+@pytest.mark.filterwarnings("ignore:DISTILLATION MADE THE STUDENT WORSE")
+def test_the_student_closest_to_its_teacher_is_exported(student, text, store, tmp_path, capsys):
+    """Training at an absurd rate makes it worse, so the model is the student as it was."""
+    (tmp_path / "c.toml").write_text("[train]\nbatch = 256\n")
+    flags = [
+        "--data",
+        text,
+        "--targets",
+        store,
+        "--tokens",
+        "4096",
+        "--block",
+        "64",
+        "--config",
+        tmp_path / "c.toml",
+    ]
+    flags = [str(flag) for flag in flags]
+    assert main(["distill", str(student), *flags, "--lr", "3", "--out", str(tmp_path / "worse")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "brought the student no closer to its teacher, and the model is the student as it was (held-out KL" in shown
+    before = AutoModelForCausalLM.from_pretrained(student, dtype=torch.bfloat16).state_dict()
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "worse" / "model", dtype=torch.bfloat16).state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[n], after[n]) for n in before)
+    assert main(["distill", str(student), *flags, "--lr", "1e-3", "--out", str(tmp_path / "better")]) == 0
+    assert "no closer" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

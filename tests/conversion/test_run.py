@@ -50,6 +50,19 @@ def test_changed_settings_are_shown(tmp_path):
         pass  # does not change the result
 
 
+def test_a_run_goes_on_with_the_teacher_and_the_texts_it_began_with(tmp_path):
+    config = RunConfig(out=str(tmp_path / "out"))
+    with open_run(config.out, config) as run:
+        run.check_inputs(teacher="a", training_text="b")
+    with open_run(config.out, config, resume=True) as run:
+        run.check_inputs(teacher="a", training_text="b", out_of_distribution_text="c")
+        with pytest.raises(UserError, match="the training text changed since the run in .* began; put it back"):
+            run.check_inputs(teacher="a", training_text="d")
+        with pytest.raises(UserError, match="the teacher changed"):
+            run.check_inputs(teacher="e", training_text="b")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["inputs"]["teacher"] == "a"
+
+
 def test_one_run_at_a_time(tmp_path):
     config = RunConfig(out=str(tmp_path / "out"))
     with (

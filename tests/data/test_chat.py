@@ -1,5 +1,6 @@
 """Chats: rendered as transformers renders them, learnt as a reference written by hand says."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from moe2dense.data.chat.conversation import conversation_of
 from moe2dense.data.chat.samples import chat_samples
 from moe2dense.data.chat.template import ChatTemplate
 from moe2dense.data.counts import Unusable
+from moe2dense.data.load import load_blocks
 from moe2dense.data.options import TextOptions
 from moe2dense.errors import UserError
 
@@ -115,6 +117,24 @@ def test_which_turns_are_learnt():
     asks = [*turns("q"), {"role": "assistant", "content": "", "reasoning_content": "why", "tool_calls": [call]}]
     (text,) = learnt_texts(samples_of(asks, tokenizer, "no-reasoning"), tokenizer)
     assert text.startswith("<tool_call>") and "why" not in text and "think" not in text
+
+
+@pytest.mark.parametrize(
+    "end, closing_is_learnt", [("<|im_end|>", False), ("<|im_end|>\n", False), ("", True), ("\n", True), ("</s>", True)]
+)
+def test_nothing_is_learnt_after_the_end_of_a_turn(tmp_path, end, closing_is_learnt):
+    """Where the template ends a turn by a token of its own, the end-of-text token that parts documents is not the model's to write."""
+    tokenizer = tokenizer_with("{% for m in messages %}<{{ m.role }}>{{ m.content }}" + end + "{% endfor %}" + END)
+    if "<|im_end|>" in end:
+        tokenizer.add_special_tokens({"additional_special_tokens": [end.strip()]})
+    rows = [{"messages": turns("how are you", f"well {i}")} for i in range(40)]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    blocks = load_blocks(str(tmp_path), tokenizer, 64, "train")
+    closing = blocks.input_ids == tokenizer.eos_token_id
+    assert closing.sum() > 10
+    assert bool(blocks.labels_mask[closing].any()) == closing_is_learnt
+    if "<|im_end|>" in end:
+        assert blocks.labels_mask[blocks.input_ids == tokenizer.convert_tokens_to_ids(end.strip())].any()
 
 
 def test_long_conversations_are_cut_between_exchanges():

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 
 from moe2dense.errors import UserError
+from moe2dense.losses import tiled
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.teacher_rows import HiddenRows, LogitRows, SampledRows, TopKRows
 from moe2dense.modeling.head import Head, logit_rules
@@ -65,6 +66,38 @@ def test_tiles_in_float32_equal_one_piece(loss):
     for other in results[:-1]:
         for a, b in zip(other, results[-1], strict=True):
             assert (a - b).norm() <= 1e-5 * b.norm()
+
+
+@pytest.mark.parametrize("kind", ["hidden", "logits", "top-k", "sampled"])
+@pytest.mark.parametrize("rows_at_once", [1, 4, 11])
+def test_a_tile_is_worked_on_in_parts_that_add_up(monkeypatch, kind, rows_at_once):
+    """A few rows at a time are turned into gradients, so that they stay in a CPU's cache: every part meets its own rows."""
+    hidden, head, rows, g = make(softcap=4.0, scale=0.5)
+    log_p = rows.head.logits(rows.hidden).log_softmax(-1).detach()
+    top = log_p.topk(7)
+    teacher = {
+        "hidden": rows, "logits": LogitRows(log_p), "top-k": TopKRows(top.indices, top.values),
+        "sampled": SampledRows(top.indices, torch.rand(29, 7, generator=g, dtype=DOUBLE), torch.zeros(29, dtype=DOUBLE)),
+    }[kind]  # fmt: skip
+    options = dict(
+        labels=torch.randint(0, 101, (29,), generator=g), weights=torch.rand(29, generator=g, dtype=DOUBLE),
+        watch=torch.rand(29, generator=g) > 0.5, alpha=0.3,
+    )  # fmt: skip
+    inputs, results = (hidden, head.weight, head.bias), []
+    for cache_bytes in (2**30, rows_at_once * 101 * 8):
+        monkeypatch.setattr(tiled, "CACHE_BYTES", cache_bytes)
+        loss = distillation_loss(hidden, head, teacher, **options)
+        parts = loss.total.detach(), loss.kd, loss.ce, loss.watched
+        results.append([*parts, *torch.autograd.grad(loss.total, inputs)])
+    for whole, in_parts in zip(*results, strict=True):
+        torch.testing.assert_close(in_parts, whole, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("n, most", [(10, 4), (12, 4), (3, 100), (1, 1), (7, 1)])
+def test_slices_are_few_and_nearly_equal(n, most):
+    sizes = [s.stop - s.start for s in tiled._slices(n, most)]
+    assert sum(sizes) == n and max(sizes) <= most and len(sizes) == -(-n // most)
+    assert [s.start for s in tiled._slices(n, most)] == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(101, 90), (90, 101)])

@@ -26,6 +26,7 @@ from moe2dense.generation.endpoint import Endpoint, collect
 from moe2dense.generation.prompts import Prompt
 from moe2dense.modeling.load import load_model
 from moe2dense.reporting.html import render_page
+from moe2dense.teacher.load import load_teacher
 from moe2dense.weights.checkpoint import Checkpoint, read_header
 from moe2dense.weights.files import weight_files
 
@@ -208,6 +209,27 @@ def test_links_that_leave_the_folder_are_refused(tmp_path):
     (source / "loop").symlink_to(source / "loop")
     with pytest.raises(UserError, match="loop is a link"):
         weight_files(source)
+
+
+def test_shards_may_lie_on_another_disk_and_it_is_said(folder, tmp_path):
+    other = tmp_path / "other-disk" / "shard"
+    other.parent.mkdir()
+    (folder / "model.safetensors").rename(other)
+    (folder / "model.safetensors").symlink_to(other)
+    assert Checkpoint(folder).tensors
+    with pytest.warns(
+        UserWarning, match=r"model.safetensors is a link to weights elsewhere \(.*other-disk/shard\), which are read"
+    ):
+        load_teacher(folder)
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to("/etc/passwd")
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        Checkpoint(folder)
+    other.unlink()
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(other)  # a disk that is not mounted
+    with pytest.raises(UserError, match="model.safetensors is a link that leads out of the folder"):
+        Checkpoint(folder)
 
 
 def test_links_within_the_folder_and_the_hubs_cache_are_followed(tmp_path):

@@ -51,6 +51,7 @@ PROVOKED = {
     "temperature_too_high": [train(temperature=4.0), student("entropy_gap", 0.6)],
     "alpha_out_of_balance": [train(alpha=0.7), lambda r: r["history"].append({"valid_kl": 0.15, "valid_rare_kl": 0.2, "valid_nll": 3.6})],
     "rare_tokens_suffer": [lambda r: r["history"].append({"valid_kl": 0.09, "valid_rare_kl": 0.3, "valid_nll": 3.7})],
+    "judged_by_training_text": [lambda r: r["run"]["data"].update(valid={"seen_in_training": 0.4})],
     "memorised": [lambda r: r["train_scores"].update(kl={"value": 0.03})],
     "few_calibration_tokens": [lambda r: r["cost"].update(build_tokens=5_000)],
     "far_on_other_text": [lambda r: r["ood"]["student"].update(kl={"value": 0.5, "low": 0.4, "high": 0.6})],

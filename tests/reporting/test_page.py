@@ -16,6 +16,7 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.reference import reference
+from moe2dense.evaluation.retention import split_domains
 from moe2dense.reporting.assemble import assemble_report
 from moe2dense.reporting.charts import Scale, ramp_step, scale_of
 from moe2dense.reporting.compare import compare_reports, print_comparison
@@ -224,6 +225,21 @@ def test_assemble_turns_a_run_into_json_with_a_page():
     assert "% without b)" in " ".join(text.split())
     with pytest.raises(UserError, match="student"):
         assemble_report(config=RunConfig(), plan={}, student={}, rows={"teacher": rows["teacher"]})
+
+
+def test_the_last_steps_row_is_told_apart_too():
+    rows = real_scores()
+    kept, lost = split_domains(rows["control"], ["b"])
+    last = rows["control"].to_dict() | {"apart": {"kept": kept.to_dict(), "lost": lost.to_dict()}}
+    report = assemble_report(
+        config=RunConfig(model="t", to="2k"), plan={}, student={}, rows={n: rows[n] for n in ("teacher", "student")},
+        allow_loss=["b"], last={"valid": last},
+    )  # fmt: skip
+    held_out = report["apart"]["held_out"]
+    assert list(held_out["kept"]) == ["teacher", "student", "last"] == list(held_out["lost"]) == list(report["rows"])
+    for side, domain in (("kept", "a"), ("lost", "b")):
+        assert held_out[side]["last"]["kl"]["value"] == pytest.approx(rows["control"].by_domain[domain]["kl"])
+    assert "apart" not in report["rows"]["last"] and report["apart"]["ood"] is None
 
 
 @pytest.mark.parametrize("width", [60, 80, 140])

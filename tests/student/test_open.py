@@ -1,5 +1,7 @@
 """A step of a run's training exports as the student it was."""
 
+import json
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -8,6 +10,7 @@ from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
 from moe2dense.families.cards import student_host
+from moe2dense.student.locate import student_folder
 from moe2dense.student.open import open_intermediate, open_student
 from moe2dense.student.store import save_student
 from moe2dense.student.types import Student
@@ -38,6 +41,40 @@ def test_a_step_exports_as_the_student_it_was(run, tmp_path):
     assert all(torch.equal(p, dict(again.named_parameters())[n]) for n, p in trained.named_parameters())
     assert set(done.files) == FILES
     assert "training step 50" in (tmp_path / "m/README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    "exported, place",
+    [
+        ("built", "build/student"),
+        ("best", "checkpoints/final"),
+        ("last", "checkpoints/final"),
+        (None, "checkpoints/final"),
+    ],
+)
+def test_a_runs_student_is_the_one_that_it_exported(run, exported, place):
+    """Where training made it worse that is the built one."""
+    folder, trained = run
+    save_student(
+        Student(trained, student_host("mistral"), [None] * 3, "", "layerwise", 5), folder / "checkpoints/final"
+    )
+    choice = {} if exported is None else {"choice": {"exported": exported}}
+    (folder / "run.json").write_text(json.dumps({"stages": {}} | choice))
+    assert student_folder(str(folder)) == folder / place
+
+
+def test_a_damaged_step_is_refused(run):
+    folder, trained = run
+    steps = Checkpoints(folder / "checkpoints")
+    steps.save(60, {"model.norm.weight": trained.model.norm.weight.detach() * float("nan")}, {}, {})
+    with pytest.raises(UserError, match=r"step-000060 cannot be used: tensor 'model.norm.weight' holds NaN"):
+        open_intermediate(steps.path(60))
+    (steps.path(50) / "state.json").write_text("[]")
+    with pytest.raises(UserError, match="state.json cannot be read"):
+        open_intermediate(steps.path(50))
+    (steps.path(50) / "weights.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="weights.safetensors cannot be read.*take another step"):
+        open_intermediate(steps.path(50))
 
 
 def test_adapters_and_strays_are_refused(run, tmp_path):

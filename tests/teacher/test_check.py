@@ -91,6 +91,25 @@ def test_a_student_of_a_teacher_that_is_not_tied_is_not_tied(tmp_path):
     assert any("they are not tied, as in transformers" in w for w in planned.warnings)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("num_experts_per_tok", 9, "num_experts_per_tok is 9, but a token uses between 1 and all of the experts .num_local_experts: 5"),
+        ("num_experts_per_tok", 0, "num_experts_per_tok is 0"),
+        ("num_experts_per_tok", 2.5, "num_experts_per_tok"),
+        ("rms_norm_eps", float("nan"), "rms_norm_eps is NaN"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": float("nan")}, "rope_parameters.rope_theta is NaN"),
+    ],
+)  # fmt: skip
+def test_numbers_of_the_config_that_mean_nothing_are_refused(tmp_path, field, value, message):
+    make("mixtral", tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}))
+    for use in (load_teacher, plan):
+        with pytest.raises(UserError, match=message):
+            use(tmp_path)
+
+
 def test_a_folder_without_weights_can_be_planned(tmp_path):
     make("mixtral", tmp_path)
     (tmp_path / "model.safetensors").unlink()

@@ -42,6 +42,14 @@ def test_rounding_goes_to_the_nearest_level(bits, shape):
     assert torch.equal(rounded(torch.zeros(2, 9), bits), torch.zeros(2, 9))
 
 
+@pytest.mark.parametrize("bits", BITS)
+def test_the_size_of_the_weights_does_not_matter(bits):
+    """Real weights are a hundredth of these, and are rounded as well."""
+    w = torch.randn(7, 200, generator=torch.Generator().manual_seed(1))
+    for power in (-20, 20):
+        assert torch.equal(rounded(w * 2.0**power, bits), rounded(w, bits) * 2.0**power)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
 def test_teacher_is_the_rounded_model(family, tmp_path):
     model = make(family, tmp_path)

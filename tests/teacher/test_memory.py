@@ -91,6 +91,16 @@ def test_hidden_states_spill_and_nothing_changes(tmp_path, monkeypatch):
     assert len(spilled) >= 4
 
 
+@pytest.mark.parametrize("experts", ["streamed", "grouped_mm"])
+def test_a_teacher_that_fits_is_read_once(tmp_path, experts):
+    ids = blocks(make("mixtral", tmp_path, hidden_size=32, intermediate_size=16))
+    teacher = load_teacher(tmp_path, memory="200MB", experts=experts)
+    first, read = teacher.run(ids, logits=False), teacher.checkpoint.bytes_read
+    again = teacher.run(ids, logits=False)
+    assert teacher.resident and 0 < teacher.checkpoint.bytes_read - read <= 101 * 32 * 4  # of the embedding table
+    assert torch.equal(first.hidden_states, again.hidden_states)
+
+
 def test_macro_batches_give_what_one_batch_gives(tmp_path, monkeypatch):
     reference = make("deepseek_v3", tmp_path)
     ids, mask = blocks(reference, n=7, s=19), torch.ones(7, 19, dtype=torch.long)

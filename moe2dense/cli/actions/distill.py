@@ -8,16 +8,22 @@ from moe2dense.cli.actions.distill_request import DistillRequest
 from moe2dense.cli.actions.distill_sources import Material, Setting, gather
 from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import TrainConfig
+from moe2dense.conversion.choice import load_checkpoint
+from moe2dense.data.overlap import overlap_warning, seen_share
 from moe2dense.distillation.api import distill
+from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.make import make_regime
-from moe2dense.distillation.regimes.mtp import copy_heads
+from moe2dense.distillation.regimes.mtp import copy_heads, keep_heads_of
 from moe2dense.distillation.regimes.registry import REGIMES
+from moe2dense.distillation.trainer import TrainResult
 from moe2dense.errors import UserError
 from moe2dense.evaluation.likelihood import answer_nll
 from moe2dense.exporting.api import export
 from moe2dense.student.locate import student_folder
 from moe2dense.student.open import open_student
+from moe2dense.student.types import Student
 
 
 def run_distillation(request: DistillRequest) -> None:
@@ -27,6 +33,8 @@ def run_distillation(request: DistillRequest) -> None:
     console = Console()
     with progress_for(console) as progress:
         material = gather(Setting(request, student, tokenizer, console, progress))
+        if material.valid is not None and (warning := overlap_warning(seen_share(material.valid, material.data))):
+            console.print(f"[yellow]warning:[/] {warning}")
         before = None if material.answers is None else answer_nll(student.model, material.answers)
         result = distill(
             student,
@@ -43,6 +51,7 @@ def run_distillation(request: DistillRequest) -> None:
             progress=progress,
             regime=_regime(request.settings, material),
         )
+    student, step = _closest(request, student, result, material.train)
     exported = export(student, request.out / "model", tokenizer=tokenizer, overwrite=request.resume)
     copy_heads(request.out, exported.path)
     if before is not None and material.answers is not None:
@@ -50,7 +59,29 @@ def run_distillation(request: DistillRequest) -> None:
         console.print(
             f"held-out answers: {before:.3f} nats per token before training, {after:.3f} nats per token after"
         )
-    console.print(f"{result.steps} steps over {result.tokens} tokens; model: {exported.path}")
+    console.print(f"{result.steps} steps over {result.tokens} tokens{_which(result, step)}; model: {exported.path}")
+
+
+def _closest(
+    request: DistillRequest, student: Student, result: TrainResult, config: TrainConfig
+) -> tuple[Student, int]:
+    """Return the student as it was closest to the teacher on held-out text, and after how many steps that was."""
+    folder, best = Checkpoints(request.out / "checkpoints"), result.best_step
+    if best is None or best == result.steps or best not in folder.steps():
+        return student, result.steps
+    keep_heads_of(folder.load(best)[0], request.out)
+    return load_checkpoint(student, folder.folder, best, Path(request.student), config), best
+
+
+def _which(result: TrainResult, step: int) -> str:
+    """Return what to say of the step that is exported, where it is not the last."""
+    if step == result.steps:
+        return ""
+    kl = {row["step"]: row["valid_kl"] for row in result.history if "valid_kl" in row}
+    measured = f"held-out KL {kl[step]:.4g}, after the last step {kl[max(kl)]:.4g}"
+    if step == 0:
+        return f"; training brought the student no closer to its teacher, and the model is the student as it was ({measured})"
+    return f"; the model is the student after step {step} ({measured})"
 
 
 def _regime(settings: RunConfig, material: Material) -> Regime | None:

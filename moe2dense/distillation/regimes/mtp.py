@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -32,9 +32,11 @@ from moe2dense.modeling.documents import document_numbers
 from moe2dense.modeling.head import Head, model_head
 from moe2dense.modeling.kinds import BuiltStudent
 from moe2dense.teacher.kinds import AnyTeacher
+from moe2dense.weights.tensors import read_tensors
 
 # N blocks, S block length, n = N S tokens, H hidden, K heads
 HEADS_FILE = "mtp_heads.safetensors"
+_IN_CHECKPOINT = "extra.heads."  # what precedes the heads' names among a checkpoint's weights
 
 
 class Heads(nn.Module):
@@ -168,6 +170,13 @@ def save_heads(heads: Heads, path: Path) -> None:
     atomic_write(path, save({k: v.detach().cpu().contiguous() for k, v in heads.state_dict().items()}))
 
 
+def keep_heads_of(weights: dict[str, Tensor], run: Path) -> None:
+    """Put the heads of a checkpoint's weights in the place of the last step's, where the run kept any."""
+    own = {n.removeprefix(_IN_CHECKPOINT): v for n, v in weights.items() if n.startswith(_IN_CHECKPOINT)}
+    if own and (run / HEADS_FILE).is_file():
+        atomic_write(run / HEADS_FILE, save({name: value.contiguous() for name, value in own.items()}))
+
+
 def copy_heads(run: Path, model: Path) -> None:
     """Copy the heads that a training run kept into its exported model's folder; do nothing where it kept none."""
     if (run / HEADS_FILE).is_file():
@@ -180,7 +189,7 @@ def load_heads(path: str | Path) -> Heads:
     path = path / HEADS_FILE if path.is_dir() else path
     if not path.is_file():
         raise UserError(f"{path} does not exist; train with regime mtp and keep_heads = true")
-    tensors = load_file(path)
+    tensors = read_tensors(path, "train again with keep_heads = true")
     heads = Heads(len(tensors), len(next(iter(tensors.values()))))
     heads.load_state_dict(tensors)
     return heads

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -32,6 +32,7 @@ from moe2dense.generation.in_memory import continued
 from moe2dense.generation.sampling import Sampling
 from moe2dense.modeling.kinds import BuiltStudent
 from moe2dense.teacher.kinds import AnyTeacher, teacher_head
+from moe2dense.weights.tensors import read_tensors
 
 # n blocks of a window, S block length, H teacher hidden
 
@@ -121,7 +122,7 @@ class OnPolicy(Regime):
         own = [row for k, s in enumerate(steps) if self.own[s] for row in range(k * per_step, (k + 1) * per_step)]
         path = self._path(window)
         if path is not None and path.exists():
-            rollouts = load_file(path)
+            rollouts = read_tensors(path, "remove it to have it written again")
             self.blocks = _with_ids(fixed, rollouts["input_ids"], own)
         else:
             rollouts = self._write_rollouts(fixed, own, steps.start * per_step)

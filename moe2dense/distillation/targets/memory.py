@@ -19,6 +19,7 @@ from moe2dense.modeling.hooks import captured, feature_name
 from moe2dense.teacher.kinds import AnyTeacher
 from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.observer import Observer
+from moe2dense.weights.finite import refuse_not_finite
 
 # N blocks, S block length, H teacher hidden, V vocabulary
 
@@ -106,7 +107,7 @@ def hidden_targets(
 
     teacher: a Teacher, or a transformers model, which is run `batch` blocks at a time. dtype: of what is kept, by default the
     teacher's compute dtype (float32 on a CPU). features: of its layers, by name or, for the residual stream, number; routing:
-    names of token weights. Raises UserError for what the teacher cannot give.
+    names of token weights. Raises UserError for what the teacher cannot give, and for answers that are not finite.
     """
     names = [feature_name(f) for f in features]
     if isinstance(teacher, Teacher):
@@ -125,6 +126,8 @@ def hidden_targets(
         if progress:
             progress("targets", rows.stop, len(blocks))
     joined = {name: torch.cat(states) for name, states in parts.items()}
+    counted = joined[""][blocks.loss_mask()]
+    refuse_not_finite(counted, "teacher: what its last layer gives on this text", "see that its weights are finite")
     return HiddenTargets(joined.pop(""), resident.head, joined, resident.layers)
 
 

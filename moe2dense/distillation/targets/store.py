@@ -6,6 +6,7 @@ head.safetensors      the teacher's head (hidden only)
 shard-0000000.safetensors ...   named by its first block
 """
 
+import json
 import pkgutil
 import threading
 from collections.abc import Callable, Sequence
@@ -17,7 +18,6 @@ from typing import Any, TypeVar
 import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from moe2dense.common.files import content_errors, read_json_object
@@ -29,6 +29,7 @@ from moe2dense.errors import UserError
 from moe2dense.losses.teacher_rows import HiddenRows, TeacherRows
 from moe2dense.modeling.head import Head
 from moe2dense.teacher.kinds import AnyTeacher
+from moe2dense.weights.tensors import read_tensors
 
 # N blocks, S block length, H hidden, V vocabulary
 
@@ -160,12 +161,18 @@ class StoredTargets:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def identity(self) -> str:
+        """What tells this store's answers from another's: its format, and a hash of its teacher and options."""
+        said = json.dumps([self.manifest["teacher"], self.manifest["options"]], sort_keys=True)
+        return f"{self.options.format}-{xxhash.xxh3_64_hexdigest(said.encode())}"
+
     @cached_property
     def head(self) -> Head | None:
         """The teacher's head, in float32; None for formats that need none."""
         if self.options.format != "hidden":
             return None
-        tensors = {k: v.float() for k, v in load_file(self.folder / HEAD).items()}
+        tensors = {k: v.float() for k, v in read_tensors(self.folder / HEAD, _REMEDY).items()}
         return Head(tensors["weight"], tensors.get("bias"), **self.manifest["head"])
 
     @property

@@ -109,6 +109,7 @@ def _begin(folder: Path, teacher: AnyTeacher, blocks: Blocks, options: StoreOpti
                 setting = _SETTING_OF.get(changed, changed)
                 raise UserError(f"{folder} holds targets of another {setting}; choose another folder")
             return manifest
+        _refuse_other_files(folder)
         atomic_write(folder / KEYS, "\n".join(keys) + "\n")
         if options.format == "hidden":
             bias = {} if head.bias is None else {"bias": head.bias.detach().cpu().contiguous()}
@@ -120,6 +121,14 @@ def _begin(folder: Path, teacher: AnyTeacher, blocks: Blocks, options: StoreOpti
         manifest = identity | {"part": min(part, math.ceil(len(keys) / world)), "shards": []}
         atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
     return manifest
+
+
+def _refuse_other_files(folder: Path) -> None:
+    """Raise UserError for a folder that holds anything but what a store begins with, such as a model's."""
+    own = (".lock", KEYS, HEAD)
+    other = sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.endswith(".tmp"))
+    if other:
+        raise UserError(f"{folder} holds other files ({other[0]}); choose another folder for the targets")
 
 
 def _identity(

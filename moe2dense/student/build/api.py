@@ -181,7 +181,7 @@ def _start(
     state.steps = steps_of(init, healed, target.card.join)
     state.config = settle_fits(config, state.hidden.shape[-1], data.tokens, healed)
     if out:
-        state.store = LayerStore(out, data, init, config, seed, target)
+        state.store = LayerStore(out, teacher, data, init, config, seed, target)
         unload(runner.body.embed_tokens)
     return state
 

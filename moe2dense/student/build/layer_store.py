@@ -8,17 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
 from moe2dense.common.files import whole_file
 from moe2dense.config.schema import BuildConfig
-from moe2dense.errors import UserError
+from moe2dense.errors import UserError, first_line
 from moe2dense.modeling import internals
 from moe2dense.student.target.resolve import Target
 from moe2dense.student.types import LayerProvenance
+from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.parameters import assign
+from moe2dense.weights.fingerprint import checkpoint_fingerprint
 
 if TYPE_CHECKING:
     from moe2dense.data.blocks import Blocks
@@ -27,11 +29,22 @@ _PROVENANCE = "provenance."  # names of these tensors in a layer's file begin wi
 
 
 class LayerStore:
-    """A folder of built layers, `layer-0003.safetensors` each. Layers of another build are refused by their key."""
+    """A folder of built layers, `layer-0003.safetensors` each. Layers of another build, or another teacher, are refused by their key."""
 
-    def __init__(self, folder: str | Path, data: "Blocks", init: str, config: BuildConfig, seed: int, target: Target):
+    def __init__(
+        self,
+        folder: str | Path,
+        teacher: Teacher,
+        data: "Blocks",
+        init: str,
+        config: BuildConfig,
+        seed: int,
+        target: Target,
+    ):
         self.folder = Path(folder)
-        text = json.dumps([data.keys(), init, dataclasses.asdict(config), seed, target.config.to_dict()], default=str)
+        source = [checkpoint_fingerprint(teacher.path), teacher.quantize]
+        settings = [init, dataclasses.asdict(config), seed, target.config.to_dict()]
+        text = json.dumps([source, data.keys(), *settings], default=str)
         self.key = xxhash.xxh3_128_hexdigest(text.encode())
         self._make_folder()
 
@@ -64,15 +77,21 @@ class LayerStore:
     def read(self, index: int, layer: nn.Module) -> tuple[LayerProvenance | None, dict[str, Any]] | None:
         """Fill `layer` from its file and return its provenance and record; None when it is not built yet.
 
-        Raises UserError when the file is of a build with other data, settings or target.
+        Raises UserError when the file is damaged, or of a build with another teacher, data, settings or target.
         """
         if not self.path(index).exists():
             return None
-        with safe_open(str(self.path(index)), "pt") as file:
+        try:
+            opened = safe_open(str(self.path(index)), "pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self.path(index)} cannot be read: {first_line(error)}; remove it to build that layer again"
+            ) from error
+        with opened as file:
             metadata = file.metadata() or {}
             if metadata.get("key") != self.key:
                 raise UserError(
-                    f"{self.path(index)} was built from other data or settings; give the same ones or choose another --out"
+                    f"{self.path(index)} was built from another teacher, data or settings; give the same ones or choose another --out"
                 )
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         provenance = {n.removeprefix(_PROVENANCE): t for n, t in tensors.items() if n.startswith(_PROVENANCE)}

@@ -9,8 +9,9 @@ from moe2dense.config.schedules import learning_rate
 from moe2dense.config.training import RegimeConfig
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
+from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.distillation.regimes.make import make_regime
-from moe2dense.distillation.regimes.mtp import HEADS_FILE, Heads, load_heads, pairs
+from moe2dense.distillation.regimes.mtp import HEADS_FILE, Heads, keep_heads_of, load_heads, pairs
 from moe2dense.errors import UserError
 from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
 
@@ -102,6 +103,30 @@ def test_heads_resume_and_are_kept_apart_from_the_student(tmp_path):
     assert same(heads.state_dict(), first) and len(heads.maps) == 2
     plain = distill(make_student(), make_teacher(), make_blocks(), valid=make_blocks(5, seed=9), config=settings())
     assert plain.history[0]["valid_kl"] == result.history[0]["valid_kl"]  # heads do not enter what is measured
+
+
+def test_an_earlier_checkpoints_heads_take_the_place_of_the_last_steps(tmp_path):
+    """They go with the student that is exported."""
+    distill(
+        make_student(),
+        make_teacher(),
+        make_blocks(),
+        config=settings(save_every=6),
+        out=tmp_path,
+        regime=mtp(keep_heads=True),
+    )
+    last, folder = load_heads(tmp_path).state_dict(), Checkpoints(tmp_path / "checkpoints")
+    weights, _, _ = folder.load(6)
+    assert same(
+        load_heads(tmp_path).state_dict(), {f"maps.{j}.weight": weights[f"extra.heads.maps.{j}.weight"] for j in (0, 1)}
+    )
+    earlier = {name: value * 0.5 for name, value in weights.items()}
+    keep_heads_of(earlier, tmp_path)
+    assert same(load_heads(tmp_path).state_dict(), {name: value * 0.5 for name, value in last.items()})
+    (tmp_path / HEADS_FILE).unlink()
+    keep_heads_of(earlier, tmp_path)  # a run that keeps none
+    keep_heads_of({"model.norm.weight": torch.ones(2)}, tmp_path)
+    assert not (tmp_path / HEADS_FILE).exists()
 
 
 def test_heads_learn_to_look_ahead():

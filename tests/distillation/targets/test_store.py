@@ -98,6 +98,13 @@ def test_store_is_found_by_content(teacher, tmp_path):
     assert len(open_targets(tmp_path, blocks, teacher=make_teacher())) == 7
 
 
+def test_a_folder_of_other_files_is_left_alone(teacher, tmp_path):
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    with pytest.raises(UserError, match=r"holds other files \(model.safetensors\); choose another folder"):
+        write_targets(teacher, make_blocks(), tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} <= {"model.safetensors", ".lock"}
+
+
 @pytest.mark.parametrize("format", TARGET_FORMATS)
 def test_writing_goes_on_at_the_next_shard(teacher, tmp_path, monkeypatch, format):
     blocks = make_blocks(11)

@@ -161,8 +161,17 @@ def test_a_build_resumes_at_the_last_finished_layer(tmp_path):
     assert again.provenance[0] is not None and torch.equal(
         again.provenance[0].source_expert, whole.provenance[0].source_expert
     )
-    with pytest.raises(UserError, match="other data or settings"):
+    with pytest.raises(UserError, match="another teacher, data or settings"):
         build_student(teacher, target, data, init="layerwise", config=dataclasses.replace(SHORT, ridge=0.1), out=out)
+    make("mixtral", tmp_path / "other", seed=1)
+    other = load_teacher(tmp_path / "other", experts="streamed")
+    with pytest.raises(UserError, match="another teacher, data or settings"):
+        build_student(other, target, data, init="layerwise", config=SHORT, out=out)
+    (out / "layer-0000.safetensors").write_bytes(b"half a layer")
+    with pytest.raises(
+        UserError, match="layer-0000.safetensors cannot be read: .*; remove it to build that layer again"
+    ):
+        build_student(teacher, target, data, init="layerwise", config=SHORT, out=out)
 
 
 def test_errors_name_what_is_wrong(tmp_path):

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from moe2dense.student.ffn import symmetric
+from moe2dense.student.ffn import errors, symmetric
 from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
 from moe2dense.student.ffn.energy import output_energy
 from moe2dense.student.ffn.errors import relative_error
@@ -128,8 +128,8 @@ def _eliminate_plainly(gram: Tensor, cross: Tensor, start: Tensor, width: int, r
 
 @pytest.mark.parametrize(("block", "width"), [(1, 20), (5, 20), (7, 123), (40, 30)])
 def test_elimination_with_waiting_downdates_is_the_plain_one(block, width):
-    """150 neurons: downdates wait for one another, are carried out, and what is left is stored anew several times."""
-    p = 150
+    """230 neurons: more downdates than may wait, and what is left is stored anew several times."""
+    p = 230
     hidden, target, start = data(1, p) * torch.linspace(0.1, 2, p), data(2), data(3, p)[:H].T.contiguous()
     gram, cross = hidden.T @ hidden, hidden.T @ target
     want = _eliminate_plainly(gram, cross, start, width, 1e-2, block)
@@ -137,6 +137,17 @@ def test_elimination_with_waiting_downdates_is_the_plain_one(block, width):
     assert eliminate(gram, cross, start, width, 1e-2, block).tolist() == want
     assert torch.equal(gram, kept[0]) and torch.equal(cross, kept[1])
     assert eliminate(*kept, start, width, 1e-2, block, overwrite=True).tolist() == want
+
+
+def test_errors_of_many_tokens_are_added_up_in_pieces(monkeypatch):
+    ffn, x, target = expert(3, bias=True), data(4), data(5)
+    weights = data(6, 1)[:, 0].abs()
+    missed = (ffn(x) - target).pow(2).sum(1)
+    for w, given in ((weights, weights), (torch.ones(T, dtype=torch.float64), None)):
+        want = float((missed * w).sum() / (target.pow(2).sum(1) * w).sum())
+        for rows in (1, 7, 70, 8192):
+            monkeypatch.setattr(errors, "rows_at_once", lambda width, rows=rows: rows)
+            assert relative_error(ffn, x, target, given) == pytest.approx(want, rel=1e-6)
 
 
 def test_symmetric_products_panel_by_panel(monkeypatch):
