@@ -59,6 +59,7 @@ def evaluate_checkpoint(
     ] = 0,
     judge: Annotated[str | None, flag("evaluate.judge")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
+    gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:

@@ -39,6 +39,7 @@ def generate_text(
     block: Annotated[int | None, flag("data.block")] = None,
     seed: Annotated[int | None, flag("seed")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
+    gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     experts: Annotated[str | None, flag("teacher.experts")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,

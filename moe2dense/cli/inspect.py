@@ -28,6 +28,7 @@ def inspect(
     block: Annotated[int | None, flag("data.block")] = None,
     chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
+    gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:
     """Show a checkpoint's shape and, with --data, how its experts are used and what of the text is learnt; or the report of a run."""

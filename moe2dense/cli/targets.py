@@ -74,6 +74,7 @@ def targets(
     chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     seed: Annotated[int | None, flag("seed", group="Text")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
+    gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     experts: Annotated[str | None, flag("teacher.experts")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,

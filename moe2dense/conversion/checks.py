@@ -43,6 +43,8 @@ def check_settings(settings: RunConfig) -> None:
     check_regime_settings(settings)
     if settings.teacher.memory != "auto":
         parse_memory(settings.teacher.memory, "--memory")
+    if settings.teacher.gpu_memory != "auto":
+        parse_memory(settings.teacher.gpu_memory, "--gpu-memory")
     for flag, value in (
         ("--tokens", settings.train.tokens),
         ("--lora", settings.train.lora),

@@ -42,8 +42,10 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     with open_run(settings.out, settings, resume) as run, progress_for(console) as progress:
         options = settings.teacher
         teacher = load_teacher(
-            fetch(source), memory=options.memory, experts=options.experts, device=options.device, card=source.card
-        )
+            fetch(source), memory=options.memory, experts=options.experts, device=options.device, card=source.card,
+            gpu_memory=options.gpu_memory,
+        )  # fmt: skip
+        run.save(placement=plan.placement.to_dict())
         run.save(teacher={"remarks": teacher.remarks, "ignored_tensors": teacher.ignored})
         text = load_text(settings, plan, teacher.tokenizer(), run_day(run))
         check_report_settings(settings, text, teacher)

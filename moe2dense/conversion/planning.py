@@ -6,12 +6,15 @@ active parameters for N where experts are routed; training from scratch is taken
 
 from itertools import pairwise
 
+from moe2dense.common.devices import CPU, pick_device
+from moe2dense.common.devices import free_bytes as free_bytes_of
 from moe2dense.common.files import free_bytes
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
 from moe2dense.conversion.checks import check_architecture
 from moe2dense.conversion.configure import default_out, stage_sizes, texts_of_folder
 from moe2dense.conversion.machine import calibrate
+from moe2dense.conversion.placement import plan_placement
 from moe2dense.conversion.plan_warnings import (
     TOKENS_PER_PARAMETER,
     capacity_warning,
@@ -64,6 +67,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     check_architecture(config, target)
     block = block_length(config, shape.max_positions)
     tokens, build = config.train.tokens, build_tokens(config, block, target.width)
+    placement = plan_placement(config, shape, target, build, *_computing_device(config, machine))
     machine = machine or calibrate(teacher.path, device=config.teacher.device)
     size = checkpoint_bytes(teacher, shape)
     budget = memory_budget(config.teacher.memory, "--memory")
@@ -111,11 +115,18 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         flops=flops,
         seconds=seconds,
         machine=machine,
+        placement=placement,
         warnings=tuple(filter(None, warnings)),
         depth=config.build.depth,
         ood=config.data.ood,
         folder_texts=texts_of_folder(config, teacher),
     )
+
+
+def _computing_device(config: RunConfig, machine: Machine | None) -> tuple[str, int]:
+    """Return (the device that computes, its free bytes): the one of this machine, a CPU for another machine's numbers."""
+    device = CPU if machine is not None else pick_device(config.teacher.device)
+    return device.type, free_bytes_of(device) if device.type == "cuda" else 0
 
 
 def _parts(tokens: int, batch: int) -> int:

@@ -91,4 +91,4 @@ def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_te
             with stage.timed("export"):
                 export(student, folder / "model", tokenizer=str(job.teacher.path), dtype="float32", overwrite=True)
     teacher = job.settings.teacher
-    return load_teacher(folder / "model", memory=teacher.memory, device=teacher.device)
+    return load_teacher(folder / "model", memory=teacher.memory, device=teacher.device, gpu_memory=teacher.gpu_memory)

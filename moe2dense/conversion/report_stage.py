@@ -1,5 +1,6 @@
 """What a finished run says of itself: the report, its parts that need the models once more, and the exported checkpoint."""
 
+import itertools
 import shlex
 import sys
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
+from moe2dense.common.devices import moved_to
 from moe2dense.common.jsonable import clean
 from moe2dense.common.versions import versions
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
@@ -31,6 +33,7 @@ from moe2dense.evaluation.skills import measure_skills
 from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
+from moe2dense.modeling.head import head_on
 from moe2dense.reporting.assemble import assemble_report
 from moe2dense.reporting.html import save_report
 from moe2dense.reporting.rating_sheet import write_sheet
@@ -101,7 +104,8 @@ def samples(job: Job, student: Student) -> dict[str, Any] | None:
     options, seed = job.settings.evaluate, job.settings.seed
     if not options.samples:
         return None
-    judge = Judge(options.judge, job.settings.teacher.memory, job.settings.teacher.device) if options.judge else None
+    run = job.settings.teacher
+    judge = Judge(options.judge, run.memory, run.device, run.gpu_memory) if options.judge else None
     with job.timed("samples"):
         texts = side_by_side(
             student.model,
@@ -131,10 +135,11 @@ def skills(job: Job, student: Student, control: Path | None) -> dict[str, Any] |
 
     def models() -> Iterator[tuple[str, AnyModel]]:
         yield "teacher", job.teacher
-        yield "student", student
-        yield "before", load_student(job.run.folder / "build" / "student")
-        if control is not None:
-            yield "control", load_student(control)
+        folders = {"before": job.run.folder / "build" / "student"} | ({} if control is None else {"control": control})
+        opened = ((name, load_student(folder)) for name, folder in folders.items())
+        for name, model in itertools.chain([("student", student)], opened):
+            with moved_to(model.model, job.teacher.device):
+                yield name, model
 
     with job.timed("skills"):
         return measure_skills(models(), probes)
@@ -169,7 +174,10 @@ def score_training_text(job: Job, student: Student, most: int = 24) -> Scores | 
     assert isinstance(targets, HiddenStates), "a store with a head holds hidden states"
     hidden = targets.hidden.view(*blocks.input_ids.shape, -1)
     return evaluate(
-        student, Reference(blocks, hidden, store.head), token_counts=job.text.token_counts, seed=job.settings.seed
+        student,
+        Reference(blocks, hidden, head_on(store.head, job.teacher.device)),
+        token_counts=job.text.token_counts,
+        seed=job.settings.seed,
     )
 
 

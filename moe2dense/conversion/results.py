@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from moe2dense.conversion.placement import Placement
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.target.resolve import Target
 
@@ -42,6 +43,7 @@ class Plan:
     flops: dict[str, float]
     seconds: dict[str, float]
     machine: Machine
+    placement: Placement
     warnings: tuple[str, ...] = field(default=())
     passes: float = 1.0  # of training over its text
     depth: str = "influence"  # which layers stay where some go
@@ -55,7 +57,7 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        skip = {"target", "shape", "machine"}
+        skip = {"target", "shape", "machine", "placement"}
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         target = {k: getattr(self.target, k) for k in ("to", "label", "width", "parameters", "geometry", "checkpoint")}
         student = target | {"host": self.target.card.name, "moe_shaped": self.target.card.moe_shaped}
@@ -63,6 +65,7 @@ class Plan:
             "shape": dataclasses.asdict(self.shape),
             "student": student,
             "machine": dataclasses.asdict(self.machine),
+            "placement": self.placement.to_dict(),
         }
         return table | extra | {"bytes_per_token": self.bytes_per_token, "warnings": list(self.warnings)}
 

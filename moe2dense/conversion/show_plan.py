@@ -159,6 +159,7 @@ def _sentences(plan: Plan) -> list[str]:
         f"teacher: its {show_bytes(plan.checkpoint_bytes)} are read {plan.reads} times; {show_count(plan.macro_batch)} tokens share a "
         f"reading (what {show_bytes(plan.memory_budget)} of --memory hold), which makes {show_bytes(plan.bytes_per_token)} a token. "
         f"From {show_count(plan.break_even_batch)} tokens on, computing takes longer than reading",
+        plan.placement.sentence(),
         f"compute: {spent:.2g} FLOPs, {share_text(spent / from_scratch)} of training this student from scratch "
         f"({from_scratch:.2g})",
     ]

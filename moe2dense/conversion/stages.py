@@ -101,6 +101,7 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
             out=folder,
             resume=True,
             regime=regime_of(job),
+            device=job.source.device,
             progress=progress,
             token_counts=job.text.token_counts,
         )
@@ -264,6 +265,7 @@ def training_teacher(job: Job, targets: bool = False, draw: int = 0) -> Teacher:
     return load_teacher(
         job.teacher.path,
         memory=teacher.memory,
+        gpu_memory=teacher.gpu_memory,
         experts=teacher.experts,
         device=teacher.device,
         card=job.teacher.card,

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import torch
 
+from moe2dense.common.devices import moved_to
 from moe2dense.common.files import atomic_write
 from moe2dense.config.schema import DEFAULT_CORPUS
 from moe2dense.conversion.job import Job
@@ -38,7 +39,8 @@ def _with_selected_blocks(job: Job, student: Student, selection: Selection) -> J
     )
     if not job.run.finished("select"):
         with job.timed("select") as entry:
-            rows, divergence = select_blocks(student.model, targets, blocks, selection)
+            with moved_to(student.model, job.source.device):
+                rows, divergence = select_blocks(student.model, targets, blocks, selection)
             entry |= {"kept": len(rows), "of": len(blocks), "divergence": float(divergence[rows].mean())}
             entry["divergence_of_all"] = float(divergence.mean())
             atomic_write(record, json.dumps({"rows": rows, "divergence": [round(float(d), 6) for d in divergence]}))

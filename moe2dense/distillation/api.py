@@ -54,6 +54,7 @@ def distill(
     accelerator: Accelerator | None = None,
     regime: Regime | None = None,
     token_counts: Tensor | None = None,
+    device: torch.device | None = None,
 ) -> TrainResult:
     """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
 
@@ -64,7 +65,7 @@ def distill(
     config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
     puts the result into a whole model. token_counts [V]: how often each id occurs in the text that says which held-out tokens
     are rare; by default `data`. `regime` changes where text, targets or models come from
-    (moe2dense.distillation.regimes). Raises UserError for arguments that do not fit together, for targets of another text,
+    (moe2dense.distillation.regimes). device: the CPU, to train there although there is a GPU. Raises UserError for arguments that do not fit together, for targets of another text,
     and when the loss is not finite.
     """
     model = language_model(student)
@@ -88,7 +89,7 @@ def distill(
     )
     batches = Batches(data, answers, weights=_token_weights(config, answers, data))
     if config.temperature_schedule == "auto":
-        best = settle_temperature(model, batches, held_out, config, seed, out, accelerator)
+        best = settle_temperature(model, batches, held_out, config, seed, out, accelerator, device)
         config = dataclasses.replace(config, temperature=best, temperature_schedule="")
     with contextlib.ExitStack() as stack:
         batches.source = answers.identity if isinstance(answers, StoredTargets) else ""
@@ -97,7 +98,7 @@ def distill(
             ahead = ReadAhead(answers, len(data), per_step, config.epochs, seed, config.micro_batch, *launched())
             stack.callback(ahead.close)
             batches.targets = ahead
-        trainer = Trainer(model, batches, held_out, config, seed, out, accelerator, match, regime)
+        trainer = Trainer(model, batches, held_out, config, seed, out, accelerator, match, regime, device)
         return trainer.run(resume, progress)
 
 

@@ -17,13 +17,17 @@ from moe2dense.modeling.forward import model_inputs
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
 
 
-def make_accelerator(config: TrainConfig, out: str | Path | None) -> Accelerator:
-    """Set up accelerate: bf16 on a GPU, float32 on a CPU. Raises UserError for a tracker that is missing."""
+def make_accelerator(config: TrainConfig, out: str | Path | None, device: torch.device | None = None) -> Accelerator:
+    """Set up accelerate: bf16 on a GPU, float32 on a CPU. Raises UserError for a tracker that is missing.
+
+    device: the CPU, to leave a GPU alone; which of several GPUs is each process's own is accelerate's to choose.
+    """
     tracker = None if config.report_to in ("", "none") else config.report_to
-    precision = "bf16" if torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
+    cpu = device is not None and device.type == "cpu"
+    precision = "bf16" if not cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported() else "no"
     try:
         accelerator = Accelerator(
-            mixed_precision=precision, log_with=tracker, project_dir=None if out is None else str(out)
+            mixed_precision=precision, log_with=tracker, project_dir=None if out is None else str(out), cpu=cpu
         )
         if tracker and not accelerator.log_with:
             raise ValueError(f"{tracker} is not installed")

@@ -9,6 +9,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from accelerate import Accelerator
 from transformers import PreTrainedModel
 
@@ -35,6 +36,7 @@ def choose_temperature(
     seed: int = 0,
     candidates: Sequence[float] = CANDIDATES,
     accelerator: Accelerator | None = None,
+    device: torch.device | None = None,
 ) -> tuple[float, dict[float, float]]:
     """Return the best temperature for this student, teacher and text, and the held-out KL that each candidate reached.
 
@@ -54,7 +56,7 @@ def choose_temperature(
             config, temperature=temperature, temperature_schedule="", epochs=epochs, eval_every=10**9, report_to="none",
             features="",
         )  # fmt: skip
-        trainer = Trainer(copy.deepcopy(model), batches, held_out, trial, seed, None, accelerator)
+        trainer = Trainer(copy.deepcopy(model), batches, held_out, trial, seed, None, accelerator, device=device)
         history = trainer.run(False, None, quiet=True).history
         scores[temperature] = history[-1]["valid_kl"]
     best = min(scores, key=lambda t: scores[t])
@@ -71,12 +73,13 @@ def settle_temperature(
     seed: int,
     out: str | Path | None,
     accelerator: Accelerator | None = None,
+    device: torch.device | None = None,
 ) -> float:
     """Choose the temperature once per training run; out/temperature.json tells a resumed run the choice."""
     path = None if out is None else Path(out) / CHOICE_FILE
     if path is not None and path.exists():
         return float(json.loads(path.read_text())["temperature"])
-    best, scores = choose_temperature(model, batches, held_out, config, seed, accelerator=accelerator)
+    best, scores = choose_temperature(model, batches, held_out, config, seed, accelerator=accelerator, device=device)
     if path is not None and launched()[0] == 0:
         table = {f"{t:g}": kl for t, kl in scores.items()}
         atomic_write(path, json.dumps({"temperature": best, "valid_kl": table}, indent=1))

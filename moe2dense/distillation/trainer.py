@@ -67,6 +67,7 @@ class Trainer:
         accelerator: Accelerator | None = None,
         match: FeatureMatch | None = None,
         regime: Regime | None = None,
+        device: torch.device | None = None,
     ):
         self.regime = Regime() if regime is None else regime
         self.batches, self.held_out, self.config, self.seed = batches, held_out, config, seed
@@ -78,7 +79,7 @@ class Trainer:
         check_documents(model, batches.blocks)
         check_head(model, batches.blocks)
         self.was_training, self.start_device = model.training, next(model.parameters()).device
-        self.accelerator = accelerator or make_accelerator(config, out)
+        self.accelerator = accelerator or make_accelerator(config, out, device)
         torch.manual_seed(seed)  # of new adapters and dropout
         if config.gradient_checkpointing:
             model.gradient_checkpointing_enable()

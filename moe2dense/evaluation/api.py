@@ -1,12 +1,14 @@
 """`evaluate`: the numbers of one model against its teacher on a held-out text."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe2dense.common.devices import moved_to
 from moe2dense.common.progress import Report
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
@@ -16,7 +18,7 @@ from moe2dense.evaluation.reference import AnyModel, Reference, hidden_states, r
 from moe2dense.evaluation.scores import Scores
 from moe2dense.evaluation.summary import summarise
 from moe2dense.evaluation.token_metrics import score_tokens, scored_positions
-from moe2dense.modeling.head import OutputHead, output_head
+from moe2dense.modeling.head import OutputHead, in_float32, output_head
 from moe2dense.modeling.kinds import BuiltStudent, language_model
 
 
@@ -58,19 +60,27 @@ def evaluate(
     keep = scored_positions(blocks)
     if not keep.any():
         raise UserError("data: no position to judge; every block needs at least two real tokens of one document")
-    head, hidden_of = _student_answers(student, blocks, batch)
-    parts = []
-    for i in range(0, len(blocks), batch):
-        rows = slice(i, i + batch)
-        judged = keep[rows]
-        teacher_hidden, student_hidden = truth.hidden[rows, :-1][judged], hidden_of(rows)[:, :-1][judged]
-        labels = blocks.input_ids[rows, 1:][judged]
-        parts.append(score_tokens(teacher_hidden, truth.head, student_hidden, head, labels))
-        if progress:
-            progress("evaluate", min(i + batch, len(blocks)), len(blocks))
+    parts, teacher_head = [], in_float32(truth.head)
+    with _on_accelerator(student, teacher_head.weight.device):
+        head, hidden_of = _student_answers(student, blocks, batch)
+        for i in range(0, len(blocks), batch):
+            rows = slice(i, i + batch)
+            judged = keep[rows]
+            teacher_hidden, student_hidden = truth.hidden[rows, :-1][judged], hidden_of(rows)[:, :-1][judged]
+            labels = blocks.input_ids[rows, 1:][judged]
+            parts.append(score_tokens(teacher_hidden, teacher_head, student_hidden, head, labels))
+            if progress:
+                progress("evaluate", min(i + batch, len(blocks)), len(blocks))
     values = {k: torch.cat([p[k] for p in parts if p]) for k in next(p for p in parts if p)}
     clusters = clusters_of(blocks)
     return summarise(values, blocks, keep, clusters, Bootstrap(clusters.count, bootstrap, seed), token_counts)
+
+
+def _on_accelerator(
+    student: BuiltStudent | PreTrainedModel | Reference, device: torch.device
+) -> AbstractContextManager[object]:
+    """Have a student's model on the device of the teacher's head within the context, where it fits there."""
+    return nullcontext() if isinstance(student, Reference) else moved_to(language_model(student), device)
 
 
 def _student_answers(

@@ -31,9 +31,11 @@ def check_judge(judge: str, teacher: str | Path, student: str | Path | None = No
 class Judge:
     """A causal language model with its own tokenizer, run layer by layer as a teacher is, so it may be large too."""
 
-    def __init__(self, folder: str | Path, memory: str | int = "auto", device: str = "auto"):
+    def __init__(
+        self, folder: str | Path, memory: str | int = "auto", device: str = "auto", gpu_memory: str | int = "auto"
+    ):
         self.name = Path(folder).resolve().name
-        self.model = load_teacher(folder, memory=memory, device=device)
+        self.model = load_teacher(folder, memory=memory, device=device, gpu_memory=gpu_memory)
         self.tokenizer = self.model.tokenizer()
 
     def nats_per_byte(self, prompts: Sequence[str], texts: Sequence[str]) -> float | None:

@@ -6,11 +6,14 @@ distinct bigrams (Li et al., 1510.03055) is given with it.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from moe2dense.common.devices import moved_to
 from moe2dense.config.schema import EvaluateConfig
 from moe2dense.data.blocks import Blocks, right_padded
 from moe2dense.evaluation.judge import Judge
@@ -50,13 +53,14 @@ def side_by_side(
     sampling = Sampling(temperature=options.sample_temperature, seed=seed)
     end: Any = tokenizer.eos_token_id  # an id, for a tokenizer of one text
     stop = set() if end is None else {end}
-    ids = {"student": student_texts(student, prompts, new, stop, sampling)}
+    with moved_to(student, teacher.device):
+        ids = {"student": student_texts(student, prompts, new, stop, sampling)}
     if most:
         ids["teacher"] = [completion.ids for completion in generate(teacher, prompts.tolist(), new, stop, sampling)]
     ids["text"] = blocks.input_ids[rows, prompt : prompt + new].tolist()
     texts = {writer: _texts(tokenizer, prompts, written) for writer, written in ids.items()}
     shown_prompts = [str(tokenizer.decode(p)) for p in prompts.tolist()]
-    scores = _scores(ids, prompts, {"teacher": teacher, "student": student})
+    scores = _scores(ids, prompts, {"teacher": teacher, "student": student}, teacher.device)
     for writer, written in texts.items():
         scores[writer]["distinct"] = distinct_bigrams(ids[writer])
         scores[writer]["judge"] = judge.nats_per_byte(shown_prompts, written) if judge else None
@@ -86,16 +90,17 @@ def _text(tokenizer: PreTrainedTokenizerBase, prompt: list[int], ids: list[int])
 
 
 def _scores(
-    written: Mapping[str, list[list[int]]], prompts: Tensor, readers: Mapping[str, AnyModel]
+    written: Mapping[str, list[list[int]]], prompts: Tensor, readers: Mapping[str, AnyModel], device: torch.device
 ) -> dict[str, dict[str, Any]]:
-    """Return {writer: {reader: mean NLL in nats per written token}}, from one forward of each reader over every text."""
+    """Return {writer: {reader: mean NLL in nats per written token}}, from one forward of each reader over every text on `device`."""
     writer_of = [(writer, i) for writer, texts in written.items() for i in range(len(texts))]
     ids, mask = right_padded([[*prompts[i].tolist(), *written[writer][i]] for writer, i in writer_of])
     judged = mask.clone()
     judged[:, : prompts.shape[1]] = False
     scores: dict[str, dict[str, Any]] = {writer: {} for writer in written}
     for reader, model in readers.items():
-        nll = text_nll(reference(model, Blocks(ids, attention_mask=mask)), judged)
+        with moved_to(model, device) if isinstance(model, PreTrainedModel) else nullcontext():
+            nll = text_nll(reference(model, Blocks(ids, attention_mask=mask)), judged)
         for writer in written:
             rows = [row for row, (name, _) in enumerate(writer_of) if name == writer]
             total, count = sum(float(nll[r].sum()) for r in rows), int(judged[rows].sum())

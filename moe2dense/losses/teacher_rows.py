@@ -81,7 +81,7 @@ class HiddenRows:
     def logits_of(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return the teacher's logits [t, V] at the tokens `rows`."""
         head = self.head
-        logits = product(self.hidden[rows].to(head.weight.dtype), head.weight.T, dtype)
+        logits = product(self.hidden[rows].to(head.weight), head.weight.T, dtype)
         if head.bias is not None:
             logits += head.bias
         if head.scale != 1.0:

@@ -101,6 +101,14 @@ def build_skeleton(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedMo
     return model
 
 
+def move_unsaved_buffers(model: nn.Module, device: torch.device) -> None:
+    """Move the buffers that no checkpoint holds (rotary frequencies) to the device that computes."""
+    for module in model.modules():
+        for name in module._non_persistent_buffers_set:
+            if (value := module._buffers.get(name)) is not None:
+                module._buffers[name] = value.to(device)
+
+
 def causal_model_class(model_type: str) -> str:
     """Return the name of transformers' causal language model of an architecture, as its configs name it."""
     names = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]

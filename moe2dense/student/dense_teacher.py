@@ -30,7 +30,7 @@ class OneExpert:
     """A dense FFN where a layer's routed experts are expected."""
 
     def __init__(self, ffn: GatedFFN):
-        self.ffn, self.width = ffn, ffn.gate.shape[0]
+        self.ffn, self.width, self.gating = ffn, ffn.gate.shape[0], ffn.gating
 
     def __len__(self) -> int:
         return 1
@@ -74,7 +74,7 @@ def single_expert(layer_pass: LayerPass, stats: RoutingStats) -> LayerPass:
     )
     rows = torch.nonzero(layer_pass.token_mask.cpu()).flatten()
     for part in rows.split(_CHUNK_TOKENS):
-        hidden = ffn.hidden(layer_pass.x[part].to(ffn.gate))
+        hidden = ffn.hidden(layer_pass.x[part.to(layer_pass.x.device)].to(ffn.gate))
         output = torch.nn.functional.linear(hidden, ffn.down.to(hidden), ffn.down_bias)
         stats.expert(view, 0, part, hidden.new_ones(len(part)), hidden, output)
     stats.layer(view)

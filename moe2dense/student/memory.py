@@ -1,4 +1,4 @@
-"""Give freed memory back to the system, and find a device with room.
+"""Give freed memory back to the system.
 
 glibc serves blocks of up to 32 MB, the size of many weights and activations, from a heap that it shortens only from its end.
 Building layer after layer leaves holes there, so a process that holds one layer at a time grows by about one layer each time
@@ -9,8 +9,6 @@ import ctypes
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-
-import torch
 
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1  # of malloc.h
 # bytes: where glibc's own growing threshold ends, and the threshold of a build that is short of memory
@@ -48,15 +46,3 @@ def eager_release(wanted: bool = True) -> Iterator[None]:
         library.mallopt(_MMAP_THRESHOLD, _USUAL)
         library.mallopt(_TRIM_THRESHOLD, 2 * _USUAL)
         library.malloc_trim(0)
-
-
-def free_bytes(device: torch.device) -> int:
-    """Return the bytes that a CUDA device has left, and those that torch holds of it without use."""
-    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return torch.cuda.mem_get_info(device)[0] + unused
-
-
-def device_with_room(wanted: torch.device | str, need: int) -> torch.device:
-    """Return `wanted`, or the CPU where it is a CUDA device with less than `need` bytes left."""
-    wanted = torch.device(wanted)
-    return torch.device("cpu") if wanted.type == "cuda" and free_bytes(wanted) < need else wanted

@@ -50,7 +50,9 @@ def save_parts(student: Student, folder: str | Path, parts: Iterable[dict[str, t
         size = 0
         for number, tensors in enumerate(parts):
             name = f"model-part-{number:05d}.safetensors"
-            save_file({n: t.detach().contiguous() for n, t in tensors.items()}, temporary / name, {"format": "pt"})
+            save_file(
+                {n: t.detach().cpu().contiguous() for n, t in tensors.items()}, temporary / name, {"format": "pt"}
+            )
             size += sum(t.nbytes for t in tensors.values())
             places |= dict.fromkeys(tensors, name)
         index = {"metadata": {"total_size": size}, "weight_map": places}

@@ -15,10 +15,12 @@ from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
 from moe2dense.modeling.gated_ffn import has_plain_gating
 from moe2dense.teacher import megablocks
-from moe2dense.teacher.experts import OnExpert, route, run_streamed
+from moe2dense.teacher.cost import resident_share
+from moe2dense.teacher.experts import route
 from moe2dense.teacher.layer_pass import LayerPass
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.memory import MemoryPlan
+from moe2dense.teacher.run_experts import OnExpert, run_streamed
 from moe2dense.teacher.sampled_routing import Resample
 from moe2dense.teacher.skeleton import Skeleton
 
@@ -46,8 +48,8 @@ def _refusal(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: Me
         return f"{card.title} scales its experts' inputs"
     if not plan.resident:
         return (
-            f"the teacher needs {show_bytes(plan.total_bytes)} in memory and at most half of "
-            f"{show_bytes(budget)} may hold weights; raise memory"
+            f"the teacher needs {show_bytes(plan.total_bytes)} in memory and {resident_share(bool(plan.ram_bytes))} of "
+            f"{show_bytes(budget)} may hold weights; raise {'gpu_memory' if plan.ram_bytes else 'memory'}"
         )
     if experts == "megablocks":
         if skeleton.device.type != "cuda":
@@ -56,8 +58,8 @@ def _refusal(experts: str, skeleton: Skeleton, layers: Sequence[Layer], plan: Me
             "" if _plain_gating(layers) else f"{card.title}'s experts are not silu(gate) * up"
         )
     sizes = skeleton.hidden_size, int(getattr(skeleton.model.config, card.expert_width))
-    if skeleton.device.type == "cpu" and any(n * skeleton.dtype.itemsize % 16 for n in sizes):
-        return f"on CPU rows must be multiples of 16 bytes, and the teacher's sizes are {sizes[0]} and {sizes[1]}"
+    if any(n * skeleton.dtype.itemsize % 16 for n in sizes):
+        return f"rows must be multiples of 16 bytes, and the teacher's sizes are {sizes[0]} and {sizes[1]}"
     return ""
 
 
@@ -88,6 +90,8 @@ def run_experts(runtime: ExpertRuntime, layer: Layer, layer_pass: LayerPass, on_
     assert layer.experts is not None and layer.card is not None
     if runtime.backend != "streamed" and on_expert is None:
         return _run_grouped(runtime.backend, layer, layer_pass, layer_pass.top_k_index, layer_pass.top_k_weights)
+    if runtime.backend == "grouped_mm":  # observers see one expert at a time, of those in memory
+        layer.load_experts()
     routing = route(layer_pass.top_k_index, layer_pass.token_mask, len(layer.experts))
     return run_streamed(
         layer.experts, layer_pass.x, routing, layer_pass.top_k_weights, layer_pass.y,

@@ -65,11 +65,11 @@ class SpilledTensor:
 
 
 class Arena:
-    """Named buffers within a byte budget: in memory while they fit, memory-mapped after that."""
+    """Named buffers within a byte budget: on `device` while they fit, in `ram` bytes of this machine's memory beside it, then on disk."""
 
-    def __init__(self, budget: int, device: torch.device, spill: SpillFolder):
-        self.budget, self.device, self.spill = budget, device, spill
-        self.used = 0
+    def __init__(self, budget: int, device: torch.device, spill: SpillFolder, ram: int = 0):
+        self.budget, self.device, self.spill, self.ram = budget, device, spill, ram
+        self.used = self.used_ram = 0
         self.spilled: dict[str, SpilledTensor] = {}
         self._buffers: dict[str, Tensor] = {}
 
@@ -82,6 +82,9 @@ class Arena:
         if self.used + nbytes <= self.budget:
             self.used += nbytes
             self._buffers[name] = torch.empty(shape, dtype=dtype, device=self.device)
+        elif self.used_ram + nbytes <= self.ram:
+            self.used_ram += nbytes
+            self._buffers[name] = host_memory(nbytes, for_gpu=True).view(dtype).view(shape)
         else:
             self.spilled[name] = self.spill.tensor(shape, dtype, f"spilling the buffer {name!r}")
             self._buffers[name] = self.spilled[name].tensor
@@ -91,6 +94,11 @@ class Arena:
         """Drop every spilled buffer's pages from memory."""
         for item in self.spilled.values():
             item.release()
+
+
+def host_memory(nbytes: int, for_gpu: bool) -> Tensor:
+    """Return memory [nbytes] uint8; for a GPU it is pinned, so that the GPU copies from it without the CPU's help."""
+    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=for_gpu)
 
 
 class Scratch:

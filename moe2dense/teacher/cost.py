@@ -14,11 +14,14 @@ from moe2dense.modeling.shape import Geometry
 HIDDEN_COPIES = 5  # residual stream in and out, attention output, block input and output, while a layer runs
 WORK_BYTES = 96_000_000  # slices of converted weights, activations of a chunk
 LEAST_MACRO_BATCH = 4096  # below this, hidden states spill rather than the weights being read more often
+EXPERT_CACHE = 4  # a fourth of the memory may keep a layer's experts while its student is built
+_GPU_SHARE = 0.9  # of a GPU's free memory: its libraries need some, and torch's blocks leave gaps
+_RESIDENT_SHARE = 0.85  # of that, which weights may take for good
 _COMPUTE_BYTES = 4  # of a number in float32, in which a CPU computes
 
 
 def memory_budget(memory: str | int | float, what: str = "memory", free: int | None = None) -> int:
-    """Return the bytes for weights and hidden states. `auto` is half of what is free, of this machine or as `free` says.
+    """Return the bytes for weights and hidden states in a machine's memory. `auto` is half of what is free (`free`, else measured).
 
     `what` is the name of the argument in errors. Raises UserError for no size, or one that holds no layer.
     """
@@ -27,28 +30,51 @@ def memory_budget(memory: str | int | float, what: str = "memory", free: int | N
     return parse_memory(memory, what)
 
 
+def gpu_budget(memory: str | int | float, free: int, what: str = "gpu_memory") -> int:
+    """Return the bytes of a GPU's memory that may be used; `auto` is what is `free` but a tenth. Raises UserError for no size."""
+    return int(_GPU_SHARE * free) if memory == "auto" else parse_memory(memory, what)
+
+
 @dataclass(frozen=True)
 class BudgetSplit:
     """What a budget of bytes is spent on."""
 
     resident: bool  # the whole model stays in memory
     prefetch_bytes: int  # experts that are read ahead
-    hidden_bytes: int  # what is left for hidden states
+    hidden_bytes: int  # for hidden states, where the budget is
     macro_batch: int  # tokens per read of the weights
+    build_bytes: int  # for building a student's layer: neurons to choose from, Gram matrices, fits
 
 
-def split_budget(budget: int, total: int, layer: int, expert: int, token: int) -> BudgetSplit:
+def split_budget(budget: int, total: int, layer: int, expert: int, token: int, ram: int = 0) -> BudgetSplit:
     """Split a budget between weights, experts read ahead and hidden states; all in bytes.
 
     total: the whole model; layer: its largest layer without routed experts; expert: its largest expert as stored; token: all
-    copies of one token's hidden state.
+    copies of one token's hidden state. The budget is a GPU's where there is `ram` beside it: the model stays there where it
+    leaves some room, and hidden states that find none rest in `ram`.
     """
+    if ram:
+        return _split_gpu(budget, total, layer, expert, token, ram)
     resident = total <= budget // 2
     weights = total if resident else layer + 2 * expert
     left = max(budget - weights - WORK_BYTES, budget // 8)
     prefetch = 2 * expert + (0 if resident else min(left // 4, 2 * expert))
     left -= max(0, prefetch - 2 * expert)
-    return BudgetSplit(resident, prefetch, left, max(LEAST_MACRO_BATCH, left // token))
+    return BudgetSplit(resident, prefetch, left, max(LEAST_MACRO_BATCH, left // token), budget // 2)
+
+
+def resident_share(on_gpu: bool) -> str:
+    """Say how much of a budget weights may take for good."""
+    return f"{_RESIDENT_SHARE:.0%}" if on_gpu else "at most half"
+
+
+def _split_gpu(budget: int, total: int, layer: int, expert: int, token: int, ram: int) -> BudgetSplit:
+    """Split a GPU's memory. What weights leave is for hidden states and the building of a layer, half and half."""
+    resident = total <= _RESIDENT_SHARE * budget
+    weights = total if resident else layer + 3 * expert  # one computing, one on its way, one's worth of products
+    left = max(budget - weights - WORK_BYTES, budget // 16)
+    held = left // 2 + ram // 2
+    return BudgetSplit(resident, 4 * expert, left // 2, max(LEAST_MACRO_BATCH, held // token), left // 2)
 
 
 def checkpoint_bytes(teacher: ResolvedTeacher, shape: Geometry) -> int:
@@ -69,8 +95,14 @@ def resident_layer_bytes(shape: Geometry) -> int:
     return _layer_bytes(shape) + 2 * _COMPUTE_BYTES * shape.expert_parameters
 
 
+def split_for(shape: Geometry, budget: int, ram: int = 0) -> BudgetSplit:
+    """Return how a budget is split for a teacher of this shape: a GPU's where there is `ram` beside it, in half precision."""
+    itemsize = _COMPUTE_BYTES // 2 if ram else _COMPUTE_BYTES
+    total, expert = itemsize * shape.parameters, itemsize * shape.expert_parameters
+    layer = _layer_bytes(shape) * itemsize // _COMPUTE_BYTES
+    return split_budget(budget, total, layer, expert, itemsize * HIDDEN_COPIES * shape.hidden_size, ram)
+
+
 def macro_batch_tokens(budget: int, shape: Geometry) -> int:
     """Return how many tokens share one read of the weights: those whose hidden states fit beside what is in memory."""
-    token = _COMPUTE_BYTES * HIDDEN_COPIES * shape.hidden_size
-    total, expert = _COMPUTE_BYTES * shape.parameters, _COMPUTE_BYTES * shape.expert_parameters
-    return split_budget(budget, total, _layer_bytes(shape), expert, token).macro_batch
+    return split_for(shape, budget).macro_batch

@@ -37,7 +37,7 @@ class _CachedStream(Stream):
     """One pass over the layers for the newest tokens [B, s] of all groups; their caches grow by s."""
 
     def __init__(self, teacher: Teacher, ids: Tensor, groups: list[_Group]):
-        arena = Arena(teacher.plan.hidden_bytes // 2, teacher.device, SpillFolder())
+        arena = Arena(teacher.plan.hidden_bytes // 2, teacher.device, SpillFolder(), teacher.plan.ram_bytes)
         super().__init__(teacher, teacher.layers, teacher.runtime, teacher.chunk_tokens, ids, None, None, [], arena)
         self.groups = groups
         self.token_mask = torch.cat([g.mask[:, -ids.shape[1] :] for g in groups]).reshape(-1).bool()

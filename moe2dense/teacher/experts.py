@@ -1,8 +1,6 @@
-"""One expert as a plain gated FFN, the experts of a layer on demand, and the ways to run them over a macro-batch."""
+"""One expert as a plain gated FFN, and the experts of a layer on demand."""
 
-import queue
-import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,9 +118,14 @@ class ExpertWeights:
                 self._add_output(self._neurons(x_n, span, scratch), span, y_n, scratch)
         return y if self.down_bias is None else y.add_(self.down_bias)
 
+    @property
+    def device(self) -> torch.device:
+        """Where its matrices are."""
+        return self.stored[0].device
+
     def to(self, device: torch.device | str) -> "ExpertWeights":
-        """Return the same expert with its matrices on `device`."""
-        g, u, d = (t.to(device) for t in self.stored)
+        """Return the same expert with its matrices on `device`; from pinned memory they arrive in the order of the stream."""
+        g, u, d = (t.to(device, non_blocking=True) for t in self.stored)
         biases = tuple(None if b is None else b.to(device) for b in (self.gate_bias, self.up_bias, self.down_bias))
         return ExpertWeights(g, u, d, self.gating, self.dtype, biases)  # type: ignore[arg-type]
 
@@ -188,6 +191,8 @@ class LayerExperts:
         self.width = 0  # neurons of one expert
         self.keep: dict[int, ExpertWeights] | None = None  # filled when the teacher stays in memory
         self.stacked: Any = None  # the module that holds all experts in memory, once a grouped backend has filled it
+        self.cache: dict[int, ExpertWeights] = {}  # as read from disk, until the layer is given back
+        self.cache_bytes = 0  # that it may still take
 
     def __len__(self) -> int:
         return self.count
@@ -199,10 +204,24 @@ class LayerExperts:
             return self.keep[expert]
         if self.stacked is not None:
             return self._view(expert)
-        weights = self.read(expert).to(self.device)
+        stored = self.cache.get(expert)
+        weights = (self.read(expert) if stored is None else stored).to(self.device)
         if self.keep is not None:
             weights = self.keep[expert] = weights.resident()
         return weights
+
+    def remember(self, expert: int, weights: ExpertWeights) -> bool:
+        """Keep an expert as it was read, where there is room; return whether it is kept, and its memory with it."""
+        size = sum(matrix.nbytes for matrix in weights.stored)
+        if self.cache_bytes < size:
+            return False
+        self.cache_bytes -= size
+        self.cache[expert] = weights
+        return True
+
+    def forget(self) -> None:
+        """Free what was kept of the experts as they were read."""
+        self.cache, self.cache_bytes = {}, 0
 
     def _view(self, expert: int) -> ExpertWeights:
         """Return one of the stacked experts, sharing their memory."""
@@ -241,84 +260,3 @@ class LayerExperts:
             gate_bias, up_bias = _halves(both, self.layout.interleaved)
         biases = (gate_bias, up_bias, w.bias(name + "down_proj_bias", expert))
         return ExpertWeights(gate, up, down, self.gating, self.dtype, biases)
-
-
-def prefetch(experts: LayerExperts, wanted: Iterable[int], budget: int) -> Iterator[tuple[int, ExpertWeights]]:
-    """Yield (e, expert) in order, the next ones read by one thread while the caller computes.
-
-    Two buffers or more, as many as `budget` bytes allow (at most four), are reused; an expert is valid until the next is asked for.
-    """
-    wanted = list(wanted)
-    if not wanted:
-        return
-    size = max(experts.nbytes(e) for e in wanted)
-    buffers: queue.Queue[Tensor] = queue.Queue()
-    for _ in range(min(len(wanted), max(2, min(4, budget // max(size, 1))))):
-        buffers.put(torch.empty(size, dtype=torch.uint8))
-    ready: queue.Queue[Any] = queue.Queue()
-    stop = threading.Event()
-
-    def work() -> None:
-        try:
-            for e in wanted:
-                buffer = buffers.get()
-                if stop.is_set():
-                    return
-                ready.put((e, experts.read(e, buffer[: experts.nbytes(e)]), buffer))
-        except BaseException as error:
-            ready.put(error)
-
-    thread = threading.Thread(target=work, name="expert-reader", daemon=True)
-    thread.start()
-    try:
-        for _ in wanted:
-            item = ready.get()
-            if isinstance(item, BaseException):
-                raise item
-            e, expert, buffer = item
-            yield e, expert.to(experts.device)
-            buffers.put(buffer)
-    finally:
-        stop.set()
-        buffers.put(torch.empty(0, dtype=torch.uint8))
-        thread.join()
-
-
-OnExpert = Callable[[int, Tensor, Tensor, Tensor, Tensor], None]  # (e, rows, weights, hidden, output)
-
-
-def run_streamed(
-    experts: LayerExperts,
-    x: Tensor,
-    routing: Routing,
-    weights: Tensor,
-    out: Tensor,
-    *,
-    input_scaled: bool = False,
-    on_expert: OnExpert | None = None,
-    budget: int = 0,
-) -> None:
-    """Add sum_e w_te f_e(x_t) to `out` [T, H], one expert in memory at a time.
-
-    x [T, H], weights [T, K]. With `input_scaled` the weight multiplies the expert's input and its output is added as it is.
-    """
-    hit = routing.hit()
-    if experts.keep is not None or experts.stacked is not None:
-        source: Iterable[tuple[int, ExpertWeights]] = ((e, experts[e]) for e in hit)
-    else:
-        source = prefetch(experts, hit, budget)
-    scratch = Scratch()
-    for e, expert in source:
-        rows, slots = routing.of(e)
-        shape, kind = (len(rows), x.shape[1]), (x.dtype, x.device)
-        x_n = torch.index_select(x, 0, rows.to(x.device), out=scratch.take("x", shape, *kind))
-        x_n, w_n = (t.to(experts.device, experts.dtype) for t in (x_n, weights[rows, slots]))
-        if input_scaled:
-            x_n, w_n = x_n * w_n[:, None], torch.ones_like(w_n)
-        if on_expert is None:
-            y_n = expert(x_n, scratch)
-        else:
-            hidden = expert.hidden(x_n, scratch)
-            y_n = expert.output(hidden, scratch)
-            on_expert(e, rows, w_n, hidden, y_n)
-        out.index_add_(0, rows.to(out.device), y_n.mul_(w_n[:, None]).to(out.device, out.dtype))

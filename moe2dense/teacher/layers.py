@@ -104,6 +104,8 @@ class Layer:
 
     def unload(self) -> None:
         """Free the weights, unless the whole teacher stays in memory."""
+        if self.experts is not None:
+            self.experts.forget()
         if self.loaded and not self.resident:
             for name, value in internals.saved_tensors(self.module).items():
                 if not value.is_meta:

@@ -78,10 +78,12 @@ def load_teacher(
     top_k: int = 0,
     draw: int | None = None,
     seed: int = 0,
+    gpu_memory: str | int = "auto",
 ) -> Teacher:
     """Open a teacher: a folder in hub layout, a hub id, or a known name.
 
-    memory: budget for weights and hidden states, such as "2GB"; auto = half of what is free.
+    memory: of this machine for weights and hidden states, such as "2GB"; auto = half of what is free. gpu_memory: of the GPU, where
+    one computes; auto = what is free but a tenth.
     experts: auto | streamed | grouped_mm | megablocks. device: auto | cpu | cuda.
     card: the family's card, for a family that is not shipped; a model without experts needs none and has `.card` None.
     quantize: int8 | int4 | nf4 rounds every expert as it is read (simulated: nothing gets smaller); top_k: experts per token, in the
@@ -97,13 +99,13 @@ def load_teacher(
         check_card(config, family)
     if draw is not None:
         own = experts_per_token(config, family)
-        plain = Teacher(folder, read_config(str(folder)), family, memory, "streamed", device)
+        plain = Teacher(folder, read_config(str(folder)), family, memory, "streamed", device, gpu_memory=gpu_memory)
         resample = Resample(top_k or own, normalizes(plain), draw, seed)
     if top_k:
         widen_routing(config, family, top_k)
     if resample is not None:
         widen_routing(config, family, getattr(config.get_text_config(), family.num_experts if family else ""))
-    teacher = Teacher(folder, config, family, memory, backend, device, quantize, resample)
+    teacher = Teacher(folder, config, family, memory, backend, device, quantize, resample, gpu_memory)
     for remark in teacher.remarks:
         warnings.warn(remark, stacklevel=2)
     return teacher

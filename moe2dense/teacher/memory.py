@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
+from moe2dense.common.devices import CPU
 from moe2dense.modeling.internals import saved_tensors
 from moe2dense.teacher.cost import HIDDEN_COPIES, split_budget
 from moe2dense.teacher.layers import Layer
@@ -24,25 +25,28 @@ class MemoryPlan:
     layer_bytes: int  # the largest layer without its routed experts, in the compute dtype
     expert_bytes: int  # the largest expert as stored
     prefetch_bytes: int  # for experts that are read ahead
-    hidden_bytes: int  # what is left for hidden states
+    hidden_bytes: int  # for hidden states, on the device that computes
+    ram_bytes: int  # for those that find no room there: a GPU's neighbour, 0 on a CPU
     macro_batch: int  # tokens per read of the weights
     chunk_tokens: int  # tokens through a decoder layer at once
+    build_bytes: int  # for building a layer of a student: its neurons, Gram matrices and fits
+    device: torch.device  # computes
+
+    def states_device(self, nbytes: int) -> torch.device:
+        """Return where a student's hidden states of so many bytes rest while it is built: a GPU with room for them, else RAM."""
+        return self.device if self.device.type == "cpu" or nbytes <= self.hidden_bytes // 2 else CPU
 
 
-def free_memory(device: torch.device) -> int:
-    """Return the free bytes of the device that computes."""
-    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-
-
-def plan_memory(skeleton: Skeleton, layers: Sequence[Layer], budget: int) -> MemoryPlan:
-    """Split a budget of bytes; see MemoryPlan."""
+def plan_memory(skeleton: Skeleton, layers: Sequence[Layer], budget: int, ram: int = 0) -> MemoryPlan:
+    """Split a budget of bytes, a GPU's where there is `ram` beside it; see MemoryPlan."""
     itemsize = skeleton.dtype.itemsize
     total = sum(t.numel() * itemsize for t in saved_tensors(skeleton.model).values())
     layer_bytes = max(
         sum(skeleton.shapes[layer.prefix + n].numel() for n in layer.names) * itemsize for layer in layers
     )
     expert_bytes = max((layer.experts.nbytes(0) for layer in layers if layer.experts is not None), default=0)
-    split = split_budget(budget, total, layer_bytes, expert_bytes, skeleton.hidden_size * itemsize * HIDDEN_COPIES)
+    token = skeleton.hidden_size * itemsize * HIDDEN_COPIES
+    split = split_budget(budget, total, layer_bytes, expert_bytes, token, ram)
     return MemoryPlan(
         total_bytes=total,
         resident=split.resident,
@@ -51,6 +55,9 @@ def plan_memory(skeleton: Skeleton, layers: Sequence[Layer], budget: int) -> Mem
         expert_bytes=expert_bytes,
         prefetch_bytes=split.prefetch_bytes,
         hidden_bytes=split.hidden_bytes,
+        ram_bytes=ram // 2,
         macro_batch=split.macro_batch,
         chunk_tokens=_CHUNK_TOKENS,
+        build_bytes=split.build_bytes,
+        device=skeleton.device,
     )

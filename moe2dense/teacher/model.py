@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 
+from moe2dense.common.devices import free_bytes
 from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.errors import UserError, first_line
 from moe2dense.families.cards import TeacherCard
@@ -17,10 +18,10 @@ from moe2dense.modeling.shape import check_config
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.check import check_coverage, check_quantization
-from moe2dense.teacher.cost import memory_budget
+from moe2dense.teacher.cost import EXPERT_CACHE, gpu_budget, memory_budget
 from moe2dense.teacher.layers import Layer
 from moe2dense.teacher.lm_head import LMHead
-from moe2dense.teacher.memory import MemoryPlan, free_memory, plan_memory
+from moe2dense.teacher.memory import MemoryPlan, plan_memory
 from moe2dense.teacher.observer import Observer
 from moe2dense.teacher.sampled_routing import Resample
 from moe2dense.teacher.skeleton import Skeleton, quantization_of
@@ -48,6 +49,7 @@ class Teacher(Skeleton):
         device: str,
         quantize: str = "",
         resample: Resample | None = None,
+        gpu_memory: str | int = "auto",
     ):
         check_quantization(path, quantization_of(config))
         check_config(config, card)
@@ -55,8 +57,11 @@ class Teacher(Skeleton):
         self.resample = resample
         self.layers = [Layer(self, index) for index in range(len(self.body.layers))]
         check_coverage(self, self.layers)
-        self.budget = memory_budget(memory, free=free_memory(self.device))
-        self.plan: MemoryPlan = plan_memory(self, self.layers, self.budget)
+        # bytes of the machine's memory, and of the memory of the device that computes
+        self.ram = memory_budget(memory)
+        on_gpu = self.device.type == "cuda"
+        self.budget = gpu_budget(gpu_memory, free_bytes(self.device)) if on_gpu else self.ram
+        self.plan: MemoryPlan = plan_memory(self, self.layers, self.budget, self.ram if on_gpu else 0)
         self.resident = self.plan.resident
         self.checkpoint.drop_pages = self.plan.drop_pages
         self.chunk_tokens = self.plan.chunk_tokens
@@ -110,16 +115,20 @@ class Teacher(Skeleton):
         attention_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         observers: Sequence[Observer] = (),
+        keep_experts: bool = False,
     ) -> Stream:
         """Return an iterator over the layers of all blocks as one macro-batch; `.hidden_states` afterwards. See `LayerPass`.
 
         input_ids [N, S]; attention_mask [N, S], 0 = padding; document_ids [N, S]: a token sees only its own document.
+        keep_experts: a layer's experts, once read, stay in memory while the layer does, as far as a quarter of the memory
+        takes them, so that whoever looks at the layer does not read them again.
         """
         mask, positions = masks(self, input_ids, attention_mask, document_ids)
-        arena = Arena(self.plan.hidden_bytes, self.device, SpillFolder())
+        arena = Arena(self.plan.hidden_bytes, self.device, SpillFolder(), self.plan.ram_bytes)
         stream = Stream(
-            self, self.layers, self.runtime, self.chunk_tokens, input_ids, mask, positions, list(observers), arena
-        )
+            self, self.layers, self.runtime, self.chunk_tokens, input_ids, mask, positions, list(observers), arena,
+            self.ram // EXPERT_CACHE if keep_experts and not self.resident else 0,
+        )  # fmt: skip
         if attention_mask is not None:
             stream.token_mask = attention_mask.reshape(-1).bool()
         return stream

@@ -86,7 +86,7 @@ class RoutingStats(Observer):
         stats.weighted_norm[e] += (w * norm).sum().cpu()
         stats.output[e] += output.double().sum(0).cpu()
         if stats.neuron_energy is not None:
-            stats.neuron_energy[e] += (hidden * weights[:, None]).square().sum(0).double().cpu()
+            stats.neuron_energy[e] += (hidden.float() * weights[:, None].float()).square().sum(0).double().cpu()
 
     def layer(self, layer: LayerPass) -> None:
         """Add what the router decided."""

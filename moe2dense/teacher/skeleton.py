@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from moe2dense.common.devices import pick_device
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
 from moe2dense.modeling import internals
@@ -38,7 +39,7 @@ class Skeleton:
     def __init__(self, path: Path, config: PreTrainedConfig, card: TeacherCard | None, device: str, quantize: str = ""):
         self.path, self.config, self.card, self.quantize = path, config, card, quantize
         self.device = pick_device(device)
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = compute_dtype(self.device)
         text = config.get_text_config()
         self.model = internals.build_skeleton(text, self.dtype)
         self.checkpoint = Checkpoint(path)
@@ -102,18 +103,21 @@ class Skeleton:
                 first, last = int(used[lo]), int(used[hi - 1])
                 part = self.weights.rows(self.embedding_name, first, last + 1)
                 table[lo:hi] = part[used[lo:hi] - first].to(self.dtype)
+        table = table.to(self.device)
         for rows in chunks:
-            yield internals.embed(self.body, table.to(self.device), index[rows].to(self.device))
+            yield internals.embed(self.body, table, index[rows].to(self.device))
 
     def load_rest(self) -> None:
         """Read norms and whatever else lies outside layers, embedding and head; it stays in memory."""
         for name, value in internals.saved_tensors(self.model).items():
             if not name.startswith((self.layers_prefix, "lm_head.")) and name != self.embedding_name and value.is_meta:
                 assign(self.model, name, self.converted(name))
-        for module in self.model.modules():
-            for name in module._non_persistent_buffers_set:
-                if (value := module._buffers.get(name)) is not None:
-                    module._buffers[name] = value.to(self.device)
+        internals.move_unsaved_buffers(self.model, self.device)
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """Return the precision that a teacher is computed in: bfloat16 on a GPU, float32 on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def _packed_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> PackedWeights:
@@ -174,16 +178,3 @@ def _language_prefix(checkpoint: Checkpoint) -> str:
         if any(name.startswith(prefix) for name in checkpoint.tensors):
             return prefix
     return ""
-
-
-def pick_device(device: str) -> torch.device:
-    """Return a device by name; `auto` is CUDA where there is one. Raises UserError for a device that is not there."""
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UserError(f"device must be auto, cpu or cuda; found {device!r}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UserError("device is cuda, but torch finds no CUDA device; use device='cpu' or a torch built for CUDA")
-    return chosen

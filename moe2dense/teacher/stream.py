@@ -35,7 +35,10 @@ class _AtExperts(Exception):
 
 
 class Stream:
-    """Iterate over the layers of one macro-batch; afterwards `.hidden_states` [N, S, H] is the final, normed hidden state."""
+    """Iterate over the layers of one macro-batch; afterwards `.hidden_states` [N, S, H] is the final, normed hidden state.
+
+    expert_cache: bytes of a layer's experts that stay in memory as they were read until the next layer begins.
+    """
 
     def __init__(
         self,
@@ -48,11 +51,12 @@ class Stream:
         position_ids: Tensor | None,
         observers: list[Observer],
         arena: Arena,
+        expert_cache: int = 0,
     ):
         self.skeleton, self.ids = skeleton, input_ids
         self.layers, self.runtime, self.chunk_tokens = layers, runtime, chunk_tokens
         self.mask, self.positions = attention_mask, position_ids
-        self.observers, self.arena = observers, arena
+        self.observers, self.arena, self.expert_cache = observers, arena, expert_cache
         self.shape = (*input_ids.shape, skeleton.hidden_size)
         self.hidden_states: Tensor | None = None
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
@@ -116,6 +120,8 @@ class Stream:
         for layer in self.layers:
             try:
                 layer.load()
+                if layer.experts is not None:
+                    layer.experts.cache_bytes = self.expert_cache
                 layer_pass = self._layer(layer, hidden, other)
                 self._check_finite(layer_pass)
                 for observer in self.observers:

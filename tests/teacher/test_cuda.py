@@ -11,11 +11,11 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 @pytest.mark.parametrize("name", ["mixtral", "qwen2_moe", "deepseek_v3", "gpt_oss", "llama4_text"])
-@pytest.mark.parametrize("memory", ["auto", "17MB"])
-def test_near_the_reference(name, memory, tmp_path):
+@pytest.mark.parametrize("gpu_memory", ["auto", "17MB"])
+def test_near_the_reference(name, gpu_memory, tmp_path):
     reference = make(name, tmp_path, hidden_size=32)
     ids = blocks(reference)
-    teacher = load_teacher(tmp_path, memory=memory, device="cuda")
+    teacher = load_teacher(tmp_path, gpu_memory=gpu_memory, device="cuda")
     assert teacher.dtype == torch.bfloat16
     stats = RoutingStats(neurons=True)
     out, want = teacher.run(ids, observers=[stats]).logits, reference(ids).logits

@@ -5,6 +5,7 @@ from rich.markup import escape
 
 from moe2dense.common.units import parse_count
 from moe2dense.config.schema import DataConfig
+from moe2dense.config.teacher import TeacherConfig
 from moe2dense.conversion.text_options import text_options_for
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.counts import TextCounts
@@ -17,12 +18,13 @@ from moe2dense.teacher.model import Teacher
 _LONGEST_BLOCK = 2048
 
 
-def open_teacher(
-    name: str, *, memory: str = "auto", experts: str = "auto", device: str = "auto", card: str = ""
-) -> Teacher:
+def open_teacher(name: str, options: TeacherConfig) -> Teacher:
     """Open the teacher that `name` means, ready to stream. Raises UserError as resolve_teacher and load_teacher do."""
-    teacher = resolve_teacher(name, card)
-    return load_teacher(fetch(teacher), memory=memory, experts=experts, device=device, card=teacher.card)
+    teacher = resolve_teacher(name, options.card)
+    return load_teacher(
+        fetch(teacher), memory=options.memory, experts=options.experts, device=options.device, card=teacher.card,
+        gpu_memory=options.gpu_memory,
+    )  # fmt: skip
 
 
 def block_length(teacher: Teacher, block: int) -> int:

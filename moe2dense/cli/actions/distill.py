@@ -2,14 +2,18 @@
 
 from pathlib import Path
 
+import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from moe2dense.cli.actions.distill_request import DistillRequest
 from moe2dense.cli.actions.distill_sources import Material, Setting, gather
+from moe2dense.common.devices import moved_to, pick_device
 from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.choice import load_checkpoint
+from moe2dense.data.blocks import Blocks
 from moe2dense.data.overlap import overlap_warning, seen_share
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.checkpoints import Checkpoints
@@ -30,12 +34,12 @@ def run_distillation(request: DistillRequest) -> None:
     """Train the student, export it to OUT/model, and print what was done. Raises UserError for bad input."""
     student = open_student(request.student)
     tokenizer = student.teacher_path or str(student_folder(request.student))
-    console = Console()
+    console, device = Console(), pick_device(request.settings.teacher.device)
     with progress_for(console) as progress:
         material = gather(Setting(request, student, tokenizer, console, progress))
         if material.valid is not None and (warning := overlap_warning(seen_share(material.valid, material.data))):
             console.print(f"[yellow]warning:[/] {warning}")
-        before = None if material.answers is None else answer_nll(student.model, material.answers)
+        before = None if material.answers is None else _answer_nll(student.model, material.answers, device)
         result = distill(
             student,
             material.teacher,
@@ -50,12 +54,13 @@ def run_distillation(request: DistillRequest) -> None:
             resume=request.resume,
             progress=progress,
             regime=_regime(request.settings, material),
+            device=device,
         )
     student, step = _closest(request, student, result, material.train)
     exported = export(student, request.out / "model", tokenizer=tokenizer, overwrite=request.resume)
     copy_heads(request.out, exported.path)
     if before is not None and material.answers is not None:
-        after = answer_nll(student.model, material.answers)
+        after = _answer_nll(student.model, material.answers, device)
         console.print(
             f"held-out answers: {before:.3f} nats per token before training, {after:.3f} nats per token after"
         )
@@ -82,6 +87,12 @@ def _which(result: TrainResult, step: int) -> str:
     if step == 0:
         return f"; training brought the student no closer to its teacher, and the model is the student as it was ({measured})"
     return f"; the model is the student after step {step} ({measured})"
+
+
+def _answer_nll(model: PreTrainedModel, answers: Blocks, device: torch.device) -> float:
+    """Return a model's mean nats per learnt token, computed on `device` where it fits there."""
+    with moved_to(model, device):
+        return answer_nll(model, answers)
 
 
 def _regime(settings: RunConfig, material: Material) -> Regime | None:

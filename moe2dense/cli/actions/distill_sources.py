@@ -149,7 +149,7 @@ def _from_teacher(setting: Setting, train: Blocks) -> Material:
     request, settings = setting.request, setting.request.settings
     options = settings.teacher
     assert request.teacher is not None
-    teacher = open_teacher(request.teacher, memory=options.memory, device=options.device, card=options.card)
+    teacher = open_teacher(request.teacher, options)
     compared = compare_vocabularies(teacher.tokenizer(), setting.tokenizer())
     if not compared.same:
         return _across_tokenizers(setting, teacher, train, compared.difference)

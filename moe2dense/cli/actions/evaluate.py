@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moe2dense.cli.actions.common import open_teacher, read_text
 from moe2dense.cli.tables import task_table
+from moe2dense.common.devices import moved_to
 from moe2dense.common.files import atomic_write
 from moe2dense.common.numbers import show_number
 from moe2dense.common.units import parse_count
@@ -53,13 +54,13 @@ def run_evaluation(request: EvalRequest, out: Path | None, as_json: bool = False
     if request.tasks:
         check_harness()
         read_tasks(list(request.tasks))
-    teacher = open_teacher(request.teacher, memory=options.memory, device=options.device, card=options.card)
+    teacher = open_teacher(request.teacher, options)
     check_baselines([request.student], teacher.tokenizer(), "STUDENT")
     check_baselines(baselines, teacher.tokenizer())
     judge = None
     if settings.evaluate.judge:
         check_judge(settings.evaluate.judge, teacher.path, request.student)
-        judge = Judge(settings.evaluate.judge, options.memory, options.device)
+        judge = Judge(settings.evaluate.judge, options.memory, options.device, options.gpu_memory)
     count = parse_count(request.tokens, "--tokens")
     blocks = read_text(request.data, teacher, settings.data, request.split, count, settings.seed)
     check_allowed(allowed, blocks.domains)
@@ -88,7 +89,9 @@ def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judg
         model = open_baseline(name)
         rows[name] = evaluate(model, teacher_states, seed=seed, token_counts=counts)
         if scores is not None:
-            for task, metrics in run_tasks({name: model}, tokenizer, tasks, limit=limit, seed=seed).items():
+            with moved_to(model, teacher.device):
+                answers = run_tasks({name: model}, tokenizer, tasks, limit=limit, seed=seed)
+            for task, metrics in answers.items():
                 for metric, values in metrics.items():
                     scores[task][metric] |= values
         if samples and name == request.student:

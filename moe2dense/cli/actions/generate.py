@@ -18,9 +18,7 @@ def run_generation(name: str, data: str, out: Path, tokens: str, settings: RunCo
     count, options = parse_count(tokens, "--tokens"), settings.teacher
     with join_processes() as rank:
         console = Console(quiet=rank > 0)
-        teacher = open_teacher(
-            name, memory=options.memory, experts=options.experts, device=options.device, card=options.card
-        )
+        teacher = open_teacher(name, options)
         block = block_length(teacher, settings.data.block)
         with progress_for(console) as progress:
             write_text(

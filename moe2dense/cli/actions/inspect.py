@@ -57,7 +57,7 @@ def inspect_checkpoint(what: str, data: str | None, tokens: str, settings: RunCo
     shape = teacher_geometry(resolved.config, resolved.card)
     routing = sample = None
     if data:
-        teacher = open_teacher(what, memory=options.memory, card=options.card)
+        teacher = open_teacher(what, options)
         count = parse_count(tokens, "--tokens")
         blocks = read_text(data, teacher, settings.data, "valid", count)
         routing, sample = routing_report(teacher, blocks), learnt_pieces(blocks, teacher.tokenizer())

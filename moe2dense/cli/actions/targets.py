@@ -61,9 +61,7 @@ def run_targets(request: TargetsRequest, analyze: bool = False, as_json: bool = 
     _check(request, analyze)
     count, options, seed = parse_count(request.tokens, "--tokens"), request.settings.teacher, request.settings.seed
     console = Console(stderr=as_json)
-    teacher = open_teacher(
-        request.teacher, memory=options.memory, experts=options.experts, device=options.device, card=options.card
-    )
+    teacher = open_teacher(request.teacher, options)
     layers = teacher.config.get_text_config().num_hidden_layers
     features = teacher_features(request.features, layers, layers)
     blocks = read_text(request.data, teacher, request.settings.data, "train", count, seed)

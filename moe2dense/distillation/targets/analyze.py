@@ -20,7 +20,7 @@ _EXAMPLES = 5
 
 def _logits(rows: TeacherRows, part: slice) -> Tensor:
     if isinstance(rows, HiddenRows):
-        return rows.head.logits(rows.hidden[part].to(rows.head.weight.dtype)).float()
+        return rows.head.logits(rows.hidden[part].to(rows.head.weight)).float()
     if isinstance(rows, LogitRows):
         return rows.logits[part].float()
     raise UserError(
@@ -35,6 +35,7 @@ def soft_label_numbers(logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
     entropy H(p); nll -log p(label); top-k mass; dark: the mass off the likeliest token; top1_is_label: 1 where the likeliest
     token is the label.
     """
+    labels = labels.to(logits.device)
     log_p = logits.log_softmax(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
     top = log_p.topk(min(max(TOP), log_p.shape[-1])).values.exp().cumsum(-1)

@@ -220,7 +220,7 @@ def _logits_in_parts(hidden: Tensor, head: OutputHead) -> Iterator[Tensor]:
     flat = hidden.flatten(0, 1)
     step = max(1, _CHUNK // head.weight.shape[0])
     for start in range(0, len(flat), step):
-        yield head.logits(flat[start : start + step].to(head.weight.dtype)).float()
+        yield head.logits(flat[start : start + step].to(head.weight)).float()
 
 
 def _id_dtype(vocabulary: int) -> torch.dtype:

@@ -81,10 +81,11 @@ def _random_errors(
     sampled = real[torch.randperm(len(real), generator=setup.generator)[: 2 * setup.options.sample]]
     if width is None or len(sampled) < LEAST_FITTED:
         return [None] * chosen.shape[1]
-    random = coverage.random_ffn(width, layer.x.shape[1], setup.generator)
-    features = random.features(layer.x[sampled].float(), layer.experts[0])
+    expert = layer.experts[0]
+    random = coverage.random_ffn(width, layer.x.shape[1], setup.generator).to(expert.device)
+    features = random.features(layer.x[sampled].float().to(expert.device), expert)
     train = coverage.split(len(sampled), setup.generator, held_out=0.5)
-    errors = coverage.ridge_errors(features, layer.y[sampled], train).double().cpu()
+    errors = coverage.ridge_errors(features, layer.y[sampled].to(features), train).double().cpu()
     test = sampled[~train]
     routed = chosen[test].double()
     relative = routed.T @ errors / (routed.T @ size[test]).clamp(min=1e-30)

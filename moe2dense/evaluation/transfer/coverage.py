@@ -49,7 +49,7 @@ def ridge_errors(
     if t.shape[1] > SKETCH:
         directions = torch.randn(t.shape[1], SKETCH, generator=torch.Generator().manual_seed(0))
         sketch = t @ directions.to(t)
-    ridge = min(ridges, key=lambda r: press(values + r, vectors, sketch))
+    ridge = ridges[int(torch.stack([press(values + r, vectors, sketch) for r in ridges]).argmin())]
     dual = vectors @ ((vectors.T @ t) / (values + ridge)[:, None])
     return ((b @ a.T / size) @ dual - y[~train]).square().sum(1)
 
@@ -57,14 +57,14 @@ def ridge_errors(
 def relative_weights(outputs_nH: Tensor) -> Tensor:
     """Return 1 / max(|f|, median |f|) [n]: tokens count by relative error, and a few huge outputs do not decide alone."""
     size = outputs_nH.float().norm(dim=1)
-    return 1 / size.clamp_min(float(size.median().clamp_min(1e-12)))
+    return 1 / size.clamp_min(size.median().clamp_min(1e-12))
 
 
-def press(values: Tensor, vectors: Tensor, targets: Tensor) -> float:
+def press(values: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
     """Return the leave-one-out squared error of kernel ridge, from eigenvalues (ridge added) and vectors of the kernel."""
     dual = vectors @ ((vectors.T @ targets) / values[:, None])
     inverse_diagonal = (vectors.square() / values).sum(1)
-    return float((dual / inverse_diagonal[:, None]).square().sum())
+    return (dual / inverse_diagonal[:, None]).square().sum()
 
 
 @dataclass(frozen=True)
@@ -77,11 +77,14 @@ class RandomFFN:
     gate: Tensor
     up: Tensor
 
+    def to(self, device: torch.device) -> "RandomFFN":
+        """Return the same directions on a device."""
+        return RandomFFN(self.gate.to(device), self.up.to(device))
+
     def features(self, x: Tensor, like: ExpertWeights) -> Tensor:
         """Return its activations [n, M] on x [n, H] with the spread and the gating of an expert's weights."""
         gate, up = (
-            x @ rows.to(x).T * float(weight.float().std())
-            for rows, weight in ((self.gate, like.gate), (self.up, like.up))
+            x @ rows.to(x).T * weight.float().std() for rows, weight in ((self.gate, like.gate), (self.up, like.up))
         )
         return like.gating(gate, up)
 

@@ -33,7 +33,8 @@ def expert_function(
     inputs = FFNInput(layer, student)
     width = student.width or 0
     draws = max(1, min(8, RANDOM_NEURONS // max(width, 1)))
-    baselines = [coverage.random_ffn(width, layer.x.shape[1], setup.generator) for _ in range(draws)] if width else []
+    drawn = [coverage.random_ffn(width, layer.x.shape[1], setup.generator) for _ in range(draws)] if width else []
+    baselines = [ffn.to(torch.device(layer.experts.device)) for ffn in drawn]
     covered: list[Estimate | None] = []
     cosine = torch.full((len(layer.experts), len(layer.experts)), -1.0)  # [owner of the tokens, other expert]
     for e in range(len(layer.experts)):
@@ -75,9 +76,10 @@ def _expert_coverage(
 ) -> Estimate | None:
     """Measure one expert's coverage on the tokens `rows`; None where there is nothing to tell apart."""
     assert layer.experts is not None
-    expert, x = layer.experts[e], layer.x[rows].float()
+    expert = layer.experts[e]
+    x = layer.x[rows].float().to(expert.device)
     if setup.input_scaled:
-        x = x * _routing_weights(layer, rows, e)[:, None]
+        x = x * _routing_weights(layer, rows, e)[:, None].to(x.device)
     hidden = expert.hidden(x.to(expert.dtype)).float()
     output = expert.output(hidden.to(expert.dtype)).float()
     _, activations = student(inputs.at(rows))

@@ -84,12 +84,15 @@ def measure_transfer(
     setup = prepare_setup(teacher, blocks, students, score_rows, options)
     probes = max(8, min(64, PROBE_TOKENS // max(1, _most_experts(teacher)))) if replaceability else 0
     observer = TransferObserver(seed=seed, probes=probes, input_scaled=setup.input_scaled)
-    stream = teacher.stream(blocks.input_ids, blocks.attention_mask, blocks.document_ids, observers=[observer])
+    stream = teacher.stream(
+        blocks.input_ids, blocks.attention_mask, blocks.document_ids, observers=[observer], keep_experts=True
+    )
     rows: list[dict[str, Any]] = []
     total = len(teacher.body.layers)
     for layer in stream:
         if layer.sparse:
-            rows.append(_measure_layer(layer, observer.pop(layer.index), setup, tokenizer))
+            with setup.layers_on(layer.index, teacher.device):
+                rows.append(_measure_layer(layer, observer.pop(layer.index), setup, tokenizer))
         if progress:
             progress("transfer", layer.index + 1, total)
     real = real_tokens(blocks)
@@ -167,5 +170,10 @@ def _measure_layer(
 def _shared_energy(layer: LayerPass, real: Tensor) -> Tensor:
     """Return the squared size of what the layer's shared experts put out."""
     x = layer.x[real.to(layer.x.device)]
-    parts = [s(x[i : i + CHUNK]).double().square().sum().cpu() for s in layer.shared for i in range(0, len(x), CHUNK)]
+    chunks = range(0, len(x), CHUNK) if layer.shared else ()
+    parts = [
+        part(x[i : i + CHUNK].to(part.weights.device)).double().square().sum().cpu()
+        for part in layer.shared
+        for i in chunks
+    ]
     return torch.stack(parts).sum() if parts else torch.zeros((), dtype=torch.float64)

@@ -37,7 +37,7 @@ class Probes:
     def cosines(self, other: ExpertWeights, x: Tensor) -> Tensor:
         """Return the mean cosine [E], over each expert's probes, between its output and `other`'s; -1 where it has none."""
         inputs = x[self.rows].float() * self.scale[:, None].to(x.device)
-        answers = other(inputs.to(other.dtype)).float().cpu()
+        answers = other(inputs.to(other.device, other.dtype)).float().cpu()
         cosine = torch.nn.functional.cosine_similarity(answers, self.output, dim=1)
         count = torch.bincount(self.owner, minlength=self.experts)
         total = torch.zeros(self.experts).index_add_(0, self.owner, cosine)

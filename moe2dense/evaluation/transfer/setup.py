@@ -1,12 +1,14 @@
 """What every layer of a transfer measurement needs: the text, the students, their KL and residual streams."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe2dense.common.devices import moved_to
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.evaluation.bootstrap import Bootstrap
@@ -61,6 +63,14 @@ class TransferSetup:
     generator: torch.Generator
     input_scaled: bool
 
+    @contextmanager
+    def layers_on(self, index: int, device: torch.device) -> Iterator[None]:
+        """Have layer `index` of every student on a device within the context."""
+        with ExitStack() as stack:
+            for model in self.students.values():
+                stack.enter_context(moved_to(decoder_layers(model)[index], device))
+            yield
+
     def student_layer(self, index: int, student: str = "after") -> StudentLayer:
         """Return a student's decoder layer."""
         model = self.students[student]
@@ -102,12 +112,18 @@ def prepare_setup(
         list(students["after"].provenance),
         {name: row.kl_NS.flatten() for name, row in scores.items()},
         followed,
-        {name: residual_streams(model, blocks, followed) for name, model in models.items()},
+        {name: _streams(model, blocks, followed, teacher.device) for name, model in models.items()},
         Bootstrap(clusters.count, options.bootstrap, options.seed),
         clusters.index.flatten(),
         torch.Generator().manual_seed(options.seed),
         teacher.card is not None and teacher.card.input_scaled,
     )
+
+
+def _streams(model: PreTrainedModel, blocks: Blocks, followed: Tensor, device: torch.device) -> list[Tensor]:
+    """Return a student's residual streams [D, H], one for each layer, computed on `device` where the student fits there."""
+    with moved_to(model, device):
+        return residual_streams(model, blocks, followed)
 
 
 def real_tokens(blocks: Blocks) -> Tensor:

@@ -84,7 +84,7 @@ class FFNInput:
         if self.student.card.join == "parallel":
             return layer.hidden_in.reshape(layer.x.shape)[rows].float()
         added = self.student.multiplier * layer.y[rows].float()
-        return layer.hidden_out.reshape(layer.x.shape)[rows].float() - added
+        return layer.hidden_out.reshape(layer.x.shape)[rows].float().to(added.device) - added
 
 
 @torch.no_grad()

@@ -11,15 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from moe2dense.common.devices import CPU, fast_products
 from moe2dense.common.units import show_bytes
 from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError
+from moe2dense.modeling import internals
 from moe2dense.modeling.hooks import feature_name
 from moe2dense.student.build.assemble import CopiedTensors, empty_student, unload
 from moe2dense.student.build.heal import heal
-from moe2dense.student.build.layer import build_layer, choose_held_out, on_cpu
+from moe2dense.student.build.layer import build_layer, choose_held_out
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.layer_store import LayerStore
 from moe2dense.student.build.sibling import pretrained_sibling
@@ -28,7 +30,7 @@ from moe2dense.student.build.sweeps import sweep
 from moe2dense.student.dense_teacher import dense_target, single_expert
 from moe2dense.student.ffn.methods import parse_method
 from moe2dense.student.fit_defaults import heal_passes, settle_fits
-from moe2dense.student.footprint import heal_bytes, hint_layers
+from moe2dense.student.footprint import FP32, STATE_COPIES, heal_bytes, hint_layers
 from moe2dense.student.init_spec import steps_of
 from moe2dense.student.memory import eager_release, release_freed_memory
 from moe2dense.student.prune.cut import cut_for
@@ -133,8 +135,14 @@ def _resolve(teacher: Teacher, to: str | Target, data: "Blocks", init: str, conf
     return target
 
 
+def _heal_room(teacher: Teacher) -> int:
+    """Return the bytes that the end-to-end fit may take; on a GPU a teacher that stays there leaves less."""
+    on_gpu = teacher.device.type == "cuda"
+    return teacher.budget - (teacher.plan.total_bytes if on_gpu and teacher.resident else 0)
+
+
 def _heal_fits(state: StudentBuild) -> bool:
-    return heal_bytes(state.target.parameters) <= state.teacher.budget
+    return heal_bytes(state.target.parameters) <= _heal_room(state.teacher)
 
 
 def _will_heal(state: StudentBuild) -> bool:
@@ -146,15 +154,16 @@ def _hinted_layers(state: StudentBuild) -> Sequence[int]:
     if not (_will_heal(state) and state.config.heal_hints):
         return ()
     layers = len(state.runner.body.layers)
-    return hint_layers(layers, 2 * state.hidden.numel(), state.teacher.budget // 4)
+    return hint_layers(layers, 2 * state.hidden.numel(), state.teacher.ram // 4)
 
 
 def _unhealed(state: StudentBuild) -> list[dict[str, Any]]:
     """Return a record of why the end-to-end fit was left out; empty where it was not asked for."""
     if not heals(state.steps, state.config):
         return []
-    need, have = show_bytes(heal_bytes(state.target.parameters)), show_bytes(state.teacher.budget)
-    return [{"heal_skipped": f"training the student end to end takes {need}, --memory is {have}"}]
+    option = "--memory" if state.teacher.device.type == "cpu" else "--gpu-memory"
+    need, have = show_bytes(heal_bytes(state.target.parameters)), show_bytes(_heal_room(state.teacher))
+    return [{"heal_skipped": f"training the student end to end takes {need}, {option} is {have}"}]
 
 
 def _start(
@@ -166,10 +175,12 @@ def _start(
         sizes = dense_config(teacher.config.get_text_config(), target.card, target.width, cut.layers, **target.geometry)
         target = replace(target, config=sizes)
     model = empty_student(target)
-    copied = CopiedTensors(model, target, teacher, cut)
+    copied = CopiedTensors(model, target, teacher, cut, teacher.device)
     copied.fill(lambda name: not copied.in_layer(name) and not name.startswith("lm_head."))
+    internals.move_unsaved_buffers(model, teacher.device)
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
-    runner = LayerRunner(model, target.card, data.input_ids, mask, positions)
+    states = teacher.plan.states_device(STATE_COPIES * FP32 * target.config.hidden_size * data.input_ids.numel())
+    runner = LayerRunner(model, target.card, data.input_ids, mask, positions, teacher.device, states)
     base, steps = parse_method(init)
     real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
     held_out = choose_held_out(len(data), config.hold_out, seed)
@@ -199,7 +210,7 @@ def _build(
 ) -> StudentBuild:
     """Build every layer. Afterwards the layers of a build with a store are on disk and not in memory."""
     state = _start(teacher, target, data, init, out, config, seed)
-    with eager_release(not _heal_fits(state)):
+    with eager_release(not _heal_fits(state)), fast_products():
         _build_layers(state, data, observers, progress)
         for number in range(2, config.sweeps + 1):
             sweep(state, data, number, progress)
@@ -212,10 +223,12 @@ def _build_layers(
     """Build a student's layer for each layer of the teacher that stays, as the teacher's layers pass."""
     teacher, stats, cut = state.teacher, state.stats, state.cut
     final_factors: NormFactors | None = None
-    stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers])
+    stream = teacher.stream(
+        data.input_ids, data.attention_mask, data.document_ids, observers=[stats, *observers], keep_experts=True
+    )
     for observer in observers:
         observer.begin(teacher, data.tokens)
-    for layer_pass in map(on_cpu, stream):
+    for layer_pass in stream:
         if teacher.card is None:
             layer_pass = single_expert(layer_pass, stats)
         if cut and not cut.keeps_all_channels(layer_pass):
@@ -231,8 +244,8 @@ def _build_layers(
     if cut and final_factors:
         scale_norms(state.runner.final_norms(), len(cut.keep), final_factors)
     state.hidden = torch.empty(0)
-    if stream.hidden_states is not None and _will_heal(state):
-        state.teacher_final = stream.hidden_states.to("cpu", torch.float32)
+    if _will_heal(state) and stream.hidden_states is not None:
+        state.teacher_final = stream.hidden_states.to(CPU, torch.float32)
 
 
 def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
@@ -240,7 +253,7 @@ def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
     begun, index, runner, cut = time.monotonic(), len(state.provenance), state.runner, state.cut
     layer = runner.body.layers[index]
     release_freed_memory()
-    stored = state.store.read(index, layer) if state.store else None
+    stored = state.store.read(index, layer, runner.device) if state.store else None
     seen = cut.layer(layer_pass) if cut else layer_pass
     if stored is None:
         state.copied.fill(lambda name: state.copied.in_layer(name, index))
@@ -253,10 +266,12 @@ def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
     else:
         provenance, record = stored
     if index in _hinted_layers(state):
-        state.hints[feature_name(index)] = seen.hidden_out.to(torch.bfloat16)
+        state.hints[feature_name(index)] = seen.hidden_out.to(CPU, torch.bfloat16)
     state.hidden = runner.run(index, state.hidden)
     if state.store:
         unload(layer)
+    else:
+        layer.to(CPU)
     release_freed_memory()
     state.begin_where(record)
     state.provenance.append(provenance)
@@ -272,6 +287,7 @@ def _finish_in_memory(state: StudentBuild, init: str, data: "Blocks", progress: 
             state.store.read(index, layer)
     state.copied.fill_missing()
     model.tie_weights()
+    nn.Module.to(model, CPU)
     if state.teacher_final is not None:
         state.history.append(heal(model, state, state.teacher_final, state.hints, progress))
     else:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe2dense.common.devices import CPU
 from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
@@ -37,11 +38,19 @@ def empty_student(target: Target) -> PreTrainedModel:
 class CopiedTensors:
     """What the student copies from the teacher: everything outside its FFNs, read when it is needed, in what `cut` keeps.
 
+    Layers and norms are read to `device`, where the student is built; embedding and head to the CPU.
     Raises UserError for a tensor of either side that has no counterpart.
     """
 
-    def __init__(self, model: PreTrainedModel, target: Target, teacher: "Teacher", cut: Cut | None = None):
-        self.model, self.target, self.teacher, self.cut = model, target, teacher, cut
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        target: Target,
+        teacher: "Teacher",
+        cut: Cut | None = None,
+        device: torch.device = CPU,
+    ):
+        self.model, self.target, self.teacher, self.cut, self.device = model, target, teacher, cut, device
         sources = tensor_map(target.card, model, set(teacher.shapes))
         self.sources = {name: cut.source(source) if cut else source for name, source in sources.items()}
         decoder = internals.decoder(model)[0]
@@ -71,8 +80,9 @@ class CopiedTensors:
         return {name: self.model.get_parameter(name).data for name in self.sources if not self.in_layer(name)}
 
     def _read(self, name: str, source: str) -> Tensor:
-        value = self.teacher.tensor(source).to("cpu", torch.float32)
         shape = self.model.get_parameter(name).shape
+        table = shape[0] == self.target.config.vocab_size and not self.in_layer(name)
+        value = self.teacher.tensor(source).to(CPU if table else self.device, torch.float32)
         if self.cut:
             value = self.cut.tensor(source, value, shape)
         if value.shape != shape:
@@ -133,7 +143,7 @@ def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
             )
         _set(linear, "weight", weight)
         if linear.bias is not None:
-            _set(linear, "bias", torch.zeros(len(linear.bias)) if bias is None else bias)
+            _set(linear, "bias", weight.new_zeros(len(linear.bias)) if bias is None else bias)
 
 
 def _put_stacked(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
@@ -151,9 +161,9 @@ def _put_stacked(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
     for name, tensor in internals.saved_tensors(module).items():
         path, _, leaf = name.rpartition(".")
         if path != card.experts:
-            _set(module, name, torch.zeros(tensor.shape))
+            _set(module, name, ffn.down.new_zeros(tensor.shape))
             continue
-        value = values.pop(leaf) if leaf in values else torch.zeros(tensor.shape[1:])
+        value = values.pop(leaf) if leaf in values else ffn.down.new_zeros(tensor.shape[1:])
         scale = card.output_scale if leaf.startswith("down") else 1.0
         if tensor.shape[1:] != value.shape:
             raise UserError(
@@ -172,4 +182,4 @@ def _gate_and_up(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    assign(module, name, value.detach().to("cpu", torch.float32).contiguous().clone())
+    assign(module, name, value.detach().to(torch.float32).contiguous().clone())

@@ -7,12 +7,13 @@ from moe2dense.modeling.shape import Geometry
 from moe2dense.student.fit_defaults import heal_passes, local_steps
 from moe2dense.student.footprint import STATE_COPIES, heal_bytes, hint_layers, layer_bytes, pool_limit, refit_limit
 from moe2dense.student.init_spec import steps_of
-from moe2dense.teacher.cost import HIDDEN_COPIES, WORK_BYTES, resident_layer_bytes
+from moe2dense.teacher.cost import EXPERT_CACHE, HIDDEN_COPIES, WORK_BYTES, resident_layer_bytes
 
 if TYPE_CHECKING:
     from moe2dense.student.target.resolve import Target
 
 
+_STORED_BYTES = 2  # of a number in a checkpoint, as a rule
 TOKENS_PER_NEURON = 20  # of the student's FFN in a layer: fits of fewer learn their text by heart
 
 
@@ -56,7 +57,8 @@ def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int
     """
     teacher_bytes, sizes = 4 * shape.parameters, target.config
     hidden = sizes.hidden_size
-    weights = teacher_bytes if teacher_bytes <= budget // 2 else resident_layer_bytes(shape)
+    kept = min(budget // EXPERT_CACHE, _STORED_BYTES * shape.num_experts * shape.expert_parameters)
+    weights = teacher_bytes if teacher_bytes <= budget // 2 else resident_layer_bytes(shape) + kept
     buffers = min(4 * HIDDEN_COPIES * shape.hidden_size * build, max(budget - weights, budget // 8))
     statistics = 8 * len(shape.moe_layers) * shape.num_experts * (shape.expert_width + shape.hidden_size)
     table, states = 4 * sizes.vocab_size * hidden, 4 * hidden * build

@@ -5,17 +5,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from moe2dense.common.devices import CPU, fast_products, moved_to
 from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.head import model_head
 from moe2dense.student.build.assemble import put_ffn
-from moe2dense.student.build.heal import cpu_head, mean_kl
-from moe2dense.student.build.layer import build_ffn, choose_held_out, on_cpu
+from moe2dense.student.build.heal import float32_head, mean_kl
+from moe2dense.student.build.layer import build_ffn, choose_held_out
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.state import BuildState, Progress
 from moe2dense.student.ffn.methods import parse_method
 from moe2dense.student.fit_defaults import settle_fits
+from moe2dense.student.footprint import FP32, STATE_COPIES
 from moe2dense.student.target.resolve import Target
 from moe2dense.student.types import Student
 from moe2dense.teacher.model import Teacher, masks
@@ -61,25 +63,44 @@ def graft(
     correspond.
     """
     check_graft(target, teacher, len(data))
-    model, card = student.model.eval().requires_grad_(False), student.card
+    with moved_to(student.model.requires_grad_(False), teacher.device), fast_products():
+        return _graft(student, target, teacher, data, init, config, seed, progress)
+
+
+def _graft(
+    student: Student,
+    target: Target,
+    teacher: Teacher,
+    data: "Blocks",
+    init: str,
+    config: BuildConfig,
+    seed: int,
+    progress: Progress | None,
+) -> Student:
+    """Graft as `graft` says, where the student is."""
+    model, card = student.model.eval(), student.card
     base, steps = parse_method(init)
     config = settle_fits(config, target.config.hidden_size, data.tokens, healed=False)
     held_out = choose_held_out(len(data), config.hold_out, seed)
     judge = _Judge(student, teacher, data[torch.nonzero(held_out).flatten()])
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
-    runner = LayerRunner(model, card, data.input_ids, mask, positions)
+    tokens = data.input_ids.numel()
+    states = teacher.plan.states_device(STATE_COPIES * FP32 * teacher.hidden_size * tokens)
+    runner = LayerRunner(model, card, data.input_ids, mask, positions, states=states)
     real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
     stats = RoutingStats(neurons=True)
     state = BuildState(
         teacher, runner, target, base, steps, config, seed, held_out, real.reshape(-1).bool(), stats, runner.embed()
     )
     best = judge.kl()
-    stream = teacher.stream(data.input_ids, data.attention_mask, data.document_ids, observers=[stats])
-    for layer_pass in map(on_cpu, stream):
+    stream = teacher.stream(
+        data.input_ids, data.attention_mask, data.document_ids, observers=[stats], keep_experts=True
+    )
+    for layer_pass in stream:
         begun, module = time.monotonic(), runner.ffn(layer_pass.index)
         before = {name: value.detach().clone() for name, value in internals.saved_tensors(module).items()}
         ffn, provenance, record = build_ffn(state, layer_pass, layer_pass.index)
-        put_ffn(module, card, ffn)
+        put_ffn(module, card, ffn.to(runner.device))
         kl = judge.kl()
         grafted = kl < best
         record |= {"kl_own": round(best, 6), "kl_grafted": round(kl, 6), "grafted": grafted}
@@ -106,10 +127,10 @@ class _Judge:
         mask, positions = masks(teacher, blocks.input_ids, blocks.attention_mask, blocks.document_ids)
         self.runner = LayerRunner(self.model, student.card, blocks.input_ids, mask, positions)
         output = teacher.run(blocks.input_ids, blocks.attention_mask, blocks.document_ids, logits=False)
-        self.targets = output.hidden_states.to("cpu", torch.float32)
+        self.targets = output.hidden_states.to(CPU, torch.float32)
         real = torch.ones_like(blocks.input_ids) if blocks.attention_mask is None else blocks.attention_mask
         self.real = real.bool()
-        self.teacher_head = cpu_head(teacher)
+        self.teacher_head = float32_head(teacher, next(self.model.parameters()).device)
 
     def kl(self) -> float:
         """Return the mean over real tokens, in nats."""

@@ -9,9 +9,10 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe2dense.common.devices import CPU, device_with_room, fast_products
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.hidden_states import token_mse
 from moe2dense.losses.teacher_rows import HiddenRows
@@ -21,6 +22,7 @@ from moe2dense.modeling.hooks import captured
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.state import BuildState, Progress
 from moe2dense.student.fit import Fit, fit, fit_at_a_rate_that_helps
+from moe2dense.student.footprint import heal_bytes
 
 if TYPE_CHECKING:
     from moe2dense.teacher.model import Teacher
@@ -30,11 +32,11 @@ _CHECK_BLOCKS = 8  # held-out blocks that are run at once
 _REPORT_EVERY = 10  # steps
 
 
-def cpu_head(teacher: "Teacher") -> Head:
-    """Return the teacher's head in float32 on the CPU, where students are built."""
+def float32_head(teacher: "Teacher", device: torch.device) -> Head:
+    """Return the teacher's head in float32 on a device."""
     head = teacher.head
-    bias = None if head.bias is None else head.bias.cpu()
-    return Head(head.weight.to("cpu", torch.float32), bias, head.scale, head.softcap)
+    bias = None if head.bias is None else head.bias.to(device, torch.float32)
+    return Head(head.weight.to(device, torch.float32), bias, head.scale, head.softcap)
 
 
 def kl_of(
@@ -51,9 +53,11 @@ def kl_of(
     targets [N, S, H]: the teacher's final hidden states; real [N, S] bool.
     """
     inputs = {"input_ids": runner.ids, "attention_mask": runner.mask, "position_ids": runner.positions}
-    hidden = final_hidden(model, {name: value[pick] for name, value in inputs.items() if value is not None})
-    rows = HiddenRows(targets[pick].reshape(-1, targets.shape[-1]).float(), teacher_head)
-    return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=real[pick].reshape(-1)).total
+    device = head.weight.device
+    hidden = final_hidden(model, {name: value[pick].to(device) for name, value in inputs.items() if value is not None})
+    rows = HiddenRows(targets[pick].to(device).reshape(-1, targets.shape[-1]).float(), teacher_head)
+    mask = real[pick].reshape(-1).to(device)
+    return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=mask).total
 
 
 def mean_kl(
@@ -75,9 +79,11 @@ def mean_kl(
 
 def hint_loss(states: dict[str, Tensor], hints: dict[str, Tensor], pick: Tensor, real: Tensor) -> Tensor:
     """Return the mean over layers and real tokens of the squared error of states [n S, H] relative to hints [N, S, H]."""
-    weight = real[pick].reshape(-1).float()
+    device = next(iter(states.values())).device
+    weight = real[pick].reshape(-1).float().to(device)
     missed = [
-        (token_mse(states[name], goal[pick].flatten(0, 1).float()) * weight).sum() for name, goal in hints.items()
+        (token_mse(states[name], goal[pick].to(device).flatten(0, 1).float()) * weight).sum()
+        for name, goal in hints.items()
     ]
     return torch.stack(missed).mean() / weight.sum().clamp_min(1)
 
@@ -99,10 +105,12 @@ def heal(
     if len(held_out) == 0 or len(rows) == 0:
         return {"heal_best_step": 0}
     real = state.real_tokens.view(runner.ids.shape)
+    device = device_with_room(runner.device, heal_bytes(sum(p.numel() for p in model.parameters())))
+    nn.Module.to(model, device)
     model.tie_weights()
     head, batch = model_head(model), max(1, config.heal_batch // runner.ids.shape[1])
     steps = max(1, round(config.heal_epochs * len(rows) / batch))
-    steps_taken, teacher_head = 0, cpu_head(state.teacher)
+    steps_taken, teacher_head = 0, float32_head(state.teacher, device)
 
     def loss(pick: Tensor) -> Tensor:
         nonlocal steps_taken
@@ -124,7 +132,10 @@ def heal(
         steps_taken = 0
         return fit(parameters, loss, held_out_kl, len(rows), steps, rate, batch, state.seed, clip=1.0, warmup=0.03)
 
-    result, rate = fit_at_a_rate_that_helps(run, config.heal_lr, tries=2)
+    with fast_products():
+        result, rate = fit_at_a_rate_that_helps(run, config.heal_lr, tries=2)
+    nn.Module.to(model, CPU)
+    model.tie_weights()
     return {
         "heal_kl_before": round(result.before, 6),
         "heal_kl_after": round(result.after, 6),

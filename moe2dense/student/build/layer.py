@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe2dense.common.devices import by_rows, device_with_room
 from moe2dense.student.build.assemble import put_ffn
 from moe2dense.student.build.state import BuildState
 from moe2dense.student.ffn.dense import DenseFFN, dense
@@ -20,7 +21,7 @@ from moe2dense.student.ffn.refit import refit, refit_by_held_out
 from moe2dense.student.ffn.task import FFNTask
 from moe2dense.student.fit import Fit, fit, fit_at_a_rate_that_helps
 from moe2dense.student.footprint import layer_bytes, pool_limit, refit_limit
-from moe2dense.student.memory import device_with_room, release_freed_memory
+from moe2dense.student.memory import release_freed_memory
 from moe2dense.student.prune.views import mean_gate
 from moe2dense.student.types import LayerProvenance
 from moe2dense.teacher.layer_pass import LayerPass
@@ -32,7 +33,7 @@ def build_layer(state: BuildState, layer_pass: LayerPass, index: int) -> tuple[L
     """Make the student's layer `index` do what the teacher's layer does; return its provenance and a record of errors."""
     runner = state.runner
     ffn, provenance, record = build_ffn(state, layer_pass, index)
-    put_ffn(runner.ffn(index), runner.card, ffn)
+    put_ffn(runner.ffn(index), runner.card, ffn.to(runner.device))
     del ffn
     release_freed_memory()
     if "layer" in state.steps and state.config.layer_steps and bool(state.held_out.any()):
@@ -46,8 +47,8 @@ def build_ffn(
 ) -> tuple[DenseFFN, LayerProvenance | None, dict[str, Any]]:
     """Make, refit and fit one layer's FFN; return it with its provenance and the errors after each step."""
     x, target = ffn_inputs_and_targets(state, layer_pass, index)
-    weights = weights_by_size(layer_pass.hidden_out.reshape(-1, x.shape[1])[state.real_tokens])
-    held_out = held_out_tokens(state)
+    weights = block_weights(state, layer_pass).flatten()[state.real_tokens].to(x.device)
+    held_out = held_out_tokens(state).to(x.device)
     judge = held_out if bool(held_out.any()) else torch.ones_like(held_out)
     with torch.no_grad():
         task = task_of(state, layer_pass, x[~held_out], target[~held_out], weights[~held_out])
@@ -69,7 +70,7 @@ def build_ffn(
 
 def _pool_record(task: FFNTask) -> dict[str, int]:
     """Return how many of a layer's neurons an elimination could choose from, where memory keeps it from all of them."""
-    neurons = sum(expert.gate.shape[0] for expert in task.experts)
+    neurons = sum(len(energy) for energy in task.energies) if task.experts else 0
     return {"pool": task.pool_limit, "neurons": neurons} if 0 < task.pool_limit < neurons else {}
 
 
@@ -83,7 +84,7 @@ def _refit(
     device: torch.device,
 ) -> tuple[DenseFFN, float | None]:
     """Refit on the tokens that are not held out, with the ridge that is set or the one that is best on those that are."""
-    limit = refit_limit(state.teacher.budget // 2)
+    limit = refit_limit(state.teacher.plan.build_bytes)
     if state.config.ridge:
         fitted, ridge = ~held_out, state.config.ridge
         return refit(ffn, x[fitted], target[fitted], ridge, limit, device, weights=weights[fitted]), ridge
@@ -95,7 +96,7 @@ def fit_ffn(
     state: BuildState, ffn: DenseFFN, x: Tensor, target: Tensor, weights: Tensor, index: int
 ) -> tuple[DenseFFN, dict[str, Any]]:
     """Fit an FFN to target [T, H] on inputs x [T, H] by gradient steps; return it and the fit's record."""
-    config, device, held_out = state.config, fit_device(state, ffn, x), held_out_tokens(state)
+    config, device, held_out = state.config, fit_device(state, ffn, x), held_out_tokens(state).to(x.device)
     fitted = ffn
 
     def run(rate: float) -> Fit:
@@ -125,11 +126,11 @@ def task_of(state: BuildState, layer_pass: LayerPass, x: Tensor, target: Tensor,
         experts=layer_pass.experts or (), stats=state.stats[index] if layer_pass.sparse else None, probability=probability,
         input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
         seed=state.seed * 1000 + index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
-        pool_limit=pool_limit(state.teacher.budget // 2, state.target.width, hidden_size), device=state.teacher.device,
+        pool_limit=pool_limit(state.teacher.plan.build_bytes, state.target.width, hidden_size), device=state.runner.device,
     )  # fmt: skip
     if always_on:
         return replace(task, gating=always_on[0].gating)
-    return replace(task, gating=task.experts[0].gating) if task.experts else task
+    return replace(task, gating=layer_pass.experts.gating) if layer_pass.experts else task
 
 
 def ffn_inputs_and_targets(state: BuildState, layer_pass: LayerPass, index: int) -> tuple[Tensor, Tensor]:
@@ -141,17 +142,21 @@ def ffn_inputs_and_targets(state: BuildState, layer_pass: LayerPass, index: int)
     x = entering.reshape(-1, entering.shape[2])[state.real_tokens]
     if state.runner.card.join == "post_norm":
         # what is normed afterwards; only the fit of the layer works through the norm
-        return x, layer_pass.y[state.real_tokens]
-    rest = rest.sub_(layer_pass.hidden_out).neg_()
+        return x, layer_pass.y[state.real_tokens.to(layer_pass.y.device)].to(x)
+    for rows in state.runner.chunks():
+        rest[rows] = rest[rows].sub_(layer_pass.hidden_out[rows].to(rest)).neg_()
     return x, rest.reshape(-1, rest.shape[2])[state.real_tokens].div_(state.runner.multiplier())
 
 
 def fit_device(state: BuildState, ffn: DenseFFN, x: Tensor) -> torch.device:
-    """Return the device for refitting and fitting an FFN on inputs x [T, H]: the teacher's, where all of it fits there."""
+    """Return the device for refitting and fitting an FFN: where layers compute, if all of it fits there.
+
+    Inputs x [T, H] are brought there some tokens at a time.
+    """
     parameters = sum(p.numel() for p in ffn.parameters())
-    limit = refit_limit(state.teacher.budget // 2)
+    limit = refit_limit(state.teacher.plan.build_bytes)
     need = layer_bytes(parameters, parameters, ffn.width, x.shape[1], 0, len(x), limit, state.config.local_batch)
-    return device_with_room(state.teacher.device, need + 2 * x.nbytes)
+    return device_with_room(state.runner.device, need)
 
 
 def _fit_record(name: str, result: Fit, rate: float) -> dict[str, Any]:
@@ -170,24 +175,27 @@ def layer_error(state: BuildState, layer_pass: LayerPass, index: int, blocks: Te
     Each token's count relative to the size of its hidden state (`weights_by_size`), on the real tokens of `blocks` [N]
     bool; NaN where there are none.
     """
-    runner, missed, size = state.runner, 0.0, 0.0
-    weights = block_weights(state, layer_pass)
+    runner, weights = state.runner, block_weights(state, layer_pass)
+    missed, size = torch.zeros(2, dtype=torch.float64, device=runner.device)
     for rows in runner.chunks():
         picked = torch.arange(rows.start, rows.stop)[blocks[rows]]
         if len(picked) == 0:
             continue
         output = runner.call(index, state.hidden[picked], picked)
         weight = weights[picked].unsqueeze(-1)
-        missed += float(((output - layer_pass.hidden_out[picked]).pow(2) * weight).sum())
-        size += float(((layer_pass.hidden_out[picked] - layer_pass.hidden_in[picked]).pow(2) * weight).sum())
-    return missed / max(size, 1e-30) if size else math.nan
+        before, after = (t[picked].to(output) for t in (layer_pass.hidden_in, layer_pass.hidden_out))
+        missed += ((output - after).pow(2) * weight).sum()
+        size += ((after - before).pow(2) * weight).sum()
+    return float(missed) / max(float(size), 1e-30) if float(size) else math.nan
 
 
 def block_weights(state: BuildState, layer_pass: LayerPass) -> Tensor:
-    """Return [N, S] how much each token's squared error counts: by `weights_by_size`, 0 for padding."""
-    shape = layer_pass.hidden_out.shape
-    weights = layer_pass.hidden_out.new_zeros(shape[0] * shape[1])
-    weights[state.real_tokens] = weights_by_size(layer_pass.hidden_out.reshape(-1, shape[2])[state.real_tokens])
+    """Return [N, S] how much each token's squared error counts: by `weights_by_size`, 0 for padding; where layers compute."""
+    shape, device = layer_pass.hidden_out.shape, state.runner.device
+    real = state.real_tokens
+    states = layer_pass.hidden_out.reshape(-1, shape[2])[real.to(layer_pass.hidden_out.device)]
+    weights = torch.zeros(shape[0] * shape[1], device=device)
+    weights[real.to(device)] = weights_by_size(states, device).to(device)
     return weights.view(shape[:2])
 
 
@@ -200,12 +208,14 @@ def fit_layer(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
     layer = runner.body.layers[index]
     rows = torch.nonzero(~state.held_out).flatten()
     weights = block_weights(state, layer_pass)
-    change = (layer_pass.hidden_out - layer_pass.hidden_in).pow(2).mean(2)
-    scale = (change * weights).mean().clamp_min(1e-30)
+    streams = [layer_pass.hidden_out, layer_pass.hidden_in]
+    change = by_rows(lambda after, before: (after.float() - before.float()).pow(2).mean(2), streams, runner.device, 8)
+    scale = (change.to(runner.device) * weights).mean().clamp_min(1e-30)
 
     def loss(pick: Tensor) -> Tensor:
         blocks = rows[pick]
-        missed = (runner.call(index, state.hidden[blocks], blocks) - layer_pass.hidden_out[blocks]).pow(2)
+        output = runner.call(index, state.hidden[blocks], blocks)
+        missed = (output - layer_pass.hidden_out[blocks].to(output)).pow(2)
         return (missed.mean(2) * weights[blocks]).mean() / scale
 
     def held_out_loss() -> float:
@@ -233,12 +243,3 @@ def choose_held_out(blocks: int, share: float, seed: int) -> Tensor:
     if count > 0:
         held_out[torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:count]] = True
     return held_out
-
-
-def on_cpu(layer_pass: LayerPass) -> LayerPass:
-    """Return a layer's pass with hidden states and routing on the CPU in float32, where students are built."""
-    if layer_pass.hidden_in.device.type == "cpu" and layer_pass.hidden_in.dtype == torch.float32:
-        return layer_pass
-    values = {name: getattr(layer_pass, name) for name in ("hidden_in", "hidden_out", "x", "y", "router_logits")}
-    moved = {name: value.to("cpu", torch.float32) for name, value in values.items() if value is not None}
-    return replace(layer_pass, token_mask=layer_pass.token_mask.cpu(), **moved)

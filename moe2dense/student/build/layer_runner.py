@@ -20,6 +20,7 @@ class LayerRunner:
     """Runs a dense host layer by layer on blocks [N, S], its FFN replaced where that is asked for.
 
     `attention_mask` and `position_ids` are those for transformers; a document begins where positions start again at 0.
+    Layers compute on `device`, by default where the model is; hidden states of all blocks are kept on `states`.
     """
 
     def __init__(
@@ -29,12 +30,15 @@ class LayerRunner:
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
+        device: torch.device | None = None,
+        states: torch.device | None = None,
     ):
         self.model, self.card, self.ids = model, card, input_ids
         self.mask, self.positions = attention_mask, position_ids
         _, self.body = internals.decoder(model)
         embeddings = next(self.body.embed_tokens.parameters())
-        self.device, self.dtype = embeddings.device, embeddings.dtype
+        self.device, self.dtype = device or embeddings.device, embeddings.dtype
+        self.states = states or self.device
         config = model.config.get_text_config()
         self.hidden_size = int(config.hidden_size)
         self.tokens_at_once = rows_at_once(int(getattr(config, card.width)))
@@ -52,11 +56,12 @@ class LayerRunner:
 
         def record(index: int, hidden: Tensor, _: dict[str, Any]) -> Tensor:
             if index == 0:
-                parts.append(hidden)
+                parts.append(hidden.to(self.states))
             return hidden
 
+        table = next(self.body.embed_tokens.parameters()).device
         for rows in self.chunks():
-            vectors = self.body.embed_tokens(self.ids[rows].to(self.device))
+            vectors = self.body.embed_tokens(self.ids[rows].to(table)).to(self.device)
             internals.run_body(self.body, vectors, *self._masks(rows), record)
         return torch.cat(parts)
 
@@ -94,7 +99,8 @@ class LayerRunner:
         return by_layer
 
     def call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
-        """Return the output of layer `index` on hidden [n, S, H] of the blocks `rows`."""
+        """Return the output of layer `index` on hidden [n, S, H] of the blocks `rows`, on the device that computes."""
+        hidden = hidden.to(self.device, non_blocking=True)
         output = self.body.layers[index](hidden, **self.arguments(index, rows))
         return output[0] if isinstance(output, tuple) else output
 
@@ -105,7 +111,7 @@ class LayerRunner:
         replaced = {self.neurons(index): ffn} if ffn else {}
         for rows in self.chunks():
             with internals.forwards(replaced):
-                output[rows] = self.call(index, hidden[rows], rows)
+                output[rows] = self.call(index, hidden[rows], rows).to(output.device)
         return output
 
     def ffn(self, index: int) -> nn.Module:
@@ -122,7 +128,7 @@ class LayerRunner:
         inputs: list[Tensor] = []
 
         def zeros(x: Tensor, *_: Tensor) -> Tensor:
-            inputs.append(x.reshape(-1, *hidden.shape[1:]))
+            inputs.append(x.reshape(-1, *hidden.shape[1:]).to(self.states))
             return torch.zeros_like(x)
 
         rest = self.run(index, hidden, zeros)

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from moe2dense.common.devices import CPU
 from moe2dense.common.files import whole_file
 from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError, first_line
@@ -67,15 +68,17 @@ class LayerStore:
 
     def write(self, index: int, layer: nn.Module, provenance: LayerProvenance | None, record: dict[str, Any]) -> None:
         """Write a finished layer; the file appears whole or not at all. Raises UserError when it cannot be written."""
-        tensors = {name: p.detach().contiguous() for name, p in internals.saved_tensors(layer).items()}
+        tensors = {name: p.detach().cpu().contiguous() for name, p in internals.saved_tensors(layer).items()}
         if provenance is not None:
             names = [f.name for f in dataclasses.fields(provenance)]
             tensors |= {_PROVENANCE + name: getattr(provenance, name).contiguous() for name in names}
         with whole_file(self.path(index)) as temporary:
             save_file(tensors, temporary, metadata={"key": self.key, "record": json.dumps(record)})
 
-    def read(self, index: int, layer: nn.Module) -> tuple[LayerProvenance | None, dict[str, Any]] | None:
-        """Fill `layer` from its file and return its provenance and record; None when it is not built yet.
+    def read(
+        self, index: int, layer: nn.Module, device: torch.device = CPU
+    ) -> tuple[LayerProvenance | None, dict[str, Any]] | None:
+        """Fill `layer` from its file, on `device`, and return its provenance and record; None when it is not built yet.
 
         Raises UserError when the file is damaged, or of a build with another teacher, data, settings or target.
         """
@@ -97,5 +100,5 @@ class LayerStore:
         provenance = {n.removeprefix(_PROVENANCE): t for n, t in tensors.items() if n.startswith(_PROVENANCE)}
         for name, value in tensors.items():
             if not name.startswith(_PROVENANCE):
-                assign(layer, name, value.to(torch.float32))
+                assign(layer, name, value.to(device, torch.float32))
         return (LayerProvenance(**provenance) if provenance else None), json.loads(metadata["record"])

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from moe2dense.common.devices import CPU
 from moe2dense.families.cards import StudentCard
 from moe2dense.student.build.assemble import linear_of, put_ffn, unload
 from moe2dense.student.build.layer import (
@@ -15,7 +16,6 @@ from moe2dense.student.build.layer import (
     fit_ffn,
     fit_layer,
     layer_error,
-    on_cpu,
 )
 from moe2dense.student.build.layer_store import LayerStore
 from moe2dense.student.build.state import BuildState, Progress, StudentBuild
@@ -43,7 +43,7 @@ def sweep(state: StudentBuild, data: "Blocks", number: int, progress: Progress |
         state.store = earlier.sweep(number)
         unload(runner.body.embed_tokens)
     index = 0
-    for layer_pass in map(on_cpu, state.teacher.stream(data.input_ids, data.attention_mask, data.document_ids)):
+    for layer_pass in state.teacher.stream(data.input_ids, data.attention_mask, data.document_ids):
         if cut and layer_pass.index not in cut.layers:
             continue
         record = _sweep_layer(state, cut.layer(layer_pass) if cut else layer_pass, index, number, earlier)
@@ -59,10 +59,12 @@ def _sweep_layer(
     """Fit one layer again, or read it from the folder where this sweep has fitted it already; return its record."""
     begun, layer = time.monotonic(), state.runner.body.layers[index]
     release_freed_memory()
-    stored = state.store.read(index, layer) if state.store else None
+    device = state.runner.device
+    stored = state.store.read(index, layer, device) if state.store else None
     if stored is None:
         if earlier:
-            earlier.read(index, layer)
+            earlier.read(index, layer, device)
+        layer.to(device)
         reseeded = replace(state, seed=state.seed + _SEED_STEP * (number - 1))
         record = {"layer": index, "sweep": number, **fit_again(reseeded, layer_pass, index)}
         record["seconds"] = round(time.monotonic() - begun, 2)
@@ -73,6 +75,8 @@ def _sweep_layer(
     state.hidden = state.runner.run(index, state.hidden)
     if state.store:
         unload(layer)
+    else:
+        layer.to(CPU)
     state.history.append(record)
     return record
 
@@ -96,10 +100,10 @@ def fit_again(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
         return {"error": round(layer_error(state, layer_pass, index, everything), 6)}
     before = layer_error(state, layer_pass, index, state.held_out)
     if "local" in state.steps and not runner.card.experts:
-        gating = layer_pass.experts[0].gating if layer_pass.experts else layer_pass.dense.gating
+        gating = layer_pass.experts.gating if layer_pass.experts else layer_pass.dense.gating
         current = present_ffn(runner.ffn(index), runner.card, gating)
         x, target = ffn_inputs_and_targets(state, layer_pass, index)
-        weights = block_weights(state, layer_pass).flatten()[state.real_tokens]
+        weights = block_weights(state, layer_pass).flatten()[state.real_tokens].to(x.device)
         fitted, _ = fit_ffn(state, current, x, target, weights, index)
         put_ffn(runner.ffn(index), runner.card, fitted)
         if not layer_error(state, layer_pass, index, state.held_out) < before:

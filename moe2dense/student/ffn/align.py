@@ -20,9 +20,7 @@ def neuron_match(expert: GatedWeights, reference: GatedWeights) -> Tensor:
 
     def features(ffn: GatedWeights) -> Tensor:
         kinds = [ffn.gate, ffn.up, ffn.down.T]
-        return torch.cat(
-            [k.cpu().double() / k.cpu().double().pow(2).mean().sqrt().clamp_min(1e-30) for k in kinds], dim=1
-        )
+        return torch.cat([k.double() / k.double().pow(2).mean().sqrt().clamp_min(1e-30) for k in kinds], dim=1)
 
     likeness = features(reference) @ features(expert).T
     _, columns = linear_sum_assignment(likeness.numpy(force=True), maximize=True)

@@ -106,13 +106,13 @@ class DenseFFN:
 
 
 def _plain(value: Tensor) -> Tensor:
-    """Copy a tensor to the CPU, where students are built; half precision becomes float32."""
+    """Copy a tensor where it is; half precision becomes float32."""
     half = value.dtype in (torch.bfloat16, torch.float16)
-    return value.detach().to("cpu", torch.float32 if half else value.dtype, copy=True)
+    return value.detach().to(torch.float32 if half else value.dtype, copy=True)
 
 
 def dense(ffn: GatedWeights, scale: float = 1.0, rows: Tensor | None = None) -> DenseFFN:
-    """Copy a gated FFN, or its neurons `rows`, to the CPU, its output multiplied by `scale`."""
+    """Copy a gated FFN, or its neurons `rows`, in float32 or wider, its output multiplied by `scale`."""
     pick = slice(None) if rows is None else rows
     return DenseFFN(
         gate=_plain(ffn.gate[pick]),

@@ -17,5 +17,5 @@ def trim_to_width(ffn: DenseFFN, x: Tensor, width: int) -> DenseFFN:
     """Return at most `width` neurons of an FFN: those whose output has most energy on its inputs x [T, H]."""
     if ffn.width <= width:
         return ffn
-    energy = output_energy(ffn.hidden(x[:_SCORED_TOKENS]).pow(2).sum(0), ffn.down)
+    energy = output_energy(ffn.hidden(x[:_SCORED_TOKENS].to(ffn.gate)).pow(2).sum(0), ffn.down)
     return dense(ffn, rows=energy.topk(width).indices.sort().values)

@@ -2,8 +2,10 @@
 
 import math
 
+import torch
 from torch import Tensor
 
+from moe2dense.common.devices import by_rows
 from moe2dense.student.ffn.dense import DenseFFN
 from moe2dense.student.footprint import rows_at_once
 
@@ -15,22 +17,24 @@ def relative_error(ffn: DenseFFN, x: Tensor, target: Tensor, weights: Tensor | N
     """
     if len(x) == 0:
         return math.nan
-    chunk, device, missed = rows_at_once(ffn.width), ffn.down.device, 0.0
+    chunk, device = rows_at_once(ffn.width), ffn.down.device
+    missed = torch.zeros((), dtype=torch.float64, device=device)
     for i in range(0, len(x), chunk):
         squares = (ffn(x[i : i + chunk].to(device)) - target[i : i + chunk].to(device)).pow(2)
         if weights is not None:
             squares = squares * weights[i : i + chunk, None].to(device)
-        missed += float(squares.sum())
+        missed += squares.sum()
     size = target.pow(2) if weights is None else target.pow(2) * weights[:, None]
-    return missed / max(float(size.sum()), 1e-30)
+    return float(missed) / max(float(size.sum()), 1e-30)
 
 
-def weights_by_size(states: Tensor) -> Tensor:
+def weights_by_size(states: Tensor, device: torch.device | None = None) -> Tensor:
     """Return [T] weights that make each token's squared error relative to its own hidden state [T, H]; their mean is 1.
 
     What reads a residual stream norms it, so an error counts by its share of the token's state. Without such weights the few
     tokens whose states are hundreds of times larger than the others' (attention sinks, "massive activations",
-    arXiv 2402.17762) are all that a least-squares fit sees.
+    arXiv 2402.17762) are all that a least-squares fit sees. Computed on `device`, by default where the states are.
     """
-    weights = 1.0 / states.float().pow(2).mean(1).clamp_min(1e-20)
+    sizes = by_rows(lambda part: part.float().pow(2).mean(1), [states], device or states.device)
+    weights = 1.0 / sizes.clamp_min(1e-20)
     return weights / weights.mean()

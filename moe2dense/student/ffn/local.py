@@ -25,24 +25,25 @@ def local(
     """Train `ffn` for `steps` batches of tokens towards target [T, H] on inputs x [T, H]; return it and a record of the fit.
 
     weights [T]: how much each token's squared error counts; None = all alike. `held_out` [T] bool marks the tokens that choose the step; the error on them is never above what it was at the start.
-    Computed on `device`; the result is on the CPU.
+    Computed on `device`, to which a batch of tokens is brought at a time; the result is where `ffn` is.
     """
     copy = dense(ffn).to(device)
     weights = x.new_ones(len(x)) if weights is None else weights
-    x, target, held_out, weights = (t.to(device) for t in (x, target, held_out, weights))
+    held_out = held_out.to(x.device)
     rows = torch.nonzero(~held_out).flatten()
     judged = x[held_out], target[held_out], weights[held_out]
-    scale = (target.pow(2).mean(1) * weights).mean().clamp_min(1e-30)
+    scale = (target.pow(2).mean(1) * weights).mean().clamp_min(1e-30).to(device)
 
     def loss(index: Tensor) -> Tensor:
         pick = rows[index.to(rows.device)]
-        return ((copy(x[pick]) - target[pick]).pow(2).mean(1) * weights[pick]).mean() / scale
+        entering, wanted, weight = (t[pick].to(device) for t in (x, target, weights))
+        return ((copy(entering) - wanted).pow(2).mean(1) * weight).mean() / scale
 
     def check() -> float:
         with torch.no_grad():
             return relative_error(copy, *judged)
 
     if len(rows) == 0 or not bool(held_out.any()):
-        return copy.to("cpu"), Fit(math.nan, math.nan, 0)
+        return copy.to(ffn.down.device), Fit(math.nan, math.nan, 0)
     result = fit(copy.parameters(), loss, check, len(rows), steps, lr, batch, seed)
-    return copy.to("cpu"), result
+    return copy.to(ffn.down.device), result

@@ -26,7 +26,7 @@ def make_ffn(task: FFNTask, base: str) -> tuple[DenseFFN, LayerProvenance | None
     method: Callable[[FFNTask, int], SourcedFFN] = pkgutil.resolve_name(row.implementation)
     if not row.uses_teacher:
         whole = method(task, task.width)
-        return whole.ffn, _provenance(task, whole.expert, whole.neuron)
+        return whole.ffn.to(task.device), _provenance(task, whole.expert, whole.neuron)
     parts: list[SourcedFFN] = []
     for ffn in task.always_on:
         trimmed = trim_to_width(ffn, task.x, task.width - _width(parts))

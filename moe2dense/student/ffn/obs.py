@@ -5,13 +5,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from moe2dense.student.ffn.dense import concatenate, dense
+from moe2dense.common.devices import by_rows, device_with_room, exact_products
+from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
 from moe2dense.student.ffn.refit import grams
+from moe2dense.student.ffn.ridge import EXACT_WIDTH
 from moe2dense.student.ffn.select import select_method
 from moe2dense.student.ffn.symmetric import add_product
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN
-from moe2dense.student.footprint import activation_bytes, pool_bytes
-from moe2dense.student.memory import device_with_room
+from moe2dense.student.footprint import activation_bytes, pool_bytes, rows_at_once
+
+FEW_TOKENS = 0.7  # tokens by neurons of the pool below which elimination works on matrices of tokens
 
 
 def eliminate(
@@ -25,22 +28,49 @@ def eliminate(
 ) -> Tensor:
     """Drop, again and again, the neurons that the fit misses least; return the indices [width], ascending, of those left.
 
-    The fit is that of `refit.ridge_solve`: W minimises |T - H W|^2 + lambda |W - W0|^2. Forcing W_i = 0 raises that minimum by
+    The fit is that of `ridge.ridge_solve`: W minimises |T - H W|^2 + lambda |W - W0|^2. Forcing W_i = 0 raises that minimum by
     |W_i|^2 / [A^-1]_ii with A = H'H + lambda I (optimal brain surgeon, Hassibi and Stork 1993; for experts in output space HEAPr,
     arXiv 2509.22299), after which W and A^-1 are downdated exactly. `block` neurons are dropped per step; 1 is the exact greedy order.
 
     gram [P, P], cross [P, H], start [P, H] (W0), all on the device that computes; lambda is `ridge` times the Gram's mean diagonal.
     `overwrite`: the memory of `gram` and `cross` may be used.
     """
-    least = 10 * torch.finfo(gram.dtype).eps * len(gram) ** 0.5  # below it rounding leaves no positive definite matrix
-    strength = max(ridge, least) * gram.diagonal().mean().clamp_min(1e-12)
+    strength = _strength(gram.diagonal().mean(), ridge, len(gram), gram.dtype)
     inverse = gram if overwrite else gram.clone()
     inverse.diagonal().add_(strength)
     torch.linalg.cholesky(inverse, out=inverse)
     weights = torch.addcmul(cross, start, strength.expand_as(start), out=cross if overwrite else None)
     weights = torch.cholesky_solve(weights, inverse)
     torch.cholesky_inverse(inverse, out=inverse)
-    remaining = _Remaining(weights, inverse)
+    return _drop_to(_Remaining(weights, WholeInverse(inverse), width), width, block)
+
+
+def eliminate_by_tokens(
+    hidden: Tensor, target: Tensor, start: Tensor, width: int, ridge: float = 1e-3, block: int = 1
+) -> Tensor:
+    """Return what `eliminate` returns, from activations hidden [T, P] and targets [T, H] of fewer tokens than neurons.
+
+    With K = H H' + lambda I [T, T] and V = L^-1 H, where L L' = K, A^-1 = (I - V'V) / lambda and W = W0 + V' L^-1 (T - H W0)
+    (Woodbury), so no [P, P] matrix is made, factored or inverted.
+    """
+    strength = _strength(hidden.pow(2).sum(0).mean(), ridge, hidden.shape[1], hidden.dtype)
+    kernel = hidden @ hidden.T
+    kernel.diagonal().add_(strength)
+    factor = torch.linalg.cholesky(kernel)
+    missed = target - hidden @ start
+    solved = torch.linalg.solve_triangular(factor, torch.cat([hidden, missed], dim=1), upper=False)
+    reduced, missed = solved[:, : hidden.shape[1]], solved[:, hidden.shape[1] :]
+    weights = start + reduced.T @ missed
+    return _drop_to(_Remaining(weights, InverseByTokens(reduced, strength), width), width, block)
+
+
+def _strength(mean_diagonal: Tensor, ridge: float, count: int, dtype: torch.dtype) -> Tensor:
+    """Return lambda: the ridge, or the least with which rounding leaves a positive definite matrix."""
+    least = 10 * torch.finfo(dtype).eps * count**0.5
+    return max(ridge, least) * mean_diagonal.clamp_min(1e-12)
+
+
+def _drop_to(remaining: "_Remaining", width: int, block: int) -> Tensor:
     while remaining.count > width:
         remaining.drop(min(block, remaining.count - width))
         # compacting costs as much as a downdate, so it is done now and then
@@ -49,21 +79,83 @@ def eliminate(
     return remaining.survivors()[0]
 
 
+class WholeInverse:
+    """A^-1 [P, P], of which the lower triangle alone is kept up to date."""
+
+    def __init__(self, inverse: Tensor):
+        self.inverse = inverse
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal [P]."""
+        return self.inverse.diagonal().clone()
+
+    def columns(self, pick: Tensor) -> Tensor:
+        """Return some columns [P, n]."""
+        above = torch.arange(len(self.inverse), device=pick.device)[:, None] < pick
+        return torch.where(above, self.inverse[pick].T, self.inverse[:, pick])
+
+    def waiting_columns(self, to_drop: int) -> int:
+        """Return how many columns' downdates may wait: enough for fast products, few enough to cost little while they wait."""
+        return max(32, min(512, len(self.inverse) // 16))
+
+    def downdate(self, done: Tensor, owed: Tensor) -> bool:
+        """Subtract done [P, n] @ owed [n, P]; return whether that is carried out, so that it need not wait any longer."""
+        add_product(self.inverse, done, owed, -1, lower=True)
+        return True
+
+    def compact(self, places: Tensor) -> None:
+        """Keep some rows and columns alone."""
+        self.inverse = self.inverse[places][:, places]
+
+
+class InverseByTokens:
+    """A^-1 = (I - V'V) / lambda, of V [T, P]; its downdates wait for good."""
+
+    def __init__(self, reduced: Tensor, strength: Tensor):
+        self.reduced, self.strength = reduced, strength
+
+    def diagonal(self) -> Tensor:
+        """Return the diagonal [P]: sums in float64, since little is left of them for a neuron of much energy."""
+        squares = torch.zeros(self.reduced.shape[1], dtype=torch.float64, device=self.reduced.device)
+        for part in self.reduced.split(1024):
+            squares += part.double().pow(2).sum(0)
+        floor = torch.finfo(self.reduced.dtype).eps
+        return ((1 - squares).clamp_min(floor) / self.strength).to(self.reduced)
+
+    def columns(self, pick: Tensor) -> Tensor:
+        """Return some columns [P, n]."""
+        columns = torch.mm(self.reduced.T, self.reduced[:, pick]).neg_()
+        columns[pick, torch.arange(len(pick), device=pick.device)] += 1
+        return columns.div_(self.strength)
+
+    def waiting_columns(self, to_drop: int) -> int:
+        """Return how many columns' downdates may wait: all."""
+        return to_drop
+
+    def downdate(self, done: Tensor, owed: Tensor) -> bool:
+        """Carry nothing out."""
+        return False
+
+    def compact(self, places: Tensor) -> None:
+        """Keep some neurons alone."""
+        self.reduced = self.reduced[:, places]
+
+
 class _Remaining:
-    """The neurons that are left, their weights W [P, H] and A^-1 [P, P], of which the lower triangle alone is kept up to date.
+    """The neurons that are left, their weights W [P, H] and A^-1.
 
     Downdates of A^-1 wait until there are enough of them for one matrix product, as in blocked factorisations (LAPACK's pstrf):
     A^-1 is `inverse` - `done` @ `owed`. Every shape is known without looking at values.
     """
 
-    def __init__(self, weights: Tensor, inverse: Tensor):
+    def __init__(self, weights: Tensor, inverse: WholeInverse | InverseByTokens, width: int):
         self.weights, self.inverse = weights, inverse
         self.index = torch.arange(len(weights), device=weights.device)  # of what is still stored
-        self.diagonal = inverse.diagonal().clone()
+        self.diagonal = inverse.diagonal()
         self.gone = torch.zeros_like(self.index)
         self.count = len(weights)
         self.waiting = 0
-        self.most = max(32, min(512, len(weights) // 16))  # columns that may wait
+        self.most = inverse.waiting_columns(len(weights) - width)
         self.done = weights.new_empty(len(weights), self.most)
         self.owed = weights.new_empty(self.most, len(weights))
 
@@ -79,7 +171,7 @@ class _Remaining:
         self.weights.addmm_(columns, weights, alpha=-1)
         self.diagonal -= (columns * owed.T).sum(1)
         if number > self.most:
-            add_product(self.inverse, columns, owed, -1, lower=True)
+            self.inverse.downdate(columns, owed)
         else:
             self.done[:, self.waiting : self.waiting + number] = columns
             self.owed[self.waiting : self.waiting + number] = owed
@@ -88,19 +180,17 @@ class _Remaining:
         self.count -= number
 
     def _columns(self, pick: Tensor) -> Tensor:
-        """Return columns [P, n] of A^-1 as it is now, from the lower triangle and what waits."""
-        above = torch.arange(len(self.index), device=pick.device)[:, None] < pick
-        columns = torch.where(above, self.inverse[pick].T, self.inverse[:, pick])
+        """Return columns [P, n] of A^-1 as it is now, from what is stored and what waits."""
+        columns = self.inverse.columns(pick)
         if self.waiting:
             columns.addmm_(self.done[:, : self.waiting], self.owed[: self.waiting, pick], alpha=-1)
         return columns
 
     def settle(self) -> None:
-        """Carry out the downdates that wait."""
-        if self.waiting:
-            add_product(self.inverse, self.done[:, : self.waiting], self.owed[: self.waiting], -1, lower=True)
+        """Carry out the downdates that wait, where they do not wait for good."""
+        if self.waiting and self.inverse.downdate(self.done[:, : self.waiting], self.owed[: self.waiting]):
             self.waiting = 0
-            self.diagonal = self.inverse.diagonal().clone()
+            self.diagonal = self.inverse.diagonal()
 
     def survivors(self) -> tuple[Tensor, Tensor]:
         """Return the indices of the neurons that are left, ascending, and where they are stored."""
@@ -112,9 +202,12 @@ class _Remaining:
         self.settle()
         self.index, places = self.survivors()
         self.weights, self.diagonal = self.weights[places], self.diagonal[places]
-        self.inverse = self.inverse[places][:, places]
+        self.inverse.compact(places)
         self.gone = torch.zeros_like(self.index)
-        self.done, self.owed = self.done[: self.count], self.owed[:, : self.count].contiguous()
+        if self.waiting:
+            self.done, self.owed = self.done[places], self.owed[:, places].contiguous()
+        else:
+            self.done, self.owed = self.done[: self.count], self.owed[:, : self.count].contiguous()
 
 
 def obs_method(task: FFNTask, width: int) -> SourcedFFN:
@@ -124,14 +217,31 @@ def obs_method(task: FFNTask, width: int) -> SourcedFFN:
     tokens = slice(0, task.config.gram_tokens or None)
     target = task.target[tokens]
     if shared is not None:  # shared neurons stay whole; elimination works on what they leave over
-        target = target - shared(task.x[tokens])
+        x, compute = task.x[tokens], shared.down.device
+        target = target - by_rows(shared, [x], compute).to(target)
     count = pool.ffn.width
     if count <= width:
         return pool
     need = pool_bytes(count, task.hidden_size) + activation_bytes(count, len(target))
     device, step = device_with_room(task.device, need), max(1, count // 256)
     weights = None if task.weights is None else task.weights[tokens]
-    gram, cross = grams(replace(pool.ffn, down_bias=None), task.x[tokens], target, device=device, weights=weights)
-    start = pool.ffn.down.T.to(device)
-    keep = eliminate(gram, cross, start, min(width, count), task.ridge, step, overwrite=True).cpu()
+    plain, x, start = replace(pool.ffn, down_bias=None), task.x[tokens], pool.ffn.down.T.to(device)
+    with exact_products():
+        if count > EXACT_WIDTH and len(x) < FEW_TOKENS * count:
+            hidden, target = _weighted(plain.to(device), x, target, weights)
+            keep = eliminate_by_tokens(hidden, target, start, width, task.ridge, step)
+        else:
+            gram, cross = grams(plain, x, target, device=device, weights=weights)
+            keep = eliminate(gram, cross, start, width, task.ridge, step, overwrite=True)
+    keep = keep.cpu()
     return SourcedFFN(dense(pool.ffn, rows=keep), pool.expert[keep], pool.neuron[keep])
+
+
+def _weighted(ffn: DenseFFN, x: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Return (activations [T, P], targets [T, H]) on the FFN's device, each token's times the root of its weight."""
+    device = ffn.down.device
+    hidden, target = by_rows(ffn.hidden, [x], device, rows_at_once(ffn.width)).to(device), target.to(device)
+    if weights is None:
+        return hidden, target
+    root = weights.to(device).sqrt()[:, None]
+    return hidden * root, target * root

@@ -1,27 +1,18 @@
 """Fit the output projection to a target in closed form, pulled towards where it came from: the step `refit`."""
 
+import functools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from moe2dense.common.devices import exact_products
 from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.errors import relative_error
+from moe2dense.student.ffn.ridge import EXACT_WIDTH, RidgeProblem, ridge_solve
 from moe2dense.student.ffn.symmetric import add_product, mirror
 from moe2dense.student.footprint import rows_at_once
-
-
-def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
-    """Return the W [M, H] that minimises |T - H W|^2 + lambda |W - W0|^2, from the Gram H'H [M, M] and cross products H'T [M, H].
-
-    W = W0 + (H'H + lambda I)^-1 (H'T - H'H W0), with lambda = `ridge` times the mean of the Gram's diagonal: directions that the data never
-    uses keep W0. Solved in float64 (Cholesky) on the Gram's device; the result is where `start` is.
-    """
-    damped, start64 = gram.to(torch.float64, copy=True), start.to(gram.device, torch.float64)
-    missed = cross.double() - damped @ start64
-    damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(1e-12))
-    torch.linalg.cholesky(damped, out=damped)
-    return (start64 + torch.cholesky_solve(missed, damped)).to(start)
 
 
 def grams(
@@ -47,8 +38,9 @@ def grams(
         if weights is not None:
             root = weights[i : i + chunk].to(device).sqrt()[:, None]
             h, wanted = h * root, wanted * root
-        add_product(gram, h.T, h, lower=True)
-        cross.addmm_(h.T, wanted)
+        with exact_products():
+            add_product(gram, h.T, h, lower=True)
+            cross.addmm_(h.T, wanted)
     return mirror(gram), cross
 
 
@@ -58,10 +50,18 @@ def _fitted(
     return _solved(ffn, *grams(ffn, x, target, device=device, weights=weights), ridge)
 
 
+def _output_weights(ffn: DenseFFN) -> Tensor:
+    """Return what a refit changes, [M, H]: the output projection, and a row for the output bias where there is one."""
+    return ffn.down.T if ffn.down_bias is None else torch.cat([ffn.down.T, ffn.down_bias[None]])
+
+
 def _solved(ffn: DenseFFN, gram: Tensor, cross: Tensor, ridge: float) -> DenseFFN:
     """Return `ffn` with the output projection that these products and this ridge give."""
-    start = ffn.down.T if ffn.down_bias is None else torch.cat([ffn.down.T, ffn.down_bias[None]])
-    fitted = ridge_solve(gram, cross, start, ridge)
+    return _with_output(ffn, ridge_solve(gram, cross, _output_weights(ffn), ridge))
+
+
+def _with_output(ffn: DenseFFN, fitted: Tensor) -> DenseFFN:
+    """Return `ffn` with other output weights [M, H]."""
     down = fitted[: ffn.width].T.contiguous()
     bias = None if ffn.down_bias is None else fitted[ffn.width]
     return DenseFFN(ffn.gate, ffn.up, down, ffn.gate_bias, ffn.up_bias, bias, ffn.gating)
@@ -143,28 +143,84 @@ def refit_by_held_out(
     fitted = ~held_out
     inner = None if weights is None else weights[fitted]
     outer = None if weights is None else weights[held_out]
-    products = None
-    if not limit or ffn.width <= limit:
+    judged = x[held_out], target[held_out]
+    start = relative_error(ffn.to(device), *judged, outer)
+    wide = ffn.width > EXACT_WIDTH and target.shape[1] > 2 * SKETCH
+    if limit and ffn.width > limit:
+        wide, fit = False, lambda ridge: refit(ffn, x[fitted], target[fitted], ridge, limit, device, weights=inner)
+    else:
         products = grams(ffn, x[fitted], target[fitted], device=device, weights=inner)
-    cache: dict[float, RefitResult] = {}
+        fit = lambda ridge: _solved(ffn, *products, ridge)  # noqa: E731
+        if wide:
+            first = _ridge_by_sketch(ffn, products, *judged, outer, first)
+    at = functools.cache(fit)
 
-    def at(ridge: float) -> RefitResult:
-        if ridge not in cache:
-            if products is None:
-                result = refit(ffn, x[fitted], target[fitted], ridge, limit, device, weights=inner)
-            else:
-                result = _solved(ffn, *products, ridge)
-            error = relative_error(result.to(device), x[held_out], target[held_out], outer)
-            cache[ridge] = RefitResult(result, ridge, error)
-        return cache[ridge]
+    def error(ridge: float) -> float:
+        return relative_error(at(ridge).to(device), *judged, outer)
 
-    best = at(first)
-    place = RIDGES.index(first)
+    ridge, reached = (first, error(first)) if wide else choose_ridge(error, first)
+    return RefitResult(at(ridge), ridge, reached) if reached < start else RefitResult(ffn, None, start)
+
+
+def choose_ridge(error: Callable[[float], float], first: float) -> tuple[float, float]:
+    """Return the ridge of RIDGES with the least error, and that error, sought from `first` on in the direction in which the error falls."""
+    error = functools.cache(error)
+    best, place = first, RIDGES.index(first)
     for direction in (1, -1):
         step = place + direction
-        while 0 <= step < len(RIDGES) and at(RIDGES[step]).held_out_error < best.held_out_error:
-            best, step = at(RIDGES[step]), step + direction
-        if best.ridge != first:
+        while 0 <= step < len(RIDGES) and error(RIDGES[step]) < error(best):
+            best, step = RIDGES[step], step + direction
+        if best != first:
             break
-    start = relative_error(ffn.to(device), x[held_out], target[held_out], outer)
-    return best if best.held_out_error < start else RefitResult(ffn, None, start)
+    return best, error(best)
+
+
+SKETCH = 256  # random directions of the output on which a wide FFN's ridge is chosen
+_KEPT_BYTES = 1_000_000_000  # of held-out activations that are kept from one ridge to the next
+
+
+def _ridge_by_sketch(
+    ffn: DenseFFN, products: tuple[Tensor, Tensor], x: Tensor, target: Tensor, weights: Tensor | None, first: float
+) -> float:
+    """Return the ridge whose error on the held-out tokens x, target [T, H] is least, by a sketch of the outputs.
+
+    Errors of all outputs and of their projections on SKETCH random directions agree to a few per cent (Johnson and Lindenstrauss),
+    and all ridges are judged on the same directions.
+    """
+    gram, cross = products
+    signs = torch.randint(0, 2, (target.shape[1], SKETCH), generator=torch.Generator().manual_seed(0))
+    directions = (2.0 * signs - 1.0).to(gram) / SKETCH**0.5
+    sketched = RidgeProblem(gram, cross @ directions, _output_weights(ffn).to(gram) @ directions)
+    parts = _Activations(ffn.to(gram.device), x)
+
+    def error(ridge: float) -> float:
+        solution, missed = sketched.solve(ridge), torch.zeros((), dtype=torch.float64, device=gram.device)
+        for rows, hidden in parts:
+            squares = (hidden @ solution - target[rows].to(gram) @ directions).pow(2).sum(1)
+            missed += (squares if weights is None else squares * weights[rows].to(gram)).sum()
+        return float(missed)
+
+    return choose_ridge(error, first)[0]
+
+
+class _Activations:
+    """Iterate over (rows, activations [t, M]) of an FFN on inputs [T, H], a constant neuron after them where it has an output bias.
+
+    They are kept for the next time where they take little memory.
+    """
+
+    def __init__(self, ffn: DenseFFN, x: Tensor):
+        self.ffn, self.x = ffn, x
+        self.kept: dict[int, Tensor] | None = {} if len(x) * ffn.width * x.element_size() <= _KEPT_BYTES else None
+
+    def __iter__(self) -> Iterator[tuple[slice, Tensor]]:
+        chunk = rows_at_once(self.ffn.width)
+        for i in range(0, len(self.x), chunk):
+            hidden = None if self.kept is None else self.kept.get(i)
+            if hidden is None:
+                hidden = self.ffn.hidden(self.x[i : i + chunk].to(self.ffn.down.device))
+                if self.ffn.down_bias is not None:
+                    hidden = torch.cat([hidden, hidden.new_ones(len(hidden), 1)], dim=1)
+                if self.kept is not None:
+                    self.kept[i] = hidden
+            yield slice(i, i + chunk), hidden

@@ -48,7 +48,8 @@ def gather_routed(task: FFNTask, expert: Tensor, neuron: Tensor) -> DenseFFN:
     assert task.stats is not None
     weight, load = task.stats.mean_weight.float(), task.stats.load.float()
     ffn = gather(task.experts, expert, neuron, load)  # the routing weight multiplies the expert's input
-    ffn.gate, ffn.up = ffn.gate * weight[expert, None], ffn.up * weight[expert, None]
+    by_neuron = weight[expert, None].to(ffn.gate)
+    ffn.gate, ffn.up = ffn.gate * by_neuron, ffn.up * by_neuron
     return ffn
 
 

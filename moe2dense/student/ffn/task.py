@@ -66,7 +66,12 @@ class FFNTask:
     def energies(self) -> list[Tensor]:
         """[F] for each expert: router-weighted energy that its neurons write to the output, summed over tokens."""
         assert self.stats is not None and self.stats.neuron_energy is not None
-        return [output_energy(self.stats.neuron_energy[e], self.experts[e].down) for e in range(len(self.experts))]
+        by_expert = self.stats.neuron_energy
+        chosen = self.stats.count > 0  # the others wrote nothing, and need not be read
+        return [
+            output_energy(energy, self.experts[e].down) if chosen[e] else torch.zeros_like(energy)
+            for e, energy in enumerate(by_expert)
+        ]
 
 
 @dataclass

@@ -46,7 +46,8 @@ class Importance(Observer):
         mean = layer.x[layer.token_mask].abs().double().mean(0).cpu()
         self.channels = mean if self.channels is None else self.channels + mean
         before, after = (h.reshape(-1, h.shape[-1])[layer.token_mask] for h in (layer.hidden_in, layer.hidden_out))
-        self.influence.append(1 - float(cosine_similarity(before, after, dim=-1).double().mean()))
+        similarity = cosine_similarity(before, after.to(before.device), dim=-1)
+        self.influence.append(1 - float(similarity.double().mean()))
 
 
 def importance(teacher: "Teacher", data: "Blocks", heads: HeadEnergy | None = None) -> Importance:
@@ -100,7 +101,7 @@ class Cut:
         for dim, (size, teacher_size) in enumerate(zip(shape, value.shape, strict=True)):
             if size != teacher_size:
                 assert size == len(self.keep), f"no rule takes {source} from {list(value.shape)} to {list(shape)}"
-                value = value.index_select(dim, self.keep)
+                value = value.index_select(dim, self.keep.to(value.device))
         return value
 
     def layer(self, layer_pass: LayerPass) -> LayerPass:

@@ -87,7 +87,8 @@ class KeptHeads:
             if dim >= value.dim():
                 return value  # the bias behind the output projection
             unit = value.shape[dim] // count
-            return value.index_select(dim, (index[:, None] * unit + torch.arange(unit)).flatten())
+            rows = (index[:, None] * unit + torch.arange(unit)).flatten()
+            return value.index_select(dim, rows.to(value.device))
         return value
 
 

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor
 
-from moe2dense.student.ffn.dense import Experts, GatedWeights, Gating
-from moe2dense.teacher.experts import ExpertWeights, SharedFFN
+from moe2dense.common.devices import by_rows
+from moe2dense.student.ffn.dense import GatedWeights, Gating
+from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
 from moe2dense.teacher.layer_pass import LayerPass
 
 # T tokens, H hidden
@@ -38,8 +39,8 @@ class CutFFN:
 class CutExperts:
     """A layer's routed experts in the channels `keep`, read on demand."""
 
-    def __init__(self, experts: Experts, keep: Tensor):
-        self.experts, self.keep = experts, keep
+    def __init__(self, experts: LayerExperts, keep: Tensor):
+        self.experts, self.keep, self.gating = experts, keep, experts.gating
 
     def __len__(self) -> int:
         return len(self.experts)
@@ -69,4 +70,5 @@ def mean_gate(gate: Tensor | None, layer_pass: LayerPass) -> float:
     """Return the mean over the real tokens of a shared expert's sigmoid gate; 1 where it has none."""
     if gate is None:
         return 1.0
-    return float(torch.sigmoid(layer_pass.x[layer_pass.token_mask] @ gate.to(layer_pass.x)).mean())
+    inputs = layer_pass.x[layer_pass.token_mask.to(layer_pass.x.device)].float()
+    return float(by_rows(lambda x: torch.sigmoid(x @ gate.float()), [inputs], gate.device).mean())

@@ -13,7 +13,8 @@ from moe2dense.student.ffn.energy import output_energy
 from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.ffn.local import local
 from moe2dense.student.ffn.obs import eliminate
-from moe2dense.student.ffn.refit import grams, refit, ridge_solve
+from moe2dense.student.ffn.refit import grams, refit
+from moe2dense.student.ffn.ridge import ridge_solve
 from moe2dense.student.ffn.select import best_neurons, gather
 from moe2dense.student.fit import cosine
 
