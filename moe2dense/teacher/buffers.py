@@ -1,5 +1,6 @@
 """Hold hidden states: in memory while they fit, memory-mapped beyond that, and in memory that is used again."""
 
+import contextlib
 import math
 import mmap
 import os
@@ -97,8 +98,11 @@ class Arena:
 
 
 def host_memory(nbytes: int, for_gpu: bool) -> Tensor:
-    """Return memory [nbytes] uint8; for a GPU it is pinned, so that the GPU copies from it without the CPU's help."""
-    return torch.empty(nbytes, dtype=torch.uint8, pin_memory=for_gpu)
+    """Return memory [nbytes] uint8; for a GPU it is pinned where the system allows, so that it is copied without the CPU's help."""
+    if for_gpu:
+        with contextlib.suppress(RuntimeError):
+            return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+    return torch.empty(nbytes, dtype=torch.uint8)
 
 
 class Scratch:

@@ -118,14 +118,20 @@ class ExpertWeights:
                 self._add_output(self._neurons(x_n, span, scratch), span, y_n, scratch)
         return y if self.down_bias is None else y.add_(self.down_bias)
 
+    def tensors(self) -> list[Tensor]:
+        """Return its matrices, and the biases that it has."""
+        biases = (self.gate_bias, self.up_bias, self.down_bias)
+        return [*self.stored, *(b for b in biases if b is not None)]
+
     @property
     def device(self) -> torch.device:
         """Where its matrices are."""
         return self.stored[0].device
 
     def to(self, device: torch.device | str) -> "ExpertWeights":
-        """Return the same expert with its matrices on `device`; from pinned memory they arrive in the order of the stream."""
-        g, u, d = (t.to(device, non_blocking=True) for t in self.stored)
+        """Return the same expert with its matrices on `device`; to a GPU they travel while the CPU goes on."""
+        on_gpu = torch.device(device).type == "cuda"
+        g, u, d = (t.to(device, non_blocking=on_gpu) for t in self.stored)
         biases = tuple(None if b is None else b.to(device) for b in (self.gate_bias, self.up_bias, self.down_bias))
         return ExpertWeights(g, u, d, self.gating, self.dtype, biases)  # type: ignore[arg-type]
 

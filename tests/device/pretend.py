@@ -19,6 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from accelerate.state import AcceleratorState
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -222,6 +223,11 @@ class _Stream:
         return True
 
 
+def _forget_accelerate() -> None:
+    """Let accelerate look for devices anew: it remembers the first answer for the whole process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
 @contextlib.contextmanager
 def PretendedCuda(free: int = 80_000_000_000, total: int = 85_000_000_000) -> Iterator[Counts]:
     """Have one CUDA device with `free` bytes within the context; yield what is counted."""
@@ -251,6 +257,8 @@ def PretendedCuda(free: int = 80_000_000_000, total: int = 85_000_000_000) -> It
     with contextlib.ExitStack() as stack:
         for name, answer in answers.items():
             stack.enter_context(mock.patch.object(torch.cuda, name, answer))
+        _forget_accelerate()
+        stack.callback(_forget_accelerate)
         torch.__future__.set_swap_module_params_on_conversion(True)  # a module that moves keeps its parameters
         stack.callback(torch.__future__.set_swap_module_params_on_conversion, before)
         stack.enter_context(_Operations(counts))
