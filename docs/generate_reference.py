@@ -16,6 +16,7 @@ _NOTE = "<!-- Written by docs/generate_reference.py; change the descriptions in 
 _TABLES = {
     "": "The run itself",
     "teacher": "How the teacher is run",
+    "endpoint": "A teacher that a server runs",
     "data": "What text is used",
     "write": "Text that the teacher writes for its student",
     "build": "How the student is built from the teacher, before any training",

@@ -29,6 +29,8 @@ COMMANDS = (
     ("eval", "moe2dense.cli.evaluate:evaluate_checkpoint", "Compare a dense checkpoint with its teacher."),
     ("report", "moe2dense.reporting.show:report", "Write a run's report again, or compare two runs."),
     ("export", "moe2dense.cli.export:export_checkpoint", "Write a student for transformers, vLLM or llama.cpp."),
+    ("serve", "moe2dense.cli.serve:serve", "Start the installed stack that serves a student."),
+    ("chat", "moe2dense.cli.chat:chat", "Talk with a student, side by side with its teacher."),
     ("doctor", "moe2dense.cli.doctor:doctor", "Show versions, devices, and which optional parts are on."),
 )
 

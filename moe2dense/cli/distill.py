@@ -23,7 +23,7 @@ def distill_checkpoint(
         argument(
             "Text to train on, or prompts for --endpoint: a folder with train/valid/test files, one file, or a hub id.",
             example="my-text.jsonl",
-            default="none: needed, but for --completions",
+            default="none: needed, but for --completions and for captured --targets, which are their own text",
         ),
     ] = None,
     tokens: Annotated[
@@ -43,7 +43,9 @@ def distill_checkpoint(
     targets: Annotated[
         Path | None,
         argument(
-            "Folder of stored targets, in the teacher's place; a twentieth of them is held out.", example="out/targets"
+            "Folder of stored targets, or of log-probabilities that DistillKit captured, in the teacher's place; a twentieth of them is "
+            "held out.",
+            example="out/targets",
         ),
     ] = None,
     completions: Annotated[
@@ -53,16 +55,9 @@ def distill_checkpoint(
             example="answers.jsonl",
         ),
     ] = None,
-    endpoint: Annotated[
-        str | None,
-        argument(
-            "URL of an OpenAI-compatible server that answers the prompts in --data.",
-            example="http://localhost:8000/v1",
-        ),
-    ] = None,
-    endpoint_model: Annotated[
-        str, argument("The name the server knows the model by.", example="my-model", default="the server's only one")
-    ] = "",
+    endpoint: Annotated[str | None, flag("endpoint.url", group="Essentials")] = None,
+    endpoint_model: Annotated[str | None, flag("endpoint.model", group="Essentials")] = None,
+    endpoint_k: Annotated[int | None, flag("endpoint.k", group="Essentials")] = None,
     resume: Annotated[bool, argument("Continue in --out.")] = False,
     config: Annotated[
         Path | None, argument("TOML file whose [train], [write] and [regime] tables set the rest.", example="run.toml")
@@ -94,7 +89,8 @@ def distill_checkpoint(
 ) -> None:
     """Train a dense checkpoint towards a teacher's distributions.
 
-    Give --teacher, or --targets that `moe2dense targets` stored, or --completions, or --endpoint. Leaves OUT/model and
+    Give --teacher, or --targets that `moe2dense targets` stored, or --completions, or --endpoint: with --endpoint-k the server's
+    log-probabilities of the text are learnt, without it what the server writes after prompts. Leaves OUT/model and
     OUT/metrics.jsonl.
     """
     options = given_options(distill_checkpoint, locals())
@@ -102,7 +98,7 @@ def distill_checkpoint(
         raise UserError(
             "give either --teacher, or --targets with what `moe2dense targets` stored; or --completions, or --endpoint"
         )
-    if data is None and completions is None:
+    if data is None and completions is None and targets is None:
         raise UserError("--data is missing: text to train on, or prompts for the endpoint")
     if out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} exists; continue it with --resume, or choose another --out")
@@ -115,7 +111,6 @@ def distill_checkpoint(
         targets=targets,
         completions=completions,
         endpoint=endpoint,
-        endpoint_model=endpoint_model,
         cross_tokenizer=cross_tokenizer,
         tokens=count,
         resume=resume,
@@ -127,9 +122,12 @@ def distill_checkpoint(
 
 
 def _settings(config: Path | None, options: dict[str, object]) -> RunConfig:
-    """[train], [write] and [regime] of the file, and the flags. Stored targets are a flag's business."""
+    """[train], [write], [regime] and [endpoint] of the file, and the flags. Stored targets and the server's URL are a flag's business."""
     base = RunConfig()
     if config is not None:
         file = merge(base, read_toml(config), f"--config {config}")
-        base = replace(base, train=replace(file.train, targets=""), write=file.write, regime=file.regime)
+        base = replace(
+            base, train=replace(file.train, targets=""), write=file.write, regime=file.regime,
+            endpoint=replace(file.endpoint, url=""),
+        )  # fmt: skip
     return merge_flags(base, with_temperature(options))

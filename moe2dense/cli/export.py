@@ -12,7 +12,8 @@ def export_checkpoint(
     what: Annotated[
         str,
         argument(
-            "Folder of a run, of a step of its training (RUN/checkpoints/step-000050), or of a dense checkpoint.",
+            "Folder of a run, of a step of its training (RUN/checkpoints/step-000050), or of a dense checkpoint; for distillkit a store "
+            "of targets.",
             example="out/first",
         ),
     ],
@@ -21,12 +22,32 @@ def export_checkpoint(
     out: Annotated[Path, argument("New folder.", example="out/gguf")],
     overwrite: Annotated[bool, argument("Replace --out.")] = False,
     format: Annotated[
-        Literal["hf", "gguf"],
-        argument("File layout: transformers and vLLM (hf) or llama.cpp (gguf).", group="Output", example="gguf"),
+        Literal["hf", "gguf", "distillkit"],
+        argument(
+            "File layout: transformers and vLLM (hf) or llama.cpp (gguf); of a store of targets, DistillKit's packed log-probabilities "
+            "(distillkit; needs --data and --tokenizer).",
+            group="Output",
+            example="gguf",
+        ),
     ] = "hf",
     quantize: Annotated[
-        Literal["int8", "int4", "q8_0"] | None,
-        argument("int8 or int4 (hf; needs --data), q8_0 (gguf).", group="Output", example="q8_0"),
+        Literal["int8", "int4", "q8_0", "q2_k", "q3_k_m", "q4_k_m", "q5_k_m", "q6_k", "iq4_xs"] | None,
+        argument(
+            "int8 or int4 (hf; needs --data), q8_0 (gguf), or a k-quant (gguf) of llama.cpp's llama-quantize, with an importance matrix of "
+            "--data where given.",
+            group="Output",
+            example="q8_0",
+        ),
+    ] = None,
+    stack: Annotated[
+        Literal["vllm", "llama.cpp", "mlx", "transformers"] | None,
+        argument(
+            "The program that will serve the student: sets --format, and a host that it does not serve is refused with the reason.",
+            group="Output",
+            example="vllm",
+            default="any",
+            name="--for",
+        ),
     ] = None,
     dtype: Annotated[
         Literal["bfloat16", "float16", "float32"],
@@ -44,10 +65,10 @@ def export_checkpoint(
     data: Annotated[
         str | None,
         argument(
-            "Text that calibrates and judges quantised weights.",
+            "Text that calibrates and judges quantised weights, or that targets were stored for.",
             group="Text",
             example="my-text.jsonl",
-            default="none: needed for int8 and int4",
+            default="none: needed for int8, int4 and distillkit",
         ),
     ] = None,
     max_kl: Annotated[
@@ -59,6 +80,28 @@ def export_checkpoint(
             example="0.05",
         ),
     ] = 0.1,
+    tokens: Annotated[
+        str | None,
+        argument(
+            "distillkit: how much of the text, as when it was stored.",
+            group="Text",
+            unit="tokens",
+            example="500k",
+            default="all there is",
+        ),
+    ] = None,
+    k: Annotated[
+        int,
+        argument(
+            "distillkit: how many of the likeliest tokens, of targets that know more.",
+            group="Text",
+            unit="tokens",
+            example="128",
+        ),
+    ] = 64,
+    seed: Annotated[
+        int, argument("distillkit: the seed that the targets were stored with.", group="Text", example="1")
+    ] = 0,
     push_to_hub: Annotated[
         str | None,
         argument(
@@ -71,11 +114,29 @@ def export_checkpoint(
     public: Annotated[bool, argument("Create that repository public.", group="Upload")] = False,
     yes: Annotated[bool, argument("Upload without asking.", group="Upload")] = False,
 ) -> None:
-    """Write a student for transformers and vLLM (hf) or llama.cpp (gguf), and check what was written."""
+    """Write a student for transformers and vLLM (hf) or llama.cpp (gguf), and check what was written.
+
+    With --format distillkit a store of targets is written as DistillKit's trainers read it.
+    """
     if push_to_hub and not yes and not sys.stdin.isatty():
         raise UserError("--push-to-hub asks before it uploads, and there is no terminal to ask on; add --yes")
     if quantize in ("int8", "int4") and data is None:
         raise UserError(f"--quantize {quantize} needs --data, the text that calibrates and judges it")
+
+    if format == "distillkit":
+        if data is None or tokenizer is None:
+            raise UserError(
+                "--format distillkit needs --data and --tokenizer, the text and the tokenizer that the targets were stored with"
+            )
+        if quantize or push_to_hub:
+            raise UserError("--format distillkit writes targets, not a model; leave out --quantize and --push-to-hub")
+
+        from moe2dense.cli.actions.export_targets import run_export_targets
+
+        run_export_targets(
+            what, out, data=data, tokenizer=tokenizer, tokens=tokens, seed=seed, k=k, overwrite=overwrite
+        )
+        return
 
     from moe2dense.cli.actions.export import push, run_export
 
@@ -89,6 +150,7 @@ def export_checkpoint(
         tokenizer=tokenizer,
         data=data,
         max_kl=max_kl,
+        stack=stack or "",
         overwrite=overwrite,
     )
     if push_to_hub:

@@ -12,7 +12,11 @@ Format = Literal["hidden", "sampled", "topk", "full"]
 
 def targets(
     teacher: Annotated[
-        str, argument("The teacher: folder of a checkpoint, hub id, or a known name.", example="mixtral")
+        str,
+        argument(
+            "The teacher: folder of a checkpoint, hub id, or a known name. With --endpoint only its tokenizer is read.",
+            example="mixtral",
+        ),
     ],
     /,
     *,
@@ -37,7 +41,7 @@ def targets(
     format: Annotated[
         Format,
         argument(
-            "What is stored. hidden and full serve every loss, sampled forward KL, topk forward KL and hard labels.",
+            "What is stored. hidden and full serve every loss, sampled forward KL, topk forward KL and hard labels. A server gives topk.",
             group="Output",
             example="sampled",
         ),
@@ -70,6 +74,11 @@ def targets(
         ),
     ] = "",
     json: Annotated[bool, argument("With --analyze, print JSON instead of tables.", group="Output")] = False,
+    endpoint: Annotated[str | None, flag("endpoint.url")] = None,
+    endpoint_model: Annotated[str | None, flag("endpoint.model")] = None,
+    endpoint_kind: Annotated[str | None, flag("endpoint.kind")] = None,
+    endpoint_parallel: Annotated[int | None, flag("endpoint.parallel")] = None,
+    endpoint_rate: Annotated[float | None, flag("endpoint.rate")] = None,
     block: Annotated[int | None, flag("data.block")] = None,
     chat_template: Annotated[str | None, flag("data.chat_template")] = None,
     seed: Annotated[int | None, flag("seed", group="Text")] = None,
@@ -81,10 +90,12 @@ def targets(
 ) -> None:
     """Stream the teacher once and store its targets for `moe2dense distill --targets`.
 
-    Under torchrun every process writes its share of the store.
+    With --endpoint a server that runs the teacher is asked for the k likeliest tokens of every position instead. Under
+    torchrun every process writes its share of the store.
     """
     settings = merge_flags(RunConfig(), given_options(targets, locals()))
 
+    from moe2dense.cli.actions.served_targets import run_served_targets
     from moe2dense.cli.actions.targets import TargetsRequest, run_targets
 
     request = TargetsRequest(
@@ -100,4 +111,7 @@ def targets(
         features=features,
         token_weights=tuple(name.strip() for name in token_weights.split(",") if name.strip()),
     )
-    run_targets(request, analyze=analyze, as_json=json)
+    if settings.endpoint.url:
+        run_served_targets(request, analyze=analyze)
+    else:
+        run_targets(request, analyze=analyze, as_json=json)

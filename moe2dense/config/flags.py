@@ -50,13 +50,15 @@ def argument(
     example: str = "",
     default: str = "",
     metavar: str | None = None,
+    name: str | None = None,
 ) -> Flag:
     """Return the parameter of an argument that sets no option of the config.
 
-    default: what the help page shows where the signature's default says nothing (None, "" or 0); metavar: what stands for the value.
+    default: what the help page shows where the signature's default says nothing (None, "" or 0); metavar: what stands for the value; name: how the
+    flag is typed, where that is not the parameter's name.
     """
     described = Option(help, unit, example, shown=default)
-    return _flag(described, "", group, show_default=default or _default_text, metavar=metavar, negative=())
+    return _flag(described, "", group, show_default=default or _default_text, metavar=metavar, negative=(), name=name)
 
 
 def _default_text(value: Any) -> str:

@@ -16,6 +16,7 @@ _KEY = "option"
 _GROUPS = {
     "": "Essentials",
     "teacher": "Teacher",
+    "endpoint": "Teacher",
     "data": "Text",
     "write": "Text",
     "build": "Build",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from moe2dense.common.units import parse_count
 from moe2dense.config.options import option, parse_names
 from moe2dense.config.teacher import TeacherConfig
+from moe2dense.config.serving import EndpointConfig, ExportConfig
 from moe2dense.config.training import RegimeConfig, TrainConfig
 
 DEFAULT_CORPUS = "HuggingFaceFW/fineweb-edu"
@@ -280,32 +281,6 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """What the deployable checkpoint looks like."""
-
-    dtype: str = option(
-        "bfloat16",
-        help="Number format of the exported weights.",
-        choices=("bfloat16", "float16", "float32"),
-        example="float16",
-    )
-    format: str = option(
-        "hf",
-        help="File layout: transformers and vLLM (hf) or llama.cpp (gguf).",
-        choices=("hf", "gguf"),
-        example="gguf",
-    )
-    quantize: str = option(
-        "",
-        help="Quantise the exported weights: int8 or int4 for hf, q8_0 for gguf.",
-        choices=("", "int8", "int4", "q8_0"),
-        example="int8",
-        shown="none",
-    )
-    shard_size: str = option("5GB", help="Largest weight file.", unit="bytes", example="2GB")
-
-
-@dataclass(frozen=True)
 class RunConfig:
     """A whole run: `moe2dense convert TEACHER --to TARGET`, resolved and saved as OUT/moe2dense.toml."""
 
@@ -338,6 +313,7 @@ class RunConfig:
         group="Build",
     )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
+    endpoint: EndpointConfig = field(default_factory=EndpointConfig)
     data: DataConfig = field(default_factory=DataConfig)
     write: WriteConfig = field(default_factory=WriteConfig)
     build: BuildConfig = field(default_factory=BuildConfig)

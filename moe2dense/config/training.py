@@ -60,7 +60,7 @@ class TrainConfig:
     )
     targets: str = option(
         "",
-        help="Folder of targets stored by `moe2dense targets`.",
+        help="Folder of targets stored by `moe2dense targets`, or of log-probabilities that DistillKit captured, which are their own text.",
         example="targets/",
         shown="computed by the run",
     )

@@ -121,11 +121,15 @@ def convert(
     judge: Annotated[Text, flag("evaluate.judge")] = None,
     dtype: Annotated[Text, flag("export.dtype")] = None,
     quantize: Annotated[Text, flag("export.quantize")] = None,
+    stack: Annotated[Text, flag("export.stack")] = None,
     memory: Annotated[Text, flag("teacher.memory")] = None,
     gpu_memory: Annotated[Text, flag("teacher.gpu_memory")] = None,
     experts: Annotated[Text, flag("teacher.experts")] = None,
     device: Annotated[Text, flag("teacher.device")] = None,
     teacher_card: Annotated[Text, flag("teacher.card")] = None,
+    endpoint: Annotated[Text, flag("endpoint.url")] = None,
+    endpoint_model: Annotated[Text, flag("endpoint.model")] = None,
+    endpoint_k: Annotated[int | None, flag("endpoint.k")] = None,
 ) -> Result | Plan:
     """Turn an MoE into a dense checkpoint, with a report of what survived.
 

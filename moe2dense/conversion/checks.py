@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from moe2dense.common.http import check_url
 from moe2dense.common.units import parse_memory
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import texts_of_folder
@@ -75,9 +76,39 @@ def check_text_settings(settings: RunConfig) -> None:
             f"train.select chooses by the teacher's targets of the text, which the {settings.train.regime} regime has none of; leave one out"
         )
     check_draws(settings)
+    check_endpoint(settings)
     if settings.train.targets and (write.share or settings.train.select):
         raise UserError(
             "train.targets are of the data as it is; leave out write.share and train.select, or the targets"
+        )
+
+
+def check_endpoint(settings: RunConfig) -> None:
+    """Raise UserError for settings that need more of a teacher than the log-probabilities that a server gives."""
+    endpoint, train, teacher = settings.endpoint, settings.train, settings.teacher
+    if endpoint.k < 0:
+        raise UserError(f"--endpoint-k must not be negative; found {endpoint.k}")
+    if not endpoint.url:
+        return
+    check_url(endpoint.url)
+    for name, value, plain in (
+        ("loss", train.loss, train.loss == "forward_kl"),
+        (
+            "temperature",
+            train.temperature_schedule or f"{train.temperature:g}",
+            train.temperature == 1 and not train.temperature_schedule,
+        ),
+        ("features", train.features, not train.wanted_features or train.features == "auto"),
+        ("token_weights", train.token_weights, not train.token_weights),
+        ("targets", train.targets, not train.targets),
+    ):
+        if not plain:
+            raise UserError(
+                f"--endpoint gives the likeliest tokens at temperature 1, which train.{name} = {value!r} cannot be used with; leave one out"
+            )
+    if teacher.draws or teacher.top_k or settings.stages:
+        raise UserError(
+            "--endpoint is asked for the teacher as it is served; leave out teacher.draws, teacher.top_k and --stages"
         )
 
 

@@ -21,6 +21,8 @@ from moe2dense.data.counts import TextCounts
 from moe2dense.data.frequency import count_tokens
 from moe2dense.data.load import load_blocks
 from moe2dense.data.options import DEFAULTS, TextOptions
+from moe2dense.distillation.targets.captured.rows import is_captured
+from moe2dense.distillation.targets.captured.targets import captured_text
 from moe2dense.evaluation.reference import Reference
 from moe2dense.student.dense_teacher import target_from
 from moe2dense.student.target.resolve import Target
@@ -89,7 +91,7 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBas
 
     wanted = max(plan.tokens, plan.build_tokens)
     scored = settings.data.eval_blocks * plan.block
-    train = load("train", wanted)
+    train = _captured(settings, plan.block, wanted) or load("train", wanted)
     valid = load("valid", scored)
     ood = load("ood", scored) if settings.data.ood else None
     count = max(1, min(len(train), plan.build_tokens // plan.block))
@@ -97,6 +99,12 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBas
     counted = count_tokens(train, plan.shape.vocab_size)
     records = {split: counts for split, counts in records.items() if counts.read}
     return Text(train, valid, ood, train[spread], counted, options, records)
+
+
+def _captured(settings: RunConfig, block: int, tokens: int) -> Blocks | None:
+    """Return the training text where train.targets is a set that others captured, which is its own text; else None."""
+    folder = settings.train.targets
+    return captured_text(folder, block, tokens).blocks if folder and is_captured(folder) else None
 
 
 def load_split(

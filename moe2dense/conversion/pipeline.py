@@ -11,6 +11,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
 from moe2dense.conversion.choice import BUILT, Choice, choose
+from moe2dense.conversion.for_stack import for_stack
 from moe2dense.conversion.job import Job, Text, load_text, shortfall
 from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Plan, Result
@@ -33,6 +34,9 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     console = Console()
     check_settings(settings)
     check_places(settings, resume)
+    settings, note = for_stack(settings)
+    if note:
+        console.print(note, highlight=False, markup=False)
     plan = make_plan(settings)
     source = resolve_teacher(settings.model, settings.teacher.card)
     check_text(settings, source, plan.block)

@@ -17,7 +17,10 @@ from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.regimes.mtp import keep_heads_of
 from moe2dense.distillation.regimes.registry import REGIMES
 from moe2dense.distillation.targets.mixture import MixedTargets
+from moe2dense.distillation.targets.open import open_any_targets
 from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.distillation.targets.served.server import TeacherServer, connect
+from moe2dense.distillation.targets.served.write import write_served_targets
 from moe2dense.distillation.targets.store import MANIFEST, open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.feature_spec import teacher_features
@@ -29,6 +32,8 @@ from moe2dense.student.store import load_student, save_student
 from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.model import Teacher
+
+SERVED_K = 64  # log-probabilities of a position, where the settings say no number
 
 
 def build_settings(job: Job) -> BuildConfig:
@@ -182,13 +187,13 @@ def needs_targets(settings: RunConfig) -> bool:
 def training_targets(job: Job) -> Targets | None:
     """Return the teacher's targets on the training text; None where training reads none.
 
-    They are the store that the user names, else one that is written to the run folder.
+    They are the store that the user names, else one that is written to the run folder: by the teacher, or by a server that runs it.
     """
     settings = job.settings.train
     if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
         return None
     if settings.targets:
-        return open_targets(settings.targets, job.text.train, teacher=training_teacher(job, targets=True))
+        return open_any_targets(settings.targets, job.text.train, teacher=training_teacher(job, targets=True))
     draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
     folder = job.run.folder / "targets"
     folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
@@ -201,6 +206,9 @@ def training_targets(job: Job) -> Targets | None:
 
 def _store_targets(job: Job, folders: list[Path]) -> None:
     """Write the teacher's targets; into several folders, where its experts are drawn several times."""
+    if job.settings.endpoint.url:
+        write_served_targets(served_teacher(job), job.text.train, job.teacher.tokenizer(), folders[0], job.progress)
+        return
     settings, target = job.settings.train, job.target
     # Features of several answers have no mean to learn from.
     features = features_to_store(settings, target) if len(folders) == 1 else ""
@@ -225,8 +233,20 @@ def regime_of(job: Job) -> Regime | None:
     if not name:
         return None
     row = REGIMES[name]
+    peer = second_student(job) if row.needs_peer else None
+    if row.writes_text and job.settings.endpoint.url:
+        return make_regime(name, job.settings.regime, None, peer, served_teacher(job))
     teacher = training_teacher(job, targets=True) if row.writes_text else job.source
-    return make_regime(name, job.settings.regime, teacher, second_student(job) if row.needs_peer else None)
+    return make_regime(name, job.settings.regime, teacher, peer)
+
+
+def served_teacher(job: Job) -> TeacherServer:
+    """Reach the server that runs the teacher. Raises UserError as `connect` does."""
+    endpoint = job.settings.endpoint
+    return connect(
+        endpoint.url, endpoint.k or SERVED_K, endpoint.model, endpoint.kind, parallel=endpoint.parallel,
+        per_second=endpoint.rate,
+    )  # fmt: skip
 
 
 def second_student(job: Job) -> Student:

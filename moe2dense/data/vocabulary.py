@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import xxhash
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.errors import UserError
@@ -50,3 +51,9 @@ def compare_vocabularies(teacher: PreTrainedTokenizerBase, student: PreTrainedTo
     if most - len(shared) > max(8, most // 100):
         return Comparison(False, 0, f"the teacher's vocabulary has {len(a)} tokens and the student's {len(b)}")
     return Comparison(True, len(shared))
+
+
+def vocabulary_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Return a hash of which token each id means."""
+    tokens = sorted((i, token) for token, i in tokenizer.get_vocab().items())
+    return xxhash.xxh3_128_hexdigest("\0".join(f"{i} {token}" for i, token in tokens).encode(errors="surrogatepass"))

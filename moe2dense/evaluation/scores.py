@@ -23,7 +23,7 @@ class Scores:
     clusters, unit: how many of what are resampled ("31", "passages").
 
     kl KL(teacher || student); agreement: both have the same first choice; top5: the teacher's first choice is among the
-    student's five; correlation: Pearson, over tokens, of the probabilities both give the true next token; ece: expected
+    student's five; acceptance: chance that the teacher accepts a token that the student drew, in speculative decoding; correlation: Pearson, over tokens, of the probabilities both give the true next token; ece: expected
     calibration error of the first choice against the text (15 equal bins, Guo et al. 2017); entropy_gap: student minus
     teacher; rare_kl: KL on the tenth of the tokens that is rarest by count in the text `rare_by` names; by_decile: rarest
     tenth of the tokens first; kl_NS: KL at every position [N, S], NaN where not judged.
@@ -36,6 +36,7 @@ class Scores:
     teacher_perplexity: Estimate
     agreement: Estimate
     top5: Estimate
+    acceptance: Estimate
     correlation: Estimate
     ece: Estimate
     teacher_ece: Estimate

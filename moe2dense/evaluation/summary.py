@@ -60,6 +60,7 @@ def scores_of_table(table: TokenTable, kl_NS: Tensor) -> Scores:
         teacher_perplexity=_exp(teacher_nll),
         agreement=table.mean("agreement"),
         top5=table.mean("top5"),
+        acceptance=table.mean("acceptance"),
         correlation=_correlation(table),
         ece=_calibration_error(table, "confidence", "correct"),
         teacher_ece=_calibration_error(table, "teacher_confidence", "teacher_correct"),

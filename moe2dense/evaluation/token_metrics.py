@@ -73,6 +73,7 @@ def _score(log_t: Tensor, log_s: Tensor, labels: Tensor) -> dict[str, Tensor]:
         "teacher_nll": -label_t,
         "nll": -label_s,
         "agreement": (top_t == top_s).float(),
+        "acceptance": torch.minimum(p_t, p_s).sum(-1),
         "top5": (five == top_t[:, None]).any(-1).float(),
         "teacher_p": label_t.exp(),
         "p": label_s.exp(),

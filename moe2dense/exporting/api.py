@@ -14,13 +14,14 @@ from moe2dense.exporting import hf
 from moe2dense.exporting import model_card as cards
 from moe2dense.exporting import quantize as quantizer
 from moe2dense.exporting import tokenizer as tokenizers
+from moe2dense.exporting.gguf.tools import TYPES as K_QUANTS
 from moe2dense.exporting.gguf.write import write_gguf
 from moe2dense.families.cards import StudentCard, student_cards
 from moe2dense.modeling.kinds import BuiltStudent
 
 FORMATS = ("hf", "gguf")
 HF_QUANTIZE = ("int8", "int4")
-GGUF_QUANTIZE = ("q8_0",)
+GGUF_QUANTIZE = ("q8_0", *K_QUANTS)
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ def export(
     quantize: str | None = None,
     shard_size: str | int = "5GB",
     text: Tensor | None = None,
+    words: str = "",
     score: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
     max_kl: float = 0.1,
     card: StudentCard | None = None,
@@ -71,8 +73,9 @@ def export(
 
     tokenizer: folder, hub id or object; by default the folder of the student's teacher. Generation defaults and license
     files are copied from it too. info: what the model card says, see model_card.INFO_FIELDS. dtype: bfloat16, float16 or
-    float32. format: hf or gguf. quantize: int8 or int4 (hf), q8_0 (gguf); needs text [N, S], token ids that calibrate it
-    (first half) and judge it (second half); refused above max_kl nats per token between student and quantised student.
+    float32. format: hf or gguf. quantize: int8 or int4 (hf), which need text [N, S], token ids that calibrate it
+    (first half) and judge it (second half), and are refused above max_kl nats per token between student and quantised student; q8_0
+    or a k-quant of llama.cpp's own tool (gguf), with an importance matrix of `words` where given.
     score: judges a model for the card's table, e.g. lambda m: evaluate(m, teacher, held_out).to_dict(); called for a
     quantised model, whose row joins the card. overwrite: replace `out`, in one rename.
 
@@ -89,7 +92,14 @@ def export(
     with whole_folder(out, overwrite) as partial:
         if format == "gguf":
             record = write_gguf(
-                model, partial, source, host, dtype=dtype, quantize=quantize, name=notes.get("name", out.name)
+                model,
+                partial,
+                source,
+                host,
+                dtype=dtype,
+                quantize=quantize,
+                name=notes.get("name", out.name),
+                text=words,
             )
         elif quantize:
             record = quantizer.write_quantized(

@@ -99,6 +99,7 @@ class StudentCard:
     # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
     heads: dict[str, str] = field(default_factory=lambda: dict(HEADS))
     loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
+    serve_flags: dict[str, list[str]] = field(default_factory=dict)  # serving stack = flags that it needs for this host
     notes: str = ""
 
 

@@ -5,11 +5,8 @@ the answer of a damaged line is asked for again.
 """
 
 import contextlib
-import http.client
 import json
 import os
-import time
-import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -19,32 +16,12 @@ from pathlib import Path
 from typing import Any
 
 from moe2dense.common.files import atomic_write
+from moe2dense.common.http import LARGEST_ANSWER, RequestFailed, check_url, fetch, json_request, with_retries
 from moe2dense.errors import UserError
 from moe2dense.generation.prompts import Prompt
 
 ANSWERS = "answers.jsonl"
-_LARGEST_ANSWER = 2**26  # bytes; a server that sends more is not waited for
-_FINAL_CODES = (300, 301, 302, 303, 307, 308, 400, 401, 403, 404, 405, 422)  # answers that another try does not change
-
-
-class _NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Follows no redirect: the request carries the user's key, which is for the server that was named and no other."""
-
-    def redirect_request(
-        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
-    ) -> None:
-        """Refuse, so that the redirect is raised as an HTTPError."""
-
-
-_OPENER = urllib.request.build_opener(_NoRedirects)
-
-
-class _Failed(Exception):
-    """One try failed; `final` when another would too."""
-
-    def __init__(self, why: str, final: bool = False):
-        super().__init__(why)
-        self.final = final
+_LARGEST_ANSWER = LARGEST_ANSWER  # bytes
 
 
 @dataclass(frozen=True)
@@ -66,23 +43,13 @@ class Endpoint:
     parallel: int = 8
 
     def __post_init__(self) -> None:
-        if not self.url.startswith(("http://", "https://")):
-            raise UserError(f"--endpoint must be an http(s) URL such as http://localhost:8000/v1; found {self.url!r}")
+        check_url(self.url)
         if not self.model:
             raise UserError("--endpoint needs --endpoint-model, the name the server knows the model by")
 
     def answer(self, prompt: Prompt) -> str:
-        """Return the text that follows a prompt, or the reply to a conversation. Raises _Failed after the last try."""
-        delay = self.wait
-        for attempt in range(1, self.tries + 1):
-            try:
-                return self._ask(prompt)
-            except _Failed as error:
-                if error.final or attempt == self.tries:
-                    raise
-                time.sleep(delay)
-                delay *= 2
-        raise AssertionError("unreachable: tries is at least 1")
+        """Return the text that follows a prompt, or the reply to a conversation. Raises RequestFailed after the last try."""
+        return with_retries(lambda: self._ask(prompt), self.tries, self.wait)
 
     def _request(self, prompt: Prompt) -> tuple[urllib.request.Request, bool]:
         """Return (request, whether it is one to chat/completions)."""
@@ -96,60 +63,21 @@ class Endpoint:
             body["messages"] = prompt.messages or [{"role": "user", "content": prompt.text}]
         else:
             body["prompt"] = prompt.text
-        headers = {"Content-Type": "application/json"}
-        if key := os.environ.get("OPENAI_API_KEY"):
-            headers["Authorization"] = f"Bearer {key}"
-        return urllib.request.Request(url, json.dumps(body).encode(), headers, method="POST"), chat
+        return json_request(url, body), chat
 
     def _ask(self, prompt: Prompt) -> str:
         """Make one request; return the text of its answer."""
         request, chat = self._request(prompt)
-        raw = self._fetch(request)
+        raw = fetch(request, self.timeout, _LARGEST_ANSWER)
         try:
             choice = json.loads(raw)["choices"][0]
             text = choice["message"]["content"] if chat else choice["text"]
         except (ValueError, LookupError, TypeError):
-            raise _Failed(f"an answer that is no completion: {raw[:60].decode(errors='replace')!r}") from None
+            raise RequestFailed(f"an answer that is no completion: {raw[:60].decode(errors='replace')!r}") from None
         if not isinstance(text, str):
-            raise _Failed(f"an answer without text: {raw[:60].decode(errors='replace')!r}")
+            raise RequestFailed(f"an answer without text: {raw[:60].decode(errors='replace')!r}")
         # a server may cut its text inside a character
         return text.encode(errors="replace").decode()
-
-    def _fetch(self, request: urllib.request.Request) -> bytes:
-        """Return the complete body of one response. The timeout is for all of it, however slowly it arrives."""
-        deadline = time.monotonic() + self.timeout
-        parts: list[bytes] = []
-        try:
-            with _OPENER.open(request, timeout=self.timeout) as response:
-                size = 0
-                while part := response.read1(65536):
-                    parts.append(part)
-                    size += len(part)
-                    if size > _LARGEST_ANSWER:
-                        raise _Failed(f"an answer of more than {_LARGEST_ANSWER >> 20} MB", final=True)
-                    if time.monotonic() > deadline:
-                        raise TimeoutError
-                if response.length:  # bytes that were promised and never came
-                    raise http.client.IncompleteRead(b"".join(parts), response.length)
-        except urllib.error.HTTPError as error:
-            if 300 <= error.code < 400:
-                place = str(error.headers.get("Location"))[:200]
-                raise _Failed(
-                    f"it redirects to {place!r}; if that is right, give it as the endpoint", final=True
-                ) from None
-            lines = error.read(200).decode(errors="replace").strip().splitlines()
-            reason = lines[0] if lines else error.reason
-            raise _Failed(f"HTTP {error.code}: {reason}", error.code in _FINAL_CODES) from None
-        except TimeoutError:
-            raise _Failed(f"no whole answer within {self.timeout:g} s") from None
-        except http.client.IncompleteRead as error:
-            raise _Failed(f"half an answer ({len(error.partial)} bytes)") from None
-        except (urllib.error.URLError, http.client.HTTPException, OSError) as error:
-            reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            if isinstance(reason, TimeoutError):
-                raise _Failed(f"no whole answer within {self.timeout:g} s") from None
-            raise _Failed(f"the connection failed: {reason}") from None
-        return b"".join(parts)
 
 
 def collect(
@@ -222,7 +150,7 @@ def _ask_all(
     endpoint: Endpoint, prompts: list[tuple[int, Prompt]], before: int, folder: Path
 ) -> Iterator[tuple[int, str]]:
     """Yield (number, answer) as they arrive; after a failure also those that are under way."""
-    failed: _Failed | None = None
+    failed: RequestFailed | None = None
     count = before
     with ThreadPoolExecutor(endpoint.parallel) as pool:
         running = {pool.submit(endpoint.answer, prompt): number for number, prompt in prompts}
@@ -230,7 +158,7 @@ def _ask_all(
             if future.cancelled():
                 continue
             error = future.exception()
-            if isinstance(error, _Failed):
+            if isinstance(error, RequestFailed):
                 failed = failed or error
                 for other in running:
                     other.cancel()

@@ -56,6 +56,12 @@ MODEL_METRICS: tuple[Metric, ...] = (
         "Share of tokens where the teacher's first choice is among the student's five.",
     ),
     Metric(
+        "acceptance", "acceptance", "Acceptance as draft", "high", "%",
+        "Chance that the teacher accepts a token drawn from the student in speculative decoding at temperature 1: what both "
+        "distributions share, 1 - total variation (Leviathan et al., 2211.17192). With four drafts a pass of the teacher then yields "
+        "(1 - a^5) / (1 - a) tokens.",
+    ),
+    Metric(
         "correlation", "correlation", "Correlation", "high", "",
         "Pearson correlation, over tokens, of the probabilities teacher and student give the true next token.",
     ),
@@ -179,7 +185,18 @@ MODEL = {metric.key: metric for metric in MODEL_METRICS}
 EXPERT = {metric.key: metric for metric in EXPERT_METRICS}
 
 # the numbers of one row of scores, in the order in which tables show them
-SCORE_KEYS = ("kl", "rare_kl", "nll", "perplexity", "agreement", "top5", "correlation", "ece", "entropy_gap")
+SCORE_KEYS = (
+    "kl",
+    "rare_kl",
+    "nll",
+    "perplexity",
+    "agreement",
+    "top5",
+    "acceptance",
+    "correlation",
+    "ece",
+    "entropy_gap",
+)
 
 NEURONS_TITLE = "Neurons"  # heading over an expert's provenance word
 NEURONS_HELP = (

@@ -51,7 +51,7 @@ def blocks(n=7, s=19, seed=3, domains=("law", "code")):
 def reference_numbers(teacher, student, data):
     """Everything again in float64, with whole logits and plain loops."""
     t64, s64 = teacher.double(), student.double()
-    kl, nll, t_nll, agree, five, p_t, p_s, gap, conf, right = ([] for _ in range(10))
+    kl, nll, t_nll, agree, five, shared, p_t, p_s, gap, conf, right = ([] for _ in range(11))
     with torch.no_grad():
         for row in data.input_ids:
             lt = torch.log_softmax(t64(row[None]).logits[0].double(), -1)
@@ -63,6 +63,7 @@ def reference_numbers(teacher, student, data):
                 t_nll.append(-float(lt[i, y]))
                 agree.append(int(lt[i].argmax()) == int(ls[i].argmax()))
                 five.append(int(lt[i].argmax()) in ls[i].argsort(descending=True)[:5].tolist())
+                shared.append(sum(min(float(lt[i, v].exp()), float(ls[i, v].exp())) for v in range(lt.shape[1])))
                 p_t.append(float(lt[i, y].exp()))
                 p_s.append(float(ls[i, y].exp()))
                 gap.append(float(-(ls[i].exp() * ls[i]).sum() + (lt[i].exp() * lt[i]).sum()))
@@ -75,7 +76,7 @@ def reference_numbers(teacher, student, data):
         inside = (conf >= b / 15) & (conf < (b + 1) / 15)
         if inside.any():
             ece += inside.mean() * abs(right[inside].mean() - conf[inside].mean())
-    columns = dict(kl=kl, nll=nll, teacher_nll=t_nll, agreement=agree, top5=five, entropy_gap=gap)
+    columns = dict(kl=kl, nll=nll, teacher_nll=t_nll, agreement=agree, top5=five, acceptance=shared, entropy_gap=gap)
     out = {k: float(np.mean(v)) for k, v in columns.items()}
     return {**out, "correlation": float(np.corrcoef(p_t, p_s)[0, 1]), "ece": ece, "kl_tokens": np.array(kl)}
 
@@ -86,7 +87,7 @@ def test_numbers_equal_an_independent_float64_computation(chunk, monkeypatch):
     teacher, student, data = mixtral(0), llama(1), blocks()
     scores = evaluate(student, teacher, data, batch=3, bootstrap=50)
     wanted = reference_numbers(teacher, student, data)
-    for name in ("kl", "nll", "teacher_nll", "agreement", "top5", "entropy_gap", "correlation", "ece"):
+    for name in ("kl", "nll", "teacher_nll", "agreement", "top5", "acceptance", "entropy_gap", "correlation", "ece"):
         assert getattr(scores, name) == pytest.approx(wanted[name], rel=1e-4, abs=1e-6), name
     np.testing.assert_allclose(scores.kl_NS[:, :-1].flatten(), wanted["kl_tokens"], rtol=1e-3, atol=1e-5)
     assert scores.kl_NS[:, -1].isnan().all() and scores.tokens == 7 * 18

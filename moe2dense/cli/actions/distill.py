@@ -107,4 +107,4 @@ def _regime(settings: RunConfig, material: Material) -> Regime | None:
                 f"regime.peer must be the folder of a dense checkpoint to learn with; found {options.peer!r}"
             )
         peer = open_student(options.peer)
-    return make_regime(name, options, material.teacher, peer)
+    return make_regime(name, options, material.teacher, peer, material.server)

@@ -11,7 +11,7 @@ CrossTokenizer = Literal["text", "uld", "aligned"]
 
 @dataclass(frozen=True)
 class DistillRequest:
-    """Who learns from whom. `settings` holds [train], [write] and [regime], the text, the seed and how a teacher is run."""
+    """Who learns from whom. `settings` holds [train], [write], [regime] and [endpoint], the text, the seed and how a teacher is run."""
 
     student: str
     out: Path
@@ -21,7 +21,6 @@ class DistillRequest:
     targets: Path | None = None
     completions: Path | None = None
     endpoint: str | None = None
-    endpoint_model: str = ""  # the name the server knows the model by
     cross_tokenizer: CrossTokenizer = "text"
     tokens: int | None = None  # None: all there are
     resume: bool = False

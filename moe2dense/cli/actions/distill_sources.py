@@ -1,12 +1,14 @@
 """What a student is distilled on: a teacher, its stored targets, or only what it wrote, here or on a server."""
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from moe2dense.cli.actions.common import open_teacher, print_skipped
 from moe2dense.cli.actions.distill_request import DistillRequest
+from moe2dense.cli.actions.served_targets import server_of
 from moe2dense.common.progress import Report
 from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.text_options import text_options_for
@@ -15,9 +17,16 @@ from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import load_blocks
 from moe2dense.data.options import TextOptions
 from moe2dense.data.vocabulary import compare_vocabularies
+from moe2dense.distillation.regimes.checks import brings_targets
+from moe2dense.distillation.regimes.registry import writes_text
+from moe2dense.distillation.targets.captured.rows import is_captured
+from moe2dense.distillation.targets.captured.targets import captured_text, open_captured
 from moe2dense.distillation.targets.cross_tokenizer import cross_targets
 from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.distillation.targets.served.server import TeacherServer
+from moe2dense.distillation.targets.served.write import write_served_targets
 from moe2dense.distillation.targets.store import open_targets
+from moe2dense.errors import UserError
 from moe2dense.evaluation.reference import Reference, reference
 from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.generation.completions import answer_blocks, ask_endpoint, read_completions
@@ -41,6 +50,7 @@ class Material:
     valid: Blocks | None = None
     valid_targets: Targets | Reference | None = None
     answers: Blocks | None = None  # held-out answers, where only answers are known
+    server: TeacherServer | None = None  # that runs the teacher and gives log-probabilities
 
 
 @dataclass(frozen=True)
@@ -74,8 +84,12 @@ def gather(setting: Setting) -> Material:
     request = setting.request
     if request.completions is not None:
         return _from_completions(setting)
-    if request.endpoint is not None:
+    if request.endpoint is not None and not request.settings.endpoint.k:
         return _from_endpoint(setting)
+    if request.targets is not None and is_captured(request.targets):
+        return _from_captured(setting, request.targets)
+    if not request.settings.data.path:
+        raise UserError("--data is missing: the text that the targets were stored for")
     counts = TextCounts()
     train = load_blocks(
         request.settings.data.path,
@@ -88,8 +102,10 @@ def gather(setting: Setting) -> Material:
         counts=counts,
     )
     print_skipped(counts, request.settings.data.path)
+    if request.endpoint is not None:
+        return _from_served(setting, train)
     if request.targets is not None:
-        return _from_store(setting, train)
+        return _from_store(setting, train, request.targets)
     return _from_teacher(setting, train)
 
 
@@ -120,28 +136,76 @@ def _from_endpoint(setting: Setting) -> Material:
     write, folder, tokenizer = settings.write, request.out / "answers", setting.tokenizer()
     options = setting.text_options
     longest = write.new_tokens or max(1, setting.block - write.prompt_tokens)
-    endpoint = Endpoint(request.endpoint, request.endpoint_model, longest, write.temperature, write.top_p)
+    endpoint = Endpoint(request.endpoint, request.settings.endpoint.model, longest, write.temperature, write.top_p)
     records = ask_endpoint(
         endpoint, settings.data.path, folder, write, tokenizer, request.tokens, settings.seed, setting.progress, options
     )
     setting.console.print(
-        f"{len(records)} answers of {request.endpoint_model!r}, learnt as hard labels (alpha 1); they are kept in {folder}"
+        f"{len(records)} answers of {request.settings.endpoint.model!r}, learnt as hard labels (alpha 1); they are kept in {folder}"
     )
     data, answers = answer_blocks(records, tokenizer, setting.block, request.tokens, settings.seed, options)
     return Material(data, _hard_labels(settings.train), answers=answers)
 
 
-def _from_store(setting: Setting, train: Blocks) -> Material:
+def _from_store(setting: Setting, train: Blocks, folder: Path) -> Material:
     """Blocks with the teacher's stored targets; a part of them is held out."""
-    folder, config = setting.request.targets, setting.request.settings.train
-    assert folder is not None
-    count = len(train) - min(_HELD_OUT, len(train) // 20)
-    targets = open_targets(folder, train[:count])
+    config, tokenizer = setting.request.settings.train, setting.tokenizer()
+    count = _not_held_out(train)
+    targets = open_targets(folder, train[:count], tokenizer=tokenizer)
     if count == len(train):
         return Material(train, config, targets=targets)
     valid = train[count:]
     valid_targets = open_targets(folder, valid, verify=False)
     return Material(train[:count], config, targets=targets, valid=valid, valid_targets=valid_targets)
+
+
+def _from_captured(setting: Setting, folder: Path) -> Material:
+    """Rows of a set that others captured, which is its own text; a part of them is held out."""
+    request, settings, tokenizer = setting.request, setting.request.settings, setting.tokenizer()
+    if settings.data.path and Path(settings.data.path) != folder:
+        raise UserError(
+            f"--targets {folder} is a captured set, which is its own text; leave out --data {settings.data.path}"
+        )
+    text = captured_text(folder, setting.block, request.tokens)
+    setting.console.print(f"{folder}: captured log-probabilities, {text.sentence()}", highlight=False, markup=False)
+    count = _not_held_out(text.blocks)
+    targets = open_captured(folder, text.blocks[:count], tokenizer)
+    if count == len(text.blocks):
+        return Material(text.blocks, settings.train, targets=targets)
+    valid = text.blocks[count:]
+    return Material(
+        text.blocks[:count], settings.train, targets=targets, valid=valid, valid_targets=open_captured(folder, valid)
+    )
+
+
+def _not_held_out(train: Blocks) -> int:
+    """Return how many of the blocks are trained on."""
+    return len(train) - min(_HELD_OUT, len(train) // 20)
+
+
+def _from_served(setting: Setting, train: Blocks) -> Material:
+    """Blocks with the log-probabilities that a server gives, which are kept in OUT/targets.
+
+    A regime that asks the teacher anew asks the server, and only the held-out part is stored.
+    """
+    request, settings = setting.request, setting.request.settings
+    server = server_of(settings.endpoint, settings.endpoint.k)
+    anew = brings_targets(settings.train.regime, settings.regime) or writes_text(settings.train.regime)
+    count = _not_held_out(train)
+    stored = train[count:] if anew else train
+    if len(stored):
+        folder = request.out / "targets"
+        compared = write_served_targets(server, stored, setting.tokenizer(), folder, setting.progress)
+        setting.console.print(
+            f"{server.model!r} gives {server.k} log-probabilities of each token, kept in {folder}; {compared}",
+            highlight=False,
+            markup=False,
+        )
+        if not anew:
+            return replace(_from_store(setting, train, folder), server=server)
+        valid_targets = open_targets(folder, stored, verify=False)
+        return Material(train[:count], settings.train, valid=stored, valid_targets=valid_targets, server=server)
+    return Material(train, settings.train, server=server)
 
 
 def _from_teacher(setting: Setting, train: Blocks) -> Material:

@@ -7,11 +7,14 @@ from rich.prompt import Confirm
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe2dense.cli.actions.stack_check import check_in_stack
 from moe2dense.common.units import show_bytes
 from moe2dense.data.load import load_blocks
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
+from moe2dense.exporting.gguf.tools import TYPES as K_QUANTS
 from moe2dense.exporting.hub import push_to_hub
+from moe2dense.exporting.stacks import STACKS, check_stack, flags_of, format_for, served_model
 from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.reporting.report_file import read_report, report_errors
 from moe2dense.student.locate import is_run, student_folder
@@ -32,9 +35,13 @@ def run_export(
     data: str | None,
     max_kl: float,
     overwrite: bool,
+    stack: str = "",
 ) -> Path:
     """Write the student that `what` names to `out`, print what was written and checked, and return the folder. Raises UserError."""
     student = open_student(what)
+    if stack:
+        check_stack(student.card, STACKS[stack])
+        format = format_for(STACKS[stack], format)
     source = tokenizer or student.teacher_path or str(student_folder(what))
     text = _calibration_text(data, source, student.model) if data and quantize in ("int8", "int4") else None
     info = None
@@ -52,6 +59,7 @@ def run_export(
         quantize=quantize,
         shard_size=shard_size,
         text=text,
+        words=_words(data, source) if data and quantize in K_QUANTS else "",
         max_kl=max_kl,
         overwrite=overwrite,
     )
@@ -59,12 +67,22 @@ def run_export(
     console.print(f"{exported.path}: {show_bytes(exported.bytes)} in {len(exported.files)} files")
     for name, value in (exported.checked | exported.quantized).items():
         console.print(f"  {name.replace('_', ' ')}: {value:.4g}")
+    if stack and not quantize:
+        served = served_model(exported.path)
+        check_in_stack(student.model, served, STACKS[stack], flags_of(student.card, STACKS[stack]), console)
     return exported.path
 
 
 def push(folder: Path, repository: str, public: bool, yes: bool) -> None:
     """Upload an export to a repository of the hub, after asking; print where it is."""
     Console().print(push_to_hub(folder, repository, private=not public, confirm=None if yes else Confirm.ask))
+
+
+def _words(data: str, tokenizer: str) -> str:
+    """Return the text that an importance matrix is computed on."""
+    source = load_tokenizer(tokenizer)
+    blocks = load_blocks(data, source, _CALIBRATION_LENGTH, "valid", tokens=_CALIBRATION_BLOCKS * _CALIBRATION_LENGTH)
+    return "\n".join(str(source.decode(ids, skip_special_tokens=True)) for ids in blocks.input_ids.tolist())
 
 
 def _calibration_text(data: str, tokenizer: str, model: PreTrainedModel) -> Tensor:

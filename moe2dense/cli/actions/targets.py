@@ -81,7 +81,7 @@ def run_targets(request: TargetsRequest, analyze: bool = False, as_json: bool = 
                 routing=list(request.token_weights),
                 progress=progress,
             )
-            _print_store(request.out, request.format, console)
+            print_store(request.out, request.format, console)
         if analyze:
             analysis = _analysis(teacher, blocks, request.out, progress)
     if analysis is not None:
@@ -102,10 +102,10 @@ def _check(request: TargetsRequest, analyze: bool) -> None:
         raise UserError("--analyze runs in one process; write the store first, then run it again without torchrun")
 
 
-def _print_store(out: Path, format: str, console: Console) -> None:
+def print_store(out: Path, format: str, console: Console) -> None:
     """Print what lies in the store now."""
     manifest = json.loads((out / "store.json").read_text())
-    size = sum(p.stat().st_size for p in out.rglob("*") if p.is_file())
+    size = sum(p.stat().st_size for p in out.glob("*") if p.is_file())
     stored = sum(s["to"] - s["from"] for s in manifest["shards"])
     if stored < manifest["blocks"]:
         console.print(f"{out}: {stored} of {manifest['blocks']} blocks are written; other processes are at it")

@@ -9,7 +9,7 @@ the run folder until a checkpoint lies behind their window.
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors.torch import save
@@ -45,6 +45,12 @@ def own_steps(share: str | float, steps: int) -> list[bool]:
         own.append(math.floor(after + 1e-9) > math.floor(before + 1e-9))
         before = after
     return own
+
+
+class WindowTargets(Targets, Protocol):
+    """Targets of a window of steps, of which some blocks can be taken."""
+
+    def __getitem__(self, rows: slice) -> Targets: ...
 
 
 class OnPolicy(Regime):
@@ -127,14 +133,22 @@ class OnPolicy(Regime):
         else:
             rollouts = self._write_rollouts(fixed, own, steps.start * per_step)
             self.blocks = _with_ids(fixed, rollouts["input_ids"], own)
-            rollouts["hidden"] = self._teacher_states()
+            rollouts |= self._teacher_answers()
             if path is not None and self.run.accelerator.is_main_process:
                 atomic_write(path, save(rollouts))
-        self.targets, self.window = HiddenTargets(rollouts.pop("hidden"), teacher_head(self.teacher)), window
+        self.targets, self.window = self._window_targets(rollouts), window
         self._window_opened(own, rollouts)
 
     def _window_opened(self, own: list[int], rollouts: dict[str, Tensor]) -> None:
         """Use the window's blocks and targets; rollouts: what `_write_rollouts` gave for the rows `own`."""
+
+    def _teacher_answers(self) -> dict[str, Tensor]:
+        """Return what is kept of the teacher's answers on the window's text, by name."""
+        return {"hidden": self._teacher_states()}
+
+    def _window_targets(self, rollouts: dict[str, Tensor]) -> WindowTargets:
+        """Take out of the window's records what `_teacher_answers` gave, as targets."""
+        return HiddenTargets(rollouts.pop("hidden"), teacher_head(self.teacher))
 
     def _targets_of(self, rows: slice, own: bool) -> Targets:
         """Return the teacher's answers on some of the window's blocks."""

@@ -68,6 +68,7 @@ class PolicyGradient(OnPolicy):
     def _window_opened(self, own: list[int], rollouts: dict[str, Tensor]) -> None:
         """Compute the reward of each word of the rows `own`, at the position that predicts it."""
         options, ids, log_q = self.options, self.blocks.input_ids, rollouts["log_q"]
+        assert isinstance(self.targets, HiddenTargets), "a teacher that is here gives its hidden states"
         reward = torch.zeros(ids.shape, dtype=torch.float64)
         written = torch.zeros_like(ids, dtype=torch.bool)
         if own:

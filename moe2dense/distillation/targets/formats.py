@@ -114,7 +114,7 @@ class TopKFormat(Format):
         options = self.options
         top = [(x / options.temperature).log_softmax(-1).topk(options.k) for x in _logits_in_parts(hidden, head)]
         shape = (*hidden.shape[:2], options.k)
-        ids = torch.cat([t.indices for t in top]).to(_id_dtype(head.weight.shape[0]))
+        ids = torch.cat([t.indices for t in top]).to(id_dtype(head.weight.shape[0]))
         log_p = torch.cat([t.values for t in top]).clamp(min=-6e4).half()
         return {"ids": ids.view(shape), "log_p": log_p.view(shape)}
 
@@ -154,7 +154,7 @@ class SampledFormat(Format):
         offsets = torch.zeros(len(hidden) + 1, dtype=torch.int64)
         offsets[1:] = size.view(shape).sum(1).cumsum(0)
         return {
-            "ids": torch.cat(ids).to(_id_dtype(head.weight.shape[0])),
+            "ids": torch.cat(ids).to(id_dtype(head.weight.shape[0])),
             "counts": torch.cat(counts).to(torch.uint8),
             "sizes": size.to(torch.uint8).view(shape),
             "offsets": offsets,
@@ -223,7 +223,8 @@ def _logits_in_parts(hidden: Tensor, head: OutputHead) -> Iterator[Tensor]:
         yield head.logits(flat[start : start + step].to(head.weight)).float()
 
 
-def _id_dtype(vocabulary: int) -> torch.dtype:
+def id_dtype(vocabulary: int) -> torch.dtype:
+    """Return the smallest dtype that holds every id of a vocabulary."""
     return torch.uint16 if vocabulary <= 2**16 else torch.int32
 
 

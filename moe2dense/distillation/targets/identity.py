@@ -10,6 +10,7 @@ from moe2dense.teacher.model import Teacher
 from moe2dense.weights.fingerprint import checkpoint_fingerprint, tensors_fingerprint
 
 _SAYS_NOTHING = ("transformers_version", "dtype", "architectures")  # config fields that differ between disk and memory
+SERVED = "served"
 _HEAD_ROWS = 256  # of the language-model head that are hashed
 
 
@@ -22,6 +23,14 @@ def teacher_identity(teacher: AnyTeacher) -> str:
     if isinstance(teacher, Teacher):
         return f"{_answer(teacher)}-disk-{checkpoint_fingerprint(teacher.path)}"
     return f"{_answer(teacher)}-memory-{tensors_fingerprint(dict(teacher.named_parameters()))}"
+
+
+def served_identity(model: str, vocabulary: str) -> str:
+    """Return what tells a served teacher from another: the name its server has for it, and a hash of its vocabulary.
+
+    Its address is left out, since a server may come back at another. Which weights it runs, nothing here can say.
+    """
+    return f"{xxhash.xxh3_128_hexdigest(model.encode())}-{SERVED}-{vocabulary}"
 
 
 def same_teacher(first: str, second: str) -> bool:

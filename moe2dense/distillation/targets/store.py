@@ -3,6 +3,7 @@
 store.json            format, teacher, sizes, checksum of every shard; a shard counts once it is listed here
 keys.txt              the content hash of every block, in order
 head.safetensors      the teacher's head (hidden only)
+tokenizer/            the tokenizer of a teacher that was served
 shard-0000000.safetensors ...   named by its first block
 """
 
@@ -19,21 +20,25 @@ import torch
 import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.common.files import content_errors, read_json_object
 from moe2dense.data.blocks import Blocks
+from moe2dense.data.vocabulary import compare_vocabularies
 from moe2dense.distillation.targets.formats import Format, StoreOptions, read_features
 from moe2dense.distillation.targets.identity import same_teacher, teacher_identity
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.errors import UserError
+from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.losses.teacher_rows import HiddenRows, TeacherRows
 from moe2dense.modeling.head import Head
 from moe2dense.teacher.kinds import AnyTeacher
+from moe2dense.teacher.model import Teacher
 from moe2dense.weights.tensors import read_tensors
 
 # N blocks, S block length, H hidden, V vocabulary
 
-MANIFEST, KEYS, HEAD = "store.json", "keys.txt", "head.safetensors"
+MANIFEST, KEYS, HEAD, TOKENIZER = "store.json", "keys.txt", "head.safetensors", "tokenizer"
 VERSION = 3
 _REMEDY = "write the targets again"
 _KINDS = {
@@ -74,7 +79,8 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
         for name, kind in kinds.items():
             if type(table[name]) is not kind:
                 raise TypeError(f"{name} is {table[name]!r}, not {kind.__name__}")
-    sizes = [manifest[name] for name in ("blocks", "block", "layers", "hidden_size")]
+    known = ("layers", "hidden_size") if "source" not in manifest else ()  # of a served teacher nobody says
+    sizes = [manifest[name] for name in ("blocks", "block", *known)]
     if min(sizes) < 1 or not all(0 <= s["from"] < s["to"] for s in manifest["shards"]):
         raise ValueError("its sizes cannot be right")
     options = manifest["options"]
@@ -92,12 +98,17 @@ def stored_blocks(manifest: dict[str, Any]) -> int:
 
 
 def open_targets(
-    folder: str | Path, blocks: Blocks, teacher: AnyTeacher | None = None, verify: bool = True
+    folder: str | Path,
+    blocks: Blocks,
+    teacher: AnyTeacher | None = None,
+    verify: bool = True,
+    tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> "StoredTargets":
     """Open the stored targets of `blocks`, which may be any part of the stored text in any order.
 
     Blocks are told by their content. verify: compare every shard with its checksum first. Raises UserError for a store that
-    is unfinished or damaged, of other text or another tokenizer, or, when `teacher` is given, of another teacher.
+    is unfinished or damaged, of other text or another tokenizer, or, when `teacher` is given, of another teacher. Of a served
+    teacher the tokenizer is known, which is compared with the teacher's or with `tokenizer`.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
@@ -105,10 +116,7 @@ def open_targets(
         raise UserError(
             f"targets {folder} are unfinished ({stored} of {manifest['blocks']} blocks); run `moe2dense targets` again"
         )
-    with content_errors(folder / MANIFEST, _REMEDY):
-        of_this_teacher = teacher is None or same_teacher(manifest["teacher"], teacher_identity(teacher))
-    if not of_this_teacher:
-        raise UserError(f"targets {folder} were written by another teacher; write them again")
+    _check_teacher(folder, manifest, teacher, tokenizer)
     with content_errors(folder / KEYS, _REMEDY):
         listed = (folder / KEYS).read_text().split()
         if len(listed) != manifest["blocks"]:
@@ -125,6 +133,26 @@ def open_targets(
         for shard in manifest["shards"]:
             _verify(folder / shard["file"], shard["xxh3"])
     return StoredTargets(folder, manifest, rows)
+
+
+def _check_teacher(
+    folder: Path, manifest: dict[str, Any], teacher: AnyTeacher | None, tokenizer: PreTrainedTokenizerBase | None
+) -> None:
+    """Raise UserError where the targets are not the teacher's, or those of a served one with another vocabulary."""
+    if (folder / TOKENIZER).is_dir():
+        wanted = teacher.tokenizer() if isinstance(teacher, Teacher) else tokenizer
+        if wanted is None:
+            return
+        compared = compare_vocabularies(load_tokenizer(folder / TOKENIZER, remedy=_REMEDY), wanted)
+        if not compared.same:
+            raise UserError(
+                f"targets {folder} are of a teacher with another tokenizer ({compared.difference}); take a student that has it"
+            )
+        return
+    with content_errors(folder / MANIFEST, _REMEDY):
+        of_this_teacher = teacher is None or same_teacher(manifest["teacher"], teacher_identity(teacher))
+    if not of_this_teacher:
+        raise UserError(f"targets {folder} were written by another teacher; write them again")
 
 
 def _verify(path: Path, expected: str) -> None:

@@ -104,12 +104,9 @@ def _begin(folder: Path, teacher: AnyTeacher, blocks: Blocks, options: StoreOpti
     with FileLock(folder / ".lock"):
         if (folder / MANIFEST).exists():
             manifest = read_manifest(folder)
-            changed = next((n for n, v in identity.items() if manifest.get(n) != v), None)
-            if changed is not None:
-                setting = _SETTING_OF.get(changed, changed)
-                raise UserError(f"{folder} holds targets of another {setting}; choose another folder")
+            refuse_other(folder, manifest, identity)
             return manifest
-        _refuse_other_files(folder)
+        refuse_other_files(folder)
         atomic_write(folder / KEYS, "\n".join(keys) + "\n")
         if options.format == "hidden":
             bias = {} if head.bias is None else {"bias": head.bias.detach().cpu().contiguous()}
@@ -123,12 +120,20 @@ def _begin(folder: Path, teacher: AnyTeacher, blocks: Blocks, options: StoreOpti
     return manifest
 
 
-def _refuse_other_files(folder: Path) -> None:
+def refuse_other_files(folder: Path) -> None:
     """Raise UserError for a folder that holds anything but what a store begins with, such as a model's."""
-    own = (".lock", KEYS, HEAD)
+    own = (".lock", ".asking", KEYS, HEAD, "tokenizer", "parts")
     other = sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.endswith(".tmp"))
     if other:
         raise UserError(f"{folder} holds other files ({other[0]}); choose another folder for the targets")
+
+
+def refuse_other(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UserError where the store in `folder` is not of this text, teacher and format, and so cannot be continued."""
+    changed = next((n for n, v in identity.items() if manifest.get(n) != v), None)
+    if changed is not None:
+        setting = _SETTING_OF.get(changed, changed)
+        raise UserError(f"{folder} holds targets of another {setting}; choose another folder")
 
 
 def _identity(
@@ -172,7 +177,7 @@ def _write_part(
         atomic_write(folder / name, data)
         row = {"file": name, "from": done, "to": done + len(piece), "xxh3": xxhash.xxh3_64_hexdigest(data)}
         done += len(piece)
-        written = _list_shard(folder, row)
+        written = list_shard(folder, row)
         if progress:
             progress("targets", written, len(blocks), tokens=written * blocks.input_ids.shape[1])
 
@@ -185,7 +190,7 @@ def _pieces(answers: HiddenTargets, format: Format) -> Iterator[HiddenTargets]:
         yield answers[start : start + size]
 
 
-def _list_shard(folder: Path, row: dict[str, Any]) -> int:
+def list_shard(folder: Path, row: dict[str, Any]) -> int:
     """Enter a finished shard in store.json; return how many blocks are stored."""
     with FileLock(folder / ".lock"):
         manifest = read_manifest(folder)

@@ -24,6 +24,12 @@ def check_supported(model: PreTrainedModel, host: GgufHost) -> None:
                 f"format: llama.cpp computes {host.arch} with silu, whatever the file says; the student's hidden_act is {value!r}; "
                 "export --format hf"
             )
+    config = model.config
+    if host.equal_heads and config.num_key_value_heads != config.num_attention_heads:
+        raise UserError(
+            f"format: llama.cpp's {host.arch} has as many key heads as query heads, the student has {config.num_key_value_heads} and "
+            f"{config.num_attention_heads}; export --format hf"
+        )
     for name, _ in model.named_parameters():
         owner = name.split(".")[-2]
         if name.endswith(".bias") and ".layers." in name and "norm" not in owner and owner not in host.biases:

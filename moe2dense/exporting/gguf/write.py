@@ -1,6 +1,5 @@
 """Write a student as one GGUF file for llama.cpp, tensor by tensor, with its config and tokenizer, and read it back."""
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,23 +10,17 @@ from transformers import PreTrainedModel
 
 from moe2dense.errors import UserError
 from moe2dense.exporting import tokenizer as tokenizers
+from moe2dense.exporting.gguf import tools
 from moe2dense.exporting.gguf.hosts import HOSTS, GgufHost
+from moe2dense.exporting.gguf.package import package
 from moe2dense.exporting.gguf.supported import check_supported
+from moe2dense.exporting.gguf.tensors import head_size, named_tensors
 from moe2dense.exporting.gguf.vocabulary import Vocabulary, read_vocabulary
 from moe2dense.exporting.hf import TokenizerSource
 from moe2dense.exporting.verify import VerificationError
 from moe2dense.families.cards import StudentCard
 
 TYPES = {"float32": "f32", "float16": "f16", "bfloat16": "bf16", "q8_0": "q8_0"}
-
-
-def package() -> Any:
-    """Return the `gguf` package. Raises UserError saying how to get it."""
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("format: gguf needs the gguf package; pip install 'moe2dense[gguf]'") from error
-    return gguf
 
 
 def write_gguf(
@@ -39,15 +32,19 @@ def write_gguf(
     dtype: str = "bfloat16",
     quantize: str | None = None,
     name: str = "",
+    text: str = "",
 ) -> dict[str, Any]:
     """Write `folder`/model-TYPE.gguf (f32, f16, bf16 or q8_0) with the tokenizer of `source`, and compare it with the model.
+
+    A k-quant (tools.py) is made by llama.cpp's own program from that file, with the importance matrix of `text` where there is one. A
+    Modelfile for Ollama lies beside it.
 
     Norms, biases and convolutions stay f32; q8_0 needs rows that are a multiple of 32 and keeps others f16. Return what was
     checked. Raises UserError for a host or tokenizer that GGUF cannot describe, VerificationError naming a tensor.
     """
     gguf = package()
     host = HOSTS.get(model.config.model_type)
-    if host is None or card.moe_shaped:
+    if host is None or (card.moe_shaped and not host.experts):
         known = ", ".join(sorted(HOSTS))
         raise UserError(f"format: gguf does not know the host {model.config.model_type}; it knows {known}")
     check_supported(model, host)
@@ -55,7 +52,9 @@ def write_gguf(
         raise UserError("tokenizer: a GGUF file holds one; pass --tokenizer")
     rows = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
     words = read_vocabulary(tokenizers.load_tokenizer(source), int(rows))
-    kind = TYPES[quantize or dtype]
+    kind = TYPES[dtype if quantize in tools.TYPES else quantize or dtype]
+    if quantize in tools.TYPES:
+        tools.tool("llama-quantize")  # said before the model is written
     path = folder / f"model-{kind}.gguf"
     writer = gguf.GGUFWriter(path, host.arch)
     _write_config(writer, gguf, model, host, kind, name)
@@ -69,49 +68,17 @@ def write_gguf(
     for _, tensor, stored in plan:
         writer.write_tensor_data(_stored(gguf, tensor, stored))
     writer.close()
-    return {"checked": check(path, plan)}
-
-
-def named_tensors(model: PreTrainedModel, host: GgufHost) -> Iterator[tuple[str, Tensor]]:
-    """Yield (GGUF name, tensor) of every parameter, tied ones once. Raises UserError naming one that GGUF has no place for."""
-    gguf = package()
-    config = model.config
-    arch = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[host.arch]
-    names = gguf.get_tensor_name_map(arch, config.num_hidden_layers)
-    head_dim = _head_dim(config)
-    for name, tensor in model.named_parameters(remove_duplicate=True):
-        key = names.get_name(name, try_suffixes=(".weight", ".bias"))
-        if key is None:
-            raise UserError(f"format: gguf has no place for tensor {name} in the architecture {host.arch}")
-        tensor = tensor.detach()
-        if host.interleaved and (".q_proj." in name or ".k_proj." in name):
-            tensor = interleave(tensor, head_dim)
-        yield key, tensor.squeeze(1) if tensor.dim() == 3 else tensor
-    frequencies = _llama3_factors(config, head_dim)
-    if frequencies is not None:
-        yield "rope_freqs.weight", frequencies
-
-
-def interleave(tensor: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows of Q or K [heads * D, H] (or a bias) from rotary halves (i, i + D/2) to pairs (2i, 2i + 1)."""
-    parts = tensor.reshape(-1, 2, head_dim // 2, *tensor.shape[1:])
-    return parts.transpose(1, 2).reshape(tensor.shape)
-
-
-def _head_dim(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
-def _llama3_factors(config: Any, head_dim: int) -> Tensor | None:
-    """Return what llama3 rope scaling divides each frequency by (Llama 3.1's published rule), or None."""
-    rope = config.rope_parameters or {}
-    if rope.get("rope_type") != "llama3":
-        return None
-    frequency = rope["rope_theta"] ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    turns = rope["original_max_position_embeddings"] * frequency / (2 * torch.pi)  # in the original context
-    share = ((turns - low) / (high - low)).clamp(0, 1)
-    return (1 / (share + (1 - share) / rope["factor"])).float()
+    record: dict[str, Any] = {"checked": check(path, plan)}
+    if quantize in tools.TYPES:
+        target = folder / f"model-{quantize}.gguf"
+        record["checked"] = tools.quantize_file(path, target, quantize, text)
+        path.unlink()
+        path = target
+    generation = model.generation_config
+    temperature = generation.temperature if generation is not None and generation.do_sample else None
+    context = model.config.max_position_embeddings
+    (folder / "Modelfile").write_text(tools.modelfile(path.name, context, temperature), encoding="utf-8")
+    return record
 
 
 def _type(gguf: Any, kind: str, name: str, tensor: Tensor) -> Any:
@@ -154,21 +121,43 @@ def _write_config(writer: Any, gguf: Any, model: PreTrainedModel, host: GgufHost
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_vocab_size(model.get_input_embeddings().weight.shape[0])  # type: ignore[union-attr]
-    width = next(p.shape[0] for n, p in model.named_parameters() if f".{host.width}.weight" in n)
+    width = config.intermediate_size
+    if not host.experts:
+        width = next(p.shape[0] for n, p in model.named_parameters() if f".{host.width}.weight" in n)
     writer.add_feed_forward_length(width)
     heads_kv: Any = config.num_key_value_heads
     if host.conv:
         heads_kv = [config.num_key_value_heads if t == "full_attention" else 0 for t in config.layer_types]
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(heads_kv)
-    head_dim = _head_dim(config)
-    writer.add_key_length(head_dim)
-    writer.add_value_length(head_dim)
+    head_dim = head_size(config)
+    if host.latent:
+        head_dim = config.qk_rope_head_dim
+        _write_latent(writer, config)
+    else:
+        writer.add_head_count_kv(heads_kv)
+        writer.add_key_length(head_dim)
+        writer.add_value_length(head_dim)
     getattr(writer, f"add_{host.norm}")(getattr(config, host.eps))
     for key, source in host.keys.items():
-        getattr(writer, f"add_{key}")(getattr(config, source))
+        getattr(writer, f"add_{key}")(getattr(config, source) if isinstance(source, str) else source)
+    if host.sigmoid:
+        writer.add_expert_gating_func(gguf.ExpertGatingFuncType.SIGMOID)
+    if host.dense_lead:
+        writer.add_leading_dense_block_count(config.num_hidden_layers)
     _check_layers(config, host)
-    _write_rope(writer, gguf, config, head_dim)
+    _write_rope(writer, gguf, config, host, head_dim)
+
+
+def _write_latent(writer: Any, config: Any) -> None:
+    """Write the sizes of multi-head latent attention, whose cache llama.cpp treats as one head for all queries."""
+    writer.add_head_count_kv(1)
+    writer.add_kv_lora_rank(config.kv_lora_rank)
+    if config.q_lora_rank:
+        writer.add_q_lora_rank(config.q_lora_rank)
+    writer.add_key_length(config.kv_lora_rank + config.qk_rope_head_dim)
+    writer.add_value_length(config.kv_lora_rank)
+    writer.add_key_length_mla(config.qk_nope_head_dim + config.qk_rope_head_dim)
+    writer.add_value_length_mla(config.v_head_dim)
 
 
 def _check_layers(config: Any, host: GgufHost) -> None:
@@ -179,18 +168,25 @@ def _check_layers(config: Any, host: GgufHost) -> None:
             raise UserError(f"format: gguf fixes which layers of {host.arch} see everything; layer {i} is {kind}")
 
 
-def _write_rope(writer: Any, gguf: Any, config: Any, head_dim: int) -> None:
+def _write_rope(writer: Any, gguf: Any, config: Any, host: GgufHost, head_dim: int) -> None:
     rope = config.rope_parameters or {}
     kind = rope.get("rope_type", "default")
-    if rope.get("partial_rotary_factor", 1.0) != 1.0 or kind not in ("default", "llama3", "linear", "yarn"):
+    share = rope.get("partial_rotary_factor") or 1.0
+    if (share != 1.0 and not host.partial) or kind not in ("default", "llama3", "linear", "yarn"):
         raise UserError(f"format: gguf export does not know rope {rope}; export --format hf")
     writer.add_rope_freq_base(rope.get("rope_theta", 10000.0))
-    writer.add_rope_dimension_count(head_dim)
+    writer.add_rope_dimension_count(int(head_dim * share) if host.partial else head_dim)
     if kind == "linear":
         writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
         writer.add_rope_scaling_factor(rope["factor"])
     if kind == "yarn":
-        if {"attention_factor", "mscale", "mscale_all_dim"} & {k for k, v in rope.items() if v is not None}:
+        scales = {
+            k: v for k, v in rope.items() if k in ("attention_factor", "mscale", "mscale_all_dim") and v is not None
+        }
+        if host.latent and set(scales) == {"mscale", "mscale_all_dim"} and len(set(scales.values())) == 1:
+            # both scale alike, so that the rotation is left alone, and llama.cpp scales the scores as the model does
+            writer.add_rope_scaling_yarn_log_mul(0.1 * scales["mscale_all_dim"])
+        elif scales:
             raise UserError(
                 "format: gguf export does not know a yarn rope with an attention factor of its own; export --format hf"
             )
