@@ -30,6 +30,7 @@ def chat(
     ] = 0.9,
     seed: Annotated[int | None, flag("seed")] = None,
     memory: Annotated[str | None, flag("teacher.memory")] = None,
+    gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:

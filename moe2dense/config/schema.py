@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 
 from moe2dense.common.units import parse_count
 from moe2dense.config.options import option, parse_names
-from moe2dense.config.teacher import TeacherConfig
 from moe2dense.config.serving import EndpointConfig, ExportConfig
+from moe2dense.config.teacher import TeacherConfig
 from moe2dense.config.training import RegimeConfig, TrainConfig
 
 DEFAULT_CORPUS = "HuggingFaceFW/fineweb-edu"

@@ -13,22 +13,14 @@ from moe2dense.__main__ import main
 from moe2dense.cli.app import COMMANDS
 
 FLAGS = {
-    "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype epochs experts gpu-memory init judge lora loss lr memory ood out"
-    " quantize report-to resume seed stages teacher-card temperature to tokens valid",
+    "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts gpu-memory init judge lora loss lr memory ood out"
+    " quantize report-to resume seed stack stages teacher-card temperature to tokens valid",
     "plan": "block chat-template config control data device disk-speed epochs experts gpu-memory init json lora loss memory ood out speed stages teacher-card to tokens valid",
     "list": "json",
     "inspect": "block chat-template data gpu-memory json memory teacher-card tokens",
-    "targets": "analyze block chat-template data device draws experts features format gpu-memory json k memory out seed teacher-card temperature"
+    "targets": "analyze block chat-template data device draws endpoint endpoint-kind endpoint-model endpoint-parallel endpoint-rate experts features format gpu-memory json k memory out seed teacher-card temperature"
     " token-weights tokens",
-    "distill": "alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-model epochs gpu-memory lora loss lr memory out report-to resume seed targets teacher"
-    "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts init judge lora loss lr memory ood out"
-    " quantize report-to resume seed stack stages teacher-card temperature to tokens valid",
-    "plan": "block chat-template config control data device disk-speed epochs experts init json lora loss memory ood out speed stages teacher-card to tokens valid",
-    "list": "json",
-    "inspect": "block chat-template data json memory teacher-card tokens",
-    "targets": "analyze block chat-template data device draws endpoint endpoint-kind endpoint-model endpoint-parallel endpoint-rate experts features format json k memory out seed teacher-card temperature"
-    " token-weights tokens",
-    "distill": "alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-k endpoint-model epochs lora loss lr memory out report-to resume seed targets teacher"
+    "distill": "alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-k endpoint-model epochs gpu-memory lora loss lr memory out report-to resume seed targets teacher"
     " teacher-card temperature tokens valid",
     "generate": "beams block config data device duplicates experts gpu-memory learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
     " same-script seed teacher-card temperature tokens top-p",
@@ -36,7 +28,7 @@ FLAGS = {
     "report": "json",
     "export": "data dtype format k max-kl out overwrite public push-to-hub quantize seed shard-size stack tokenizer tokens yes",
     "serve": "dry-run port stack",
-    "chat": "device memory seed teacher teacher-card temperature tokens top-p",
+    "chat": "device gpu-memory memory seed teacher teacher-card temperature tokens top-p",
     "doctor": "json",
 }
 

@@ -34,8 +34,7 @@ def run_chat(
     models: dict[str, AnyTeacher] = {"student": model}
     window = model.config.max_position_embeddings
     if teacher is not None:
-        options = settings.teacher
-        models["teacher"] = open_teacher(teacher, memory=options.memory, device=options.device, card=options.card)
+        models["teacher"] = open_teacher(teacher, settings.teacher)
     given = None if model.generation_config is None else model.generation_config.eos_token_id
     stop = {i for i in (given if isinstance(given, list) else [given]) if isinstance(i, int)}
     stop |= {i for i in [tokenizer.eos_token_id] if isinstance(i, int)}
