@@ -61,6 +61,14 @@ def show_bytes(n: int | float) -> str:
     return f"{n:.0f} B"
 
 
+def show_flops(n: int | float) -> str:
+    """Show FLOPs: 16_900_000_000 -> '16.9 GFLOP'."""
+    for scale, prefix in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M")):
+        if n >= scale:
+            return f"{n / scale:.3g} {prefix}FLOP"
+    return f"{n:.0f} FLOP"
+
+
 def show_seconds(s: float) -> str:
     """Show a time: 93784 -> '1 d 2 h'; 75 -> '1 min 15 s'."""
     s = round(s)

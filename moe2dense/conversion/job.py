@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from moe2dense.common.costs import Cost
+from moe2dense.common.counters import metered
 from moe2dense.common.progress import Report
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
@@ -75,8 +77,23 @@ class Job:
         """Record a stage as finished, with its seconds and whatever the body puts into the entry."""
         entry: dict[str, Any] = {}
         start = time.perf_counter()
-        yield entry
+        with self.metered(stage):
+            yield entry
         self.run.finish(stage, seconds=round(time.perf_counter() - start, 2), **entry)
+
+    @contextlib.contextmanager
+    def metered(self, stage: str) -> Iterator[None]:
+        """Add what the body costs to the run's record of a stage, and to no stage around it."""
+        self.run.inner_costs.append(Cost())
+        cost = Cost()
+        try:
+            with metered() as cost:
+                yield
+        finally:
+            inner = self.run.inner_costs.pop()
+            self.run.spend(stage, cost - inner)
+            if self.run.inner_costs:
+                self.run.inner_costs[-1] += cost
 
 
 def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase, day: str = "") -> Text:

@@ -88,6 +88,7 @@ def write_report(
         train_scores=score_training_text(job, student),
         versions=versions(),
         timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
+        cost=plain_cost(job),
         data=_text_facts(job),
         command=command_line(job.settings),
         tokenizer=job.teacher.tokenizer(),
@@ -173,12 +174,13 @@ def score_training_text(job: Job, student: Student, most: int = 24) -> Scores | 
     targets = store.batch(rows)
     assert isinstance(targets, HiddenStates), "a store with a head holds hidden states"
     hidden = targets.hidden.view(*blocks.input_ids.shape, -1)
-    return evaluate(
-        student,
-        Reference(blocks, hidden, head_on(store.head, job.teacher.device)),
-        token_counts=job.text.token_counts,
-        seed=job.settings.seed,
-    )
+    with job.metered("evaluate"):
+        return evaluate(
+            student,
+            Reference(blocks, hidden, head_on(store.head, job.teacher.device)),
+            token_counts=job.text.token_counts,
+            seed=job.settings.seed,
+        )
 
 
 def transfer(job: Job, student: Student, rows: dict[str, TextScores]) -> dict[str, Any] | None:
@@ -202,6 +204,11 @@ def transfer(job: Job, student: Student, rows: dict[str, TextScores]) -> dict[st
             progress=job.progress,
         )
     return measured.to_dict()
+
+
+def plain_cost(job: Job) -> dict[str, Any]:
+    """Return what each stage has cost so far, as plain values."""
+    return {stage: cost.to_dict() for stage, cost in job.run.cost().items()}
 
 
 def _text_facts(job: Job) -> dict[str, Any]:
@@ -262,6 +269,7 @@ def export_model(job: Job, student: Student, report: Report, choice: Choice | No
         if choice is not None and choice.gained:
             copy_heads(job.run.folder, folder)
         report["run"]["hashes"] |= weight_hashes(folder / f for f in exported.files)
+        report["run"]["cost"] = plain_cost(job)
         report["student"] |= {"bytes": exported.bytes} | (
             {"quantized": exported.quantized} if exported.quantized else {}
         )

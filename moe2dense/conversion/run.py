@@ -14,6 +14,7 @@ from typing import Any
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from moe2dense.common.costs import Cost
 from moe2dense.common.files import atomic_write, content_errors, read_json_object
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import differences, read_config, write_config
@@ -31,6 +32,7 @@ class Run:
     def __init__(self, folder: Path, config: RunConfig, lock: BaseFileLock):
         self.folder, self.config, self._lock = folder, config, lock
         manifest = folder / MANIFEST
+        self.inner_costs: list[Cost] = []  # of each stage that is being measured: what stages inside it have cost
         self.manifest: dict[str, Any] = _read_manifest(manifest) if manifest.exists() else {"stages": {}}
 
     def finished(self, stage: str) -> dict[str, Any] | None:
@@ -41,6 +43,15 @@ class Run:
         """Record that a stage's files are whole. `entry` must be JSON."""
         self.manifest["stages"][stage] = {"finished": round(time.time(), 3), **entry}
         self.save()
+
+    def cost(self) -> dict[str, Cost]:
+        """Return what each stage has cost so far, over all starts of the run."""
+        return {stage: Cost(**entry) for stage, entry in self.manifest.get("cost", {}).items()}
+
+    def spend(self, stage: str, cost: Cost) -> None:
+        """Add what was spent on a stage, finished or not."""
+        total = self.cost().get(stage, Cost()) + cost
+        self.save(cost=self.manifest.get("cost", {}) | {stage: total.to_dict()})
 
     def save(self, **fields: Any) -> None:
         """Write run.json, with more top-level fields where given."""

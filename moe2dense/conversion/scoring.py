@@ -48,7 +48,8 @@ def read_token_counts(student: str | Path) -> Tensor | None:
 def score(job: Job, student: Student | PreTrainedModel) -> TextScores:
     """Score a student on the held-out and, where given, the out-of-distribution text."""
     counts, seed = job.text.token_counts, job.settings.seed
-    return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in _texts(job)}
+    with job.metered("evaluate"):
+        return {t: evaluate(student, reference_for(job, t), token_counts=counts, seed=seed) for t in _texts(job)}
 
 
 def plain_scores(job: Job, scores: TextScores) -> dict[str, dict[str, Any]]:
@@ -67,8 +68,9 @@ def plain_scores(job: Job, scores: TextScores) -> dict[str, dict[str, Any]]:
 def score_teacher(job: Job) -> TextScores:
     """Score the teacher itself: its likelihood of the text; everything relative to itself is zero."""
     counts, seed = job.text.token_counts, job.settings.seed
-    references = {t: reference_for(job, t) for t in _texts(job)}
-    return {t: evaluate(own, own, token_counts=counts, seed=seed) for t, own in references.items()}
+    with job.metered("evaluate"):
+        references = {t: reference_for(job, t) for t in _texts(job)}
+        return {t: evaluate(own, own, token_counts=counts, seed=seed) for t, own in references.items()}
 
 
 def score_baselines(job: Job) -> dict[str, TextScores]:

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product as product_flops
 from moe2dense.errors import UserError
 from moe2dense.losses.divergences import Divergence, divergence
 from moe2dense.losses.tiled import product
@@ -81,6 +83,9 @@ class HiddenRows:
     def logits_of(self, rows: slice, dtype: torch.dtype) -> Tensor:
         """Return the teacher's logits [t, V] at the tokens `rows`."""
         head = self.head
+        count_flops(
+            product_flops(len(self.hidden[rows]), self.hidden.shape[1], len(head.weight)), head.weight.device.type
+        )
         logits = product(self.hidden[rows].to(head.weight), head.weight.T, dtype)
         if head.bias is not None:
             logits += head.bias

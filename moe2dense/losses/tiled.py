@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product as product_flops
 from moe2dense.modeling.head import OutputHead
 
 # n tokens, t tokens of a tile, H hidden, V vocabulary
@@ -57,6 +59,8 @@ class _Tiled(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants[1] else None
         d_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if wants[2] else None
         sums: Tensor | None = None
+        made = 1 + (d_hidden is not None) + (d_weight is not None)
+        count_flops(made * product_flops(len(hidden), hidden.shape[1], len(weight)), hidden.device.type)
         for rows in _slices(len(hidden), size):
             logits = product(hidden[rows], weight.T, dtype)
             if bias is not None:

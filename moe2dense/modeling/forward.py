@@ -10,6 +10,7 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.modeling.decoder import decoder_of
 from moe2dense.modeling.documents import separated
 from moe2dense.modeling.kinds import without_adapters
+from moe2dense.modeling.products import body_products, count_pass, recomputes
 
 # N blocks, S block length, H hidden size
 
@@ -22,6 +23,10 @@ def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     """
     causal = without_adapters(model)
     apart = separated(inputs, causal.config, causal.dtype)
+    products, grad = body_products(causal), torch.is_grad_enabled()
+    again = causal.training and recomputes(causal)
+    blocks, length = next(iter(inputs.values())).shape[:2]
+    count_pass(products, blocks, length, causal.device.type, grad and products.trained > 0, again)
     return decoder_of(model)(**apart, use_cache=False).last_hidden_state
 
 

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product
 from moe2dense.errors import UserError
 from moe2dense.modeling.forward import evaluation_mode, final_hidden
 from moe2dense.modeling.kinds import without_adapters
@@ -60,6 +62,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return logits [..., V] of hidden [..., H]."""
+        count_flops(product(hidden.numel() // hidden.shape[-1], hidden.shape[-1], len(self.weight)), hidden.device.type)
         logits = nn.functional.linear(hidden, self.weight, self.bias)
         logits = logits * self.scale if self.scale != 1.0 else logits
         return logits if not self.softcap else self.softcap * torch.tanh(logits / self.softcap)

@@ -9,6 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from moe2dense.common.counters import count_disk
 from moe2dense.errors import UserError, first_line
 from moe2dense.weights.files import GGUF_SUFFIX, weight_files
 from moe2dense.weights.finite import refuse_not_finite
@@ -55,7 +56,8 @@ def load_model(
     infinity, and for a folder whose weights transformers would not read as they are (`moe2dense.weights.files`).
     """
     name = f"{argument} {source}".strip()
-    if Path(source).is_dir() and weight_files(source).files[0].suffix == GGUF_SUFFIX:
+    files = weight_files(source).files if Path(source).is_dir() else []
+    if files and files[0].suffix == GGUF_SUFFIX:
         raise UserError(f"{name} holds GGUF weights, which are read of teachers alone; give a folder with safetensors")
     try:
         with quiet():
@@ -71,6 +73,7 @@ def load_model(
     except Exception as error:  # each architecture fails in its own way on a config or weights that do not fit it
         raise UserError(f"{name} cannot be loaded: {first_line(error)}") from error
     model, info = loaded
+    count_disk(sum(file.stat().st_size for file in files))
     if faults := loading_faults(info):
         raise UserError(f"{name} cannot be used: {faults}")
     for tensor, value in model.state_dict().items():

@@ -33,6 +33,7 @@ def assemble_report(
     transfer: Mapping[str, Any] | None = None,
     versions: Mapping[str, str] | None = None,
     timings: Mapping[str, float] | None = None,
+    cost: Mapping[str, Any] | None = None,
     hashes: Mapping[str, str] | None = None,
     data: Mapping[str, Any] | None = None,
     command: Sequence[str] | str = "",
@@ -53,7 +54,7 @@ def assemble_report(
     with "apart": {"kept", "lost"}, the same without those domains and on them alone.
     history: the records of metrics.jsonl: "step", "tokens", "loss", optional parts under "parts" (name -> value), "lr",
     "tokens_per_second", and at evaluations "valid_kl", "valid_rare_kl", "valid_nll"; control_history: the control's.
-    transfer: `Transfer.to_dict()`. timings: seconds by stage. hashes: file or stage -> hash.
+    transfer: `Transfer.to_dict()`. timings: seconds by stage. cost: `Cost.to_dict()` by stage. hashes: file or stage -> hash.
     data: {"train"|"valid"|"ood": {"path", "blocks", "tokens"}}. samples: what `side_by_side` returns.
     skills: what `measure_skills` returns.
     allow_loss: domains the user allows to be lost. "apart" has every row without them and on them alone, and
@@ -89,6 +90,7 @@ def assemble_report(
             "plan": dict(plan),
             "versions": dict(versions or {}),
             "timings": dict(timings or {}),
+            "cost": dict(cost or {}),
             "hashes": dict(hashes or {}),
             "data": dict(data or {}),
         },

@@ -13,6 +13,7 @@ from moe2dense.common.jsonable import clean
 from moe2dense.common.numbers import show_number, show_percent
 from moe2dense.common.units import show_count, show_seconds
 from moe2dense.reporting import headline, line_charts, quality_section
+from moe2dense.reporting.cost_section import cost_section
 from moe2dense.reporting.definitions import EXPERT, EXPERT_METRICS, MODEL, MODEL_METRICS, NEURONS_HELP, NEURONS_TITLE
 from moe2dense.reporting.heatmap import heatmap_data, heatmap_svg, ranked_rows
 from moe2dense.reporting.report_file import SCHEMA, Report
@@ -94,6 +95,7 @@ def page_context(report: Report) -> dict[str, Any]:
         "worst_tokens": quality_section.worst_tokens(report),
         "samples": samples_section(report),
         "skills": skill_table(report),
+        "cost": cost_section(report),
         "transfer": transfer,
         "heatmap": heatmap_svg(transfer, "coverage") if transfer else None,
         "heatmap_data": heatmap_data(transfer) if transfer else None,

@@ -9,6 +9,7 @@ from rich.text import Text
 
 from moe2dense.common.numbers import show_number, show_percent
 from moe2dense.common.units import show_count
+from moe2dense.reporting.cost_section import cost_in_terminal
 from moe2dense.reporting.definitions import EXPERT, MODEL, NEURONS_TITLE
 from moe2dense.reporting.headline import choice_sentence
 from moe2dense.reporting.heatmap import ranked_rows
@@ -70,6 +71,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(skills)
     if report.get("samples"):
         console.print(written_table(report["samples"]))
+    if cost := cost_in_terminal(report):
+        console.print(cost)
     least_tokens = transfer.get("least_tokens") if transfer else None
     console.print(legend(model_keys, report["rows"]["student"], expert_keys, least_tokens), highlight=False)
     findings = report.get("diagnosis") or []

@@ -11,6 +11,8 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import gated_ffn
 from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
 from moe2dense.modeling.gated_ffn import has_plain_gating
@@ -108,6 +110,9 @@ def _run_grouped(backend: str, layer: Layer, layer_pass: LayerPass, index: Tenso
             layer.dropless = megablocks.build(layer.experts, index.shape[1], layer.skeleton.device)
             layer.unload_experts()
     real = layer_pass.token_mask.nonzero()[:, 0]
+    assert layer.experts is not None
+    passed = len(real) * index.shape[1]
+    count_flops(gated_ffn(passed, layer.experts.width, layer_pass.x.shape[1]), layer.skeleton.device.type)
     for rows in real.split(_GROUP_TOKENS):
         x = layer_pass.x[rows].to(layer.skeleton.device)
         args = index[rows].to(x.device), weights[rows].to(x.device, x.dtype)

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from moe2dense.common.counters import count_bus, count_flops
+from moe2dense.common.flops import product
 from moe2dense.modeling.gated_ffn import Gating
 from moe2dense.teacher.buffers import Scratch
 from moe2dense.teacher.parameters import Layout, Weights
@@ -87,6 +89,7 @@ class ExpertWeights:
         """Return the neuron activations [n, F] of x [n, H]: silu(gate x) * (up x), or the family's own gating."""
         if torch.is_grad_enabled() and x.requires_grad:
             return self.gating(linear(x, self.gate, self.gate_bias), linear(x, self.up, self.up_bias))
+        self._count(x, 2)
         scratch = scratch or Scratch()
         hidden = scratch.take("hidden", (len(x), self.width), self.dtype, x.device)
         for span in self._spans():
@@ -97,6 +100,7 @@ class ExpertWeights:
         """Return the down projection [n, H] of activations [n, F], its bias included."""
         if torch.is_grad_enabled() and hidden.requires_grad:
             return linear(hidden, self.down, self.down_bias)
+        self._count(hidden, 1)
         scratch = scratch or Scratch()
         y = scratch.take("y", (len(hidden), len(self.stored[2])), self.dtype, hidden.device)
         for span in self._spans():
@@ -110,6 +114,7 @@ class ExpertWeights:
         """
         if torch.is_grad_enabled() and x.requires_grad:
             return self.output(self.hidden(x))
+        self._count(x, 3)
         scratch, spans = scratch or Scratch(), self._spans()
         y = scratch.take("y", (len(x), len(self.stored[2])), self.dtype, x.device)
         rows = max(256, _ACTIVATION_BYTES // ((spans[0].stop - spans[0].start) * self.dtype.itemsize))
@@ -117,6 +122,10 @@ class ExpertWeights:
             for span in spans:
                 self._add_output(self._neurons(x_n, span, scratch), span, y_n, scratch)
         return y if self.down_bias is None else y.add_(self.down_bias)
+
+    def _count(self, rows: Tensor, matrices: int) -> None:
+        """Count the products of rows [n, ..] with so many of the matrices."""
+        count_flops(matrices * product(len(rows), self.width, len(self.stored[2])), rows.device.type)
 
     def tensors(self) -> list[Tensor]:
         """Return its matrices, and the biases that it has."""
@@ -131,6 +140,8 @@ class ExpertWeights:
     def to(self, device: torch.device | str) -> "ExpertWeights":
         """Return the same expert with its matrices on `device`; to a GPU they travel while the CPU goes on."""
         on_gpu = torch.device(device).type == "cuda"
+        if self.device.type != torch.device(device).type:
+            count_bus(sum(t.nbytes for t in self.stored))
         g, u, d = (t.to(device, non_blocking=on_gpu) for t in self.stored)
         biases = tuple(None if b is None else b.to(device) for b in (self.gate_bias, self.up_bias, self.down_bias))
         return ExpertWeights(g, u, d, self.gating, self.dtype, biases)  # type: ignore[arg-type]

@@ -5,6 +5,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product
 from moe2dense.teacher.buffers import Scratch
 
 _SLICE_BYTES = 16_000_000  # of the weight, converted at once
@@ -50,6 +52,7 @@ class LMHead:
     def _fill(self, flat: Tensor, out: Tensor, scratch: Scratch) -> Tensor:
         """Write the logits of flat [n, H] to `out` [n, V]."""
         flat = flat.to(self.stored.device, self.dtype)
+        count_flops(product(len(flat), flat.shape[1], len(self.stored)), flat.device.type)
         step = max(1, _SLICE_BYTES // (self.stored.shape[1] * self.dtype.itemsize))
         for a in range(0, len(self.stored), step):
             part = self.stored[a : a + step]  # [v, H]

@@ -18,6 +18,7 @@ from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.documents import close_masks
 from moe2dense.modeling.hooks import first_tensor
+from moe2dense.modeling.products import count_pass, layer_products
 from moe2dense.teacher.backends import ExpertRuntime, run_experts
 from moe2dense.teacher.buffers import Arena
 from moe2dense.teacher.layer_pass import LayerPass
@@ -177,6 +178,8 @@ class Stream:
             layer.index, layer.sparse, layer.module, lambda rows, i=layer.index: self.layer_inputs(i, rows),
             hidden, out, self.token_mask, x, y, experts=layer.experts, ffns=layer,
         )  # fmt: skip
+        products = layer_products(layer.module, self.skeleton.model.config, layer.index, without=layer.routed)
+        count_pass(products, self.shape[0], self.shape[1], self.skeleton.device.type)
         if layer.sparse:
             self._before_experts(layer, layer_pass)
             self._experts(layer, layer_pass)

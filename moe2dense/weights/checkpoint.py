@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_disk
 from moe2dense.errors import UserError
 from moe2dense.weights.files import GGUF_SUFFIX, WeightFiles, weight_files
 from moe2dense.weights.gguf_file import tensor_entries
@@ -245,6 +246,7 @@ class Checkpoint:
         if self.drop_pages and _FADVISE:
             os.posix_fadvise(fd, offset, len(view), os.POSIX_FADV_DONTNEED)
         self.bytes_read += len(view)
+        count_disk(len(view))
 
     def read(self, name: str, start: int = 0, stop: int | None = None, buffer: Tensor | None = None) -> Tensor:
         """Read tensor `name`, or entries [start, stop) of its first axis, in its stored dtype.

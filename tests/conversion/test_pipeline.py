@@ -64,8 +64,14 @@ def test_everything_is_there(done):
         "model",
     } <= names
     assert not [n for n in names if n.endswith(".tmp") or n == ".lock"]
-    stages = json.loads((done.out / "run.json").read_text())["stages"]
-    assert {"build", "train-student", "train-control", "export"} <= set(stages)
+    record = json.loads((done.out / "run.json").read_text())
+    assert {"build", "train-student", "train-control", "export"} <= set(record["stages"])
+    cost = record["cost"]
+    assert {"build", "targets", "train-student", "evaluate", "transfer", "skills", "export"} <= set(cost)
+    assert all(cost[stage]["flops"]["cpu"] > 1e9 for stage in ("build", "targets", "train-student", "evaluate"))
+    checkpoint = 13_000_000
+    assert cost["build"]["disk"] > checkpoint and cost["train-student"]["memory"] > cost["train-student"]["began"] > 0
+    assert set(json.loads((done.out / "report.json").read_text())["run"]["cost"]) >= {"build", "targets", "evaluate"}
 
 
 def test_the_model_is_dense_and_equals_the_trained_student(done):

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from moe2dense.common.counters import count_disk
 from moe2dense.losses.teacher_rows import HiddenRows, LogitRows, SampledRows, TeacherRows, TopKRows
 from moe2dense.modeling.head import OutputHead
 
@@ -167,6 +168,7 @@ class SampledFormat(Format):
     def read(self, shard: Any, row: int) -> Tensors:
         start, stop = shard.get_slice("offsets")[row : row + 2].tolist()
         ragged = {n: shard.get_slice(n)[start:stop] for n in ("ids", "counts")}
+        count_disk(sum(value.nbytes for value in ragged.values()))
         return ragged | _slices(shard, row, ("sizes", "entropy"))
 
     def rows(self, blocks: Sequence[Tensors], head: OutputHead | None) -> SampledRows:
@@ -209,7 +211,8 @@ def read_features(shard: Any, row: int, names: Sequence[str]) -> Tensors:
     """Read what `write_features` wrote of one block: values [S, ..., D] by name. Attention maps sum to 1 again."""
     features = {}
     for name in names:
-        rounded, scale = shard.get_slice(f"feature-{name}")[row].float(), shard.get_slice(f"scale-{name}")[row]
+        stored, scale = _slices(shard, row, (f"feature-{name}", f"scale-{name}")).values()
+        rounded = stored.float()
         value = rounded * scale.repeat_interleave(_SCALE_GROUP, -1)[..., : rounded.shape[-1]]
         features[name] = value / value.sum(-1, keepdim=True) if name.startswith("maps-") else value
     return features
@@ -229,7 +232,9 @@ def id_dtype(vocabulary: int) -> torch.dtype:
 
 
 def _slices(shard: Any, row: int, names: Sequence[str]) -> Tensors:
-    return {n: shard.get_slice(n)[row] for n in names}
+    values = {n: shard.get_slice(n)[row] for n in names}
+    count_disk(sum(value.nbytes for value in values.values()))
+    return values
 
 
 def _joined(blocks: Sequence[Tensors], name: str) -> Tensor:

@@ -11,14 +11,22 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product
 from moe2dense.evaluation.bootstrap import Bootstrap, Estimate
 from moe2dense.teacher.experts import ExpertWeights
 
 # n tokens, H hidden, M student width, F expert width
 
 RIDGES = (10.0, 1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the kernel's mean diagonal; leave-one-out chooses among them
+_EIGEN = 9.0  # FLOPs of all eigenvalues and vectors by the size cubed (LAPACK, divide and conquer)
 SKETCH = 64  # random directions of the output on which the choice is made
 LEAST_GAP = 0.02  # of the outputs' squared size: below this, a random FFN reads the expert as well as a copy does
+
+
+def eigen_flops(size: float) -> float:
+    """Return the FLOPs of all eigenvalues and vectors of a symmetric matrix [size, size]."""
+    return _EIGEN * size**3
 
 
 def ridge_errors(
@@ -41,6 +49,11 @@ def ridge_errors(
     if weights is not None:
         x, y = x * weights[:, None].to(x), y * weights[:, None].to(y)
     a, b, t = x[train], x[~train], y[train]
+    tokens, width = a.shape
+    products = (
+        product(tokens + len(b), width, tokens) + eigen_flops(tokens) + product(len(x) + tokens, tokens, t.shape[1])
+    )
+    count_flops(products, x.device.type)
     kernel = a @ a.T
     size = kernel.diagonal().mean().clamp_min(1e-30)
     values, vectors = torch.linalg.eigh((kernel / size).double())
@@ -83,6 +96,7 @@ class RandomFFN:
 
     def features(self, x: Tensor, like: ExpertWeights) -> Tensor:
         """Return its activations [n, M] on x [n, H] with the spread and the gating of an expert's weights."""
+        count_flops(2 * product(len(x), x.shape[1], len(self.gate)), x.device.type)
         gate, up = (
             x @ rows.to(x).T * weight.float().std() for rows, weight in ((self.gate, like.gate), (self.up, like.up))
         )

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard
@@ -48,6 +50,8 @@ class StudentLayer:
         """Return (output [n, H], activations [n, M] or None) for FFN inputs [n, H]."""
         activations: list[Tensor] = []
         weight = next(self.ffn.parameters())
+        matrices = sum(p.numel() for p in self.ffn.parameters() if p.dim() > 1)
+        count_flops(product(len(x), 1, matrices), weight.device.type)
         handle = None
         if self.down is not None:
             handle = self.down.register_forward_pre_hook(lambda _module, args: activations.append(args[0]))

@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
 from moe2dense.modeling.documents import close_masks
+from moe2dense.modeling.products import count_pass, layer_products
 from moe2dense.student.footprint import rows_at_once
 
 # N blocks, S block length, T = N * S tokens, H hidden
@@ -100,6 +101,16 @@ class LayerRunner:
 
     def call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
         """Return the output of layer `index` on hidden [n, S, H] of the blocks `rows`, on the device that computes."""
+        self._count(index, hidden)
+        return self._call(index, hidden, rows)
+
+    def _count(self, index: int, hidden: Tensor, without: nn.Module | None = None) -> None:
+        """Count a pass of a layer over hidden [n, S, H], apart from the submodule `without`."""
+        products = layer_products(self.body.layers[index], self.model.config, index, without)
+        grad = torch.is_grad_enabled() and products.trained > 0
+        count_pass(products, len(hidden), hidden.shape[1], self.device.type, grad)
+
+    def _call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
         hidden = hidden.to(self.device, non_blocking=True)
         output = self.body.layers[index](hidden, **self.arguments(index, rows))
         return output[0] if isinstance(output, tuple) else output
@@ -109,9 +120,10 @@ class LayerRunner:
         """Return the output of layer `index` on all blocks, [N, S, H] -> [N, S, H]; `ffn` stands in for its FFN."""
         output = torch.empty_like(hidden)
         replaced = {self.neurons(index): ffn} if ffn else {}
+        self._count(index, hidden, self.neurons(index) if ffn else None)
         for rows in self.chunks():
             with internals.forwards(replaced):
-                output[rows] = self.call(index, hidden[rows], rows).to(output.device)
+                output[rows] = self._call(index, hidden[rows], rows).to(output.device)
         return output
 
     def ffn(self, index: int) -> nn.Module:

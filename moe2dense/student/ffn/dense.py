@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
+from moe2dense.common.flops import product
+
 Gating = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -85,11 +88,23 @@ class DenseFFN:
 
     def hidden(self, x: Tensor) -> Tensor:
         """Return neuron activations [n, M] of inputs [n, H]."""
+        self._count(x, 2, self.gate)
         return self.gating(F.linear(x, self.gate, self.gate_bias), F.linear(x, self.up, self.up_bias))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Return outputs [n, H] of inputs [n, H]."""
+        self._count(x, 1, self.down)
         return F.linear(self.hidden(x), self.down, self.down_bias)
+
+    def _count(self, x: Tensor, matrices: int, weight: Tensor) -> None:
+        """Count products of x [n, H] with matrices like `weight`, and their gradients where there will be any.
+
+        gate and up pass no gradient on to inputs that have none.
+        """
+        passes = 1
+        if torch.is_grad_enabled() and weight.requires_grad:
+            passes = 3 if x.requires_grad or matrices == 1 else 2
+        count_flops(passes * matrices * product(x.numel() // x.shape[-1], x.shape[-1], self.width), x.device.type)
 
     def to(self, device: torch.device | str) -> "DenseFFN":
         """Return the same FFN on `device`; tensors that are there already are shared."""

@@ -5,7 +5,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
 from moe2dense.common.devices import by_rows, device_with_room, exact_products
+from moe2dense.common.flops import cholesky, product
 from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
 from moe2dense.student.ffn.refit import grams
 from moe2dense.student.ffn.ridge import EXACT_WIDTH
@@ -38,6 +40,8 @@ def eliminate(
     strength = _strength(gram.diagonal().mean(), ridge, len(gram), gram.dtype)
     inverse = gram if overwrite else gram.clone()
     inverse.diagonal().add_(strength)
+    pool = len(gram)
+    count_flops(cholesky(pool) + product(pool, pool, cross.shape[1]) + 2 * pool**3 / 3, gram.device.type)
     torch.linalg.cholesky(inverse, out=inverse)
     weights = torch.addcmul(cross, start, strength.expand_as(start), out=cross if overwrite else None)
     weights = torch.cholesky_solve(weights, inverse)
@@ -54,6 +58,14 @@ def eliminate_by_tokens(
     (Woodbury), so no [P, P] matrix is made, factored or inverted.
     """
     strength = _strength(hidden.pow(2).sum(0).mean(), ridge, hidden.shape[1], hidden.dtype)
+    tokens, pool, size = len(hidden), hidden.shape[1], target.shape[1]
+    count_flops(
+        product(tokens, pool, tokens)
+        + cholesky(tokens)
+        + product(tokens, tokens, pool + size) / 2
+        + 2 * product(tokens, pool, size),
+        hidden.device.type,
+    )
     kernel = hidden @ hidden.T
     kernel.diagonal().add_(strength)
     factor = torch.linalg.cholesky(kernel)
@@ -124,6 +136,8 @@ class InverseByTokens:
 
     def columns(self, pick: Tensor) -> Tensor:
         """Return some columns [P, n]."""
+        tokens, pool = self.reduced.shape
+        count_flops(product(pool, tokens, len(pick)), self.reduced.device.type)
         columns = torch.mm(self.reduced.T, self.reduced[:, pick]).neg_()
         columns[pick, torch.arange(len(pick), device=pick.device)] += 1
         return columns.div_(self.strength)
@@ -169,6 +183,7 @@ class _Remaining:
         solved = torch.linalg.solve(columns[drop], torch.cat([self.weights[drop], columns.T], dim=1))
         weights, owed = solved.split([self.weights.shape[1], len(self.index)], dim=1)
         self.weights.addmm_(columns, weights, alpha=-1)
+        count_flops(product(len(self.weights), self.weights.shape[1], number), self.weights.device.type)
         self.diagonal -= (columns * owed.T).sum(1)
         if number > self.most:
             self.inverse.downdate(columns, owed)
@@ -183,6 +198,7 @@ class _Remaining:
         """Return columns [P, n] of A^-1 as it is now, from what is stored and what waits."""
         columns = self.inverse.columns(pick)
         if self.waiting:
+            count_flops(product(len(columns), self.waiting, len(pick)), columns.device.type)
             columns.addmm_(self.done[:, : self.waiting], self.owed[: self.waiting, pick], alpha=-1)
         return columns
 

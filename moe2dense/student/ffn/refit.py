@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
 from moe2dense.common.devices import exact_products
+from moe2dense.common.flops import product
 from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.ffn.ridge import EXACT_WIDTH, RidgeProblem, ridge_solve
@@ -41,6 +43,7 @@ def grams(
         with exact_products():
             add_product(gram, h.T, h, lower=True)
             cross.addmm_(h.T, wanted)
+        count_flops(product(size, *wanted.shape), cross.device.type)
     return mirror(gram), cross
 
 

@@ -8,7 +8,10 @@ whose residuals add blocks of a float32 product in float64, take it down to what
 import torch
 from torch import Tensor
 
+from moe2dense.common.counters import count_flops
 from moe2dense.common.devices import exact_products
+from moe2dense.common.flops import cholesky, product
+from moe2dense.common.flops import ridge_solve as ridge_solve_flops
 
 # M neurons, H hidden
 EXACT_WIDTH = 2048  # neurons up to which the solution is float64 throughout
@@ -31,6 +34,7 @@ def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Ten
 
 def _solve_double(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
     """Solve by Cholesky in float64."""
+    count_flops(ridge_solve_flops(len(start), start.shape[1]), gram.device.type)
     damped, start64 = gram.to(torch.float64, copy=True), start.to(gram.device, torch.float64)
     missed = cross.double() - damped @ start64
     damped.diagonal().add_(ridge * damped.diagonal().mean().clamp_min(1e-12))
@@ -56,6 +60,8 @@ class RidgeProblem:
 
     def _refined(self, damping: float) -> Tensor | None:
         """Return (gram + damping I)^-1 missed [M, H] in float64; None where refinement does not converge."""
+        device, solve = self.gram.device.type, product(len(self.gram), len(self.gram), self.missed.shape[1])
+        count_flops(cholesky(len(self.gram)) + solve, device)
         factor = self.gram.clone()
         factor.diagonal().add_(damping)
         failed = factor.new_empty((), dtype=torch.int32)
@@ -65,6 +71,7 @@ class RidgeProblem:
         with exact_products():
             solution = torch.cholesky_solve(self.missed.float(), factor).double()
             for _ in range(_REFINEMENTS):
+                count_flops(solve, device)
                 correction = torch.cholesky_solve((self.missed - self._times(solution, damping)).float(), factor)
                 share = float(correction.norm() / solution.norm().clamp_min(1e-30))
                 solution += correction
@@ -78,14 +85,16 @@ class RidgeProblem:
         """Return (gram + damping I) @ solution in float64; solution [M, H] is float64 and enters as two float32 parts."""
         high = solution.float()
         low = (solution - high).float()
-        product = summed_product(self.gram, high)
+        total = summed_product(self.gram, high)
         if bool(low.any()):
-            product += self.gram @ low
-        return product.add_(solution, alpha=damping)
+            count_flops(product(len(self.gram), len(self.gram), low.shape[1]), low.device.type)
+            total += self.gram @ low
+        return total.add_(solution, alpha=damping)
 
 
 def summed_product(left: Tensor, right: Tensor) -> Tensor:
     """Return left [m, k] @ right [k, n] in float64: products of blocks in float32, added up in float64."""
+    count_flops(product(len(left), left.shape[1], right.shape[1]), left.device.type)
     total = torch.zeros(len(left), right.shape[1], dtype=torch.float64, device=left.device)
     with exact_products():
         for start in range(0, left.shape[1], _BLOCK):

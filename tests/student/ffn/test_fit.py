@@ -152,7 +152,7 @@ def test_errors_of_many_tokens_are_added_up_in_pieces(monkeypatch):
 
 
 def test_symmetric_products_panel_by_panel(monkeypatch):
-    monkeypatch.setattr(symmetric, "_PANEL", 5)
+    monkeypatch.setattr(symmetric, "PANEL", 5)
     left, total = data(1, 13)[:9].T, data(2, 13)[:13]
     total = total + total.T
     want = total - 0.5 * left @ left.T

@@ -1,0 +1,49 @@
+"""What a stage of a run takes: as counted while it ran, or as planned. No torch here, so that plans and reports need none."""
+
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+
+@dataclass
+class Cost:
+    """What a stage took. Bytes, seconds of wall time.
+
+    memory: the most resident memory of the process, of which `began` was there before; gpu_memory: the most that torch held on
+    its GPU.
+    """
+
+    flops: dict[str, float] = field(default_factory=dict)
+    disk: int = 0
+    bus: int = 0
+    memory: int = 0
+    began: int = 0
+    gpu_memory: int = 0
+    seconds: float = 0.0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        """Return both: sums, and the higher of the peaks."""
+        devices = {**self.flops, **other.flops}
+        return Cost(
+            {d: self.flops.get(d, 0.0) + other.flops.get(d, 0.0) for d in devices},
+            self.disk + other.disk,
+            self.bus + other.bus,
+            max(self.memory, other.memory),
+            max(self.began, other.began),
+            max(self.gpu_memory, other.gpu_memory),
+            round(self.seconds + other.seconds, 3),
+        )
+
+    def __sub__(self, part: "Cost") -> "Cost":
+        """Return what is left without a part of it; the peaks stay."""
+        rest = {device: number - part.flops.get(device, 0.0) for device, number in self.flops.items()}
+        return replace(
+            self,
+            flops={device: number for device, number in rest.items() if number},
+            disk=self.disk - part.disk,
+            bus=self.bus - part.bus,
+            seconds=round(self.seconds - part.seconds, 3),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values, as run.json has them."""
+        return asdict(self)

@@ -1,0 +1,65 @@
+"""What a run cost, stage by stage: time, compute, bytes from disk and over the bus, memory."""
+
+from typing import Any
+
+from rich.console import RenderableType
+
+from moe2dense.common.costs import Cost
+from moe2dense.common.numbers import show_percent
+from moe2dense.common.units import show_bytes, show_flops, show_seconds
+from moe2dense.reporting.report_file import Report
+from moe2dense.reporting.score_tables import plain_table, titled
+
+COST_HELP = (
+    "FLOPs are those of matrix products, a multiplication and an addition each; with a GPU the share that the CPU made is given. "
+    "Read: weights and stored targets from disk. Bus: sent to the GPU or fetched from it. Memory: the most that the process held, "
+    "of the GPU where there is one."
+)
+
+
+def cost_rows(report: Report) -> list[dict[str, str]]:
+    """Return {"stage", "time", "flops", "rate", "read", "bus", "memory"} of each stage, and of the whole run; [] where unknown."""
+    stages = {name: Cost(**entry) for name, entry in (report["run"].get("cost") or {}).items()}
+    if not stages:
+        return []
+    whole = sum(stages.values(), Cost())
+    return [_row(name, cost) for name, cost in [*stages.items(), ("all", whole)]]
+
+
+def _row(stage: str, cost: Cost) -> dict[str, str]:
+    total = sum(cost.flops.values())
+    on_cpu = cost.flops.get("cpu", 0.0)
+    flops = show_flops(total)
+    if len(cost.flops) > 1:
+        flops += f" ({show_percent(on_cpu / total)} on the CPU)"
+    return {
+        "stage": stage,
+        "time": show_seconds(cost.seconds),
+        "flops": flops,
+        "rate": f"{show_flops(total / cost.seconds)}/s" if cost.seconds else "",
+        "read": show_bytes(cost.disk),
+        "bus": show_bytes(cost.bus) if cost.bus else "",
+        "memory": show_bytes(cost.gpu_memory or cost.memory),
+    }
+
+
+def cost_in_terminal(report: Report) -> RenderableType | None:
+    """Return the table for a terminal; None where the report does not say."""
+    rows = cost_rows(report)
+    if not rows:
+        return None
+    table = plain_table("", "time", "FLOPs", "read", "memory")
+    for row in rows:
+        table.add_row(*(row[key] for key in ("stage", "time", "flops", "read", "memory")))
+    return titled("what it cost", table)
+
+
+def cost_section(report: Report) -> dict[str, Any] | None:
+    """Return {"head", "rows", "help"} for the page; None where the report does not say."""
+    rows = cost_rows(report)
+    if not rows:
+        return None
+    keys = {"stage": "Stage", "time": "Time", "flops": "FLOPs", "rate": "Speed", "read": "Read from disk"}
+    keys |= {"bus": "Over the bus"} if any(row["bus"] for row in rows) else {}
+    keys |= {"memory": "Most memory"}
+    return {"head": list(keys.values()), "rows": [[row[key] for key in keys] for row in rows], "help": COST_HELP}
