@@ -44,7 +44,7 @@ def test_memory_and_gpu_memory_are_two_numbers():
 
 
 def test_a_cpu_has_one_memory_and_float32():
-    here = placed("mixtral", "7b", device="cpu")
+    here = placed("mixtral", "7b", device="cpu", memory="400GB")
     assert here.gpu_memory == 0 and here.weights == RAM and "float32" in here.sentence()
     assert placed("mixtral", "7b", device="cpu", memory="8GB").weights == DISK
 

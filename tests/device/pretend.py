@@ -61,6 +61,9 @@ class PretendedTensor(Tensor):
     def get_device(self) -> int:
         return 0
 
+    def record_stream(self, _stream: Any) -> None:
+        """Do nothing: all work is done at once."""
+
     @classmethod
     def __torch_dispatch__(cls, operation: Any, _types: Any, _args: Any = (), _kwargs: Any = None) -> Any:
         raise AssertionError(f"{operation} met a pretended tensor outside PretendedCuda, or in a thread of its own")
@@ -88,7 +91,7 @@ class _Calls(TorchFunctionMode):
                 return first.cpu().tolist()
             if name == "cpu":
                 return first.to("cpu")
-            if name in ("cuda", "record_stream"):
+            if name == "cuda":
                 return first
             if name == "pin_memory":
                 raise RuntimeError("cannot pin 'torch.cuda.FloatTensor': only dense CPU tensors can be pinned")
