@@ -2,7 +2,8 @@
 
 A random Qwen3-MoE is written in every layout that is read, and streamed once. For each: the largest difference to what the library
 computes in its own dtype (compressed-tensors; AutoAWQ, GPTQModel and ModelOpt have no light package, so their published formula in
-float64 stands in, rounded to float32), bytes of one expert, and bytes read for each token of the text.
+float64 stands in, rounded to float32), bytes of one expert, and bytes read for each token of the text. Every token uses every expert,
+so that all of them are read.
 
     python benchmarks/precisions.py [--tokens 4096]
 """
@@ -28,7 +29,7 @@ from tests.weights.packing import LAYOUTS, Layout
 NAME = "m"
 SIZES = {
     "vocab_size": 512, "hidden_size": 256, "intermediate_size": 512, "moe_intermediate_size": 256, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 64, "num_experts": 16, "num_experts_per_tok": 16,
 }  # fmt: skip
 
 

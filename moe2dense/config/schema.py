@@ -67,6 +67,7 @@ class DataConfig:
         choices=("all", "last", "no-reasoning"),
         example="last",
     )
+    fit: str = option("cut", help="A chat at a block's end: cut, or whole in the next block.", choices=("cut", "whole"))
     chat_template: str = option(
         "",
         help="File with a chat template (Jinja) to read conversations with.",

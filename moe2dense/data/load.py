@@ -47,7 +47,7 @@ def load_blocks(
     if isinstance(path, str) and "=" in path and not Path(path).exists():
         path = parse_mixture(path)
     seen = TextCounts()
-    layout = Layout(block, document_masks, spread)
+    layout = Layout(block, document_masks, spread, options.fit == "whole")
     if isinstance(path, dict):
         blocks = _mixture(path, tokenizer, layout, split, tokens, seed, options, seen)
     else:
@@ -106,7 +106,9 @@ def blocks_of(
     """
     counts = TextCounts()
     located = usable(((f"record {n}", row) for n, row in enumerate(rows, 1)), counts)
-    blocks = _blocks(located, tokenizer, Layout(block), what, tokens, options, counts)
+    blocks = _blocks(
+        located, tokenizer, Layout(block, whole_chats=options.fit == "whole"), what, tokens, options, counts
+    )
     if counts.skipped:
         warnings.warn(f"data {what}: {counts.sentence()}", stacklevel=2)
     return blocks

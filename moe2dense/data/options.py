@@ -9,6 +9,7 @@ from moe2dense.errors import UserError
 
 BOS_CHOICES = ("auto", "on", "off")
 LEARN_CHOICES = ("all", "last", "no-reasoning")
+FIT_CHOICES = ("cut", "whole")
 
 
 @dataclass(frozen=True)
@@ -17,16 +18,19 @@ class TextOptions:
 
     bos: whether a document begins with the tokenizer's BOS: auto = where the tokenizer puts one before a prompt. learn: which of the
     assistant's turns are learnt: all, the last, or all without their reasoning. chat_template: a file with a Jinja template, "" =
-    the tokenizer's own. date: the day that templates are told, as 2026-11-28; "" = the day it is.
+    the tokenizer's own. date: the day that templates are told, as 2026-11-28; "" = the day it is. fit: whether a chat is cut where a block
+    ends, or begins in the next block where it is whole, and the rest of the block is padding.
     """
 
     bos: str = "auto"
     learn: str = "all"
     chat_template: str = ""
     date: str = ""
+    fit: str = "cut"
 
     def __post_init__(self) -> None:
-        for name, value, choices in (("bos", self.bos, BOS_CHOICES), ("learn", self.learn, LEARN_CHOICES)):
+        kinds = (("bos", self.bos, BOS_CHOICES), ("learn", self.learn, LEARN_CHOICES), ("fit", self.fit, FIT_CHOICES))
+        for name, value, choices in kinds:
             if value not in choices:
                 raise UserError(f"data.{name} must be one of {', '.join(choices)}; found {value!r}")
 

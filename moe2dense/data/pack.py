@@ -19,12 +19,14 @@ class Layout:
     """How documents lie in blocks.
 
     block: tokens of a block; document_masks: whether a token is kept from seeing the document before its own, auto = in chats;
-    spread: whether few blocks of each of many passages are taken, and not all of the first passages.
+    spread: whether few blocks of each of many passages are taken, and not all of the first passages. whole_chats: a chat that does not
+    fit into the rest of a block begins in the next one, and the rest is padding; one that is longer than a block is cut all the same.
     """
 
     block: int
     document_masks: str = "auto"
     spread: bool = False
+    whole_chats: bool = False
 
 
 def packed(documents: Iterable[Document], layout: Layout, limit: int | None, eos: int) -> Blocks | int:
@@ -46,7 +48,7 @@ def _many(documents: Iterable[Document], limit: int, block: int) -> Iterator[Doc
 
 
 def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos: int) -> Blocks | int:
-    """Cut documents, each closed by `eos`, into blocks; the tokens that do not fill one are left out.
+    """Cut documents, each closed by `eos`, into blocks; the tokens that do not fill the last one are left out.
 
     Return the number of tokens when they fill no block.
     """
@@ -54,6 +56,7 @@ def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos:
     ids: list[int] = []
     learnt: list[bool] = []
     calls: list[bool] = []
+    real: list[bool] = []
     prefix: list[bool] = []
     owner: list[int] = []
     domains: list[str] = []
@@ -62,9 +65,22 @@ def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos:
     for number, document in enumerate(documents):
         closed = document.tokens if document.tokens[-1:] == [eos] else [*document.tokens, eos]
         chat = chat or document.learnt is not None
+        rest = -len(ids) % block
+        if (
+            layout.whole_chats
+            and document.learnt is not None
+            and rest < len(closed)
+            and rest > 0
+            and len(closed) <= block
+        ):
+            ids += [eos] * rest
+            owner += owner[-1:] * rest
+            for marks_of in (learnt, calls, real, prefix):
+                marks_of += [False] * rest
         marks = [True] * len(closed) if document.learnt is None else document.learnt
         ids += closed
         learnt += marks + marks[-1:] * (len(closed) - len(marks))  # the closing token is learnt as the turn before it
+        real += [True] * len(closed)
         called = document.calls or [False] * len(document.tokens)
         calls += called + called[-1:] * (len(closed) - len(called))
         prefix += [i < document.prefix for i in range(len(closed))]
@@ -86,6 +102,7 @@ def _pack(documents: Iterable[Document], layout: Layout, limit: int | None, eos:
     return Blocks(
         cut(ids, torch.int64),
         labels,
+        attention_mask=None if all(real[: count * block]) else cut(real, torch.bool),
         document_ids=(owners - owners[:, :1]).to(torch.int32) if separate else None,
         labels_mask=cut(learnt, torch.bool) if chat else None,
         passages=owners,

@@ -240,3 +240,43 @@ def test_the_tokens_of_tool_calls_are_marked_in_the_blocks(tmp_path, tokenizer):
     plain = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "I look"}]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps({"messages": plain}) + "\n" for _ in range(20)))
     assert load_blocks(tmp_path, tokenizer, 32, options=TextOptions(chat_template=str(template))).calls_mask is None
+
+
+def test_whole_chats_begin_in_a_block_that_holds_them(tmp_path, tokenizer):
+    template = tmp_path / "t.jinja"
+    template.write_text(
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</s>{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    generator = torch.Generator().manual_seed(torch.seed() % 2**32)
+    sizes = torch.randint(1, 20, (60,), generator=generator).tolist()
+    rows = [
+        {"messages": [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": "word " * size}]}
+        for i, size in enumerate(sizes)
+    ]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    block = 64
+    cut, whole = (
+        load_blocks(tmp_path, tokenizer, block, options=TextOptions(chat_template=str(template), fit=fit))
+        for fit in ("cut", "whole")
+    )
+    assert cut.attention_mask is None and whole.attention_mask is not None and whole.labels_mask is not None
+    assert whole.document_ids is not None and len(whole) >= len(cut)
+    real = whole.attention_mask
+    assert not whole.labels_mask[~real].any() and (whole.labels()[:, :-1][~real[:, 1:]] == -100).all()
+    for row in range(len(whole)):
+        text = tokenizer.decode(whole.input_ids[row][real[row]])
+        assert text.lstrip().startswith("<user>") and text.rstrip().endswith("</s>")
+    lengths = real.sum(1)
+    for row in range(len(whole) - 1):  # nothing that would have fitted was put off
+        first = int((whole.document_ids[row + 1] == whole.document_ids[row + 1, 0]).logical_and(real[row + 1]).sum())
+        assert lengths[row] + first > block
+    packed = whole.input_ids[real].tolist()
+    assert (
+        packed == cut.input_ids.flatten().tolist()[: len(packed)]
+        or packed[: cut.input_ids.numel()] == cut.input_ids.flatten().tolist()
+    )
+
+
+def test_a_fit_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match="data.fit must be one of cut, whole; found 'some'"):
+        TextOptions(fit="some")
