@@ -67,7 +67,9 @@ class DataConfig:
         choices=("all", "last", "no-reasoning"),
         example="last",
     )
-    fit: str = option("cut", help="A chat at a block's end: cut, or whole in the next block.", choices=("cut", "whole"))
+    fit: str = option(
+        "cut", help="A chat at a block's end: cut, or whole in the next.", choices=("cut", "whole"), example="whole"
+    )
     chat_template: str = option(
         "",
         help="File with a chat template (Jinja) to read conversations with.",
