@@ -10,6 +10,7 @@ from rich.console import Console
 from moe2dense.config.flags import argument
 from moe2dense.distillation.regimes.registry import REGIMES
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
+from moe2dense.errors import UserError
 from moe2dense.families.cards import student_cards, teacher_cards
 from moe2dense.losses.registry import DIVERGENCES, FEATURE_KINDS, LAYER_MAPS
 from moe2dense.student.ffn.methods import METHODS, RECIPES
@@ -83,10 +84,20 @@ def show_list(
     what: Annotated[What, argument("Which list.", example="teachers")] = "all",
     /,
     *,
+    all: Annotated[
+        bool, argument("Of teachers: every MoE architecture of the installed transformers, with what is known of it.")
+    ] = False,
     json: Annotated[bool, argument("Print JSON instead of text.")] = False,
 ) -> None:
-    """List the teachers, students, methods, losses, features, regimes and targets there are, and what each is for."""
-    console, lists = Console(), catalogue()
+    """List the teachers, students, methods, losses, features, regimes and targets there are, and what each is for.
+
+    Raises UserError for --all with another list than teachers.
+    """
+    console = Console()
+    if all:
+        _show_all_types(what, json, console)
+        return
+    lists = catalogue()
     if what != "all":
         lists = {what: lists[what]}
     if json:
@@ -100,6 +111,24 @@ def show_list(
             console.print(line, highlight=False, markup=False, style="dim")
         for row in rows:
             _print_record(row, console)
+
+
+def _show_all_types(what: What, json: bool, console: Console) -> None:
+    """Print the status of every MoE architecture of the installed transformers. Raises UserError for another list."""
+    if what != "teachers":
+        raise UserError(f"--all belongs to `moe2dense list teachers`; found {what!r}")
+    from moe2dense.cli.actions.list_types import all_types, summary
+
+    rows = all_types()
+    if json:
+        console.print_json(data={"teachers": rows})
+        return
+    console.print(summary(rows), highlight=False)
+    for row in rows:
+        inside = f" (in {', '.join(row['wrappers'])})" if row["wrappers"] else ""
+        known = f", dense host {row['host']}" if "host" in row else f": {row['reason']}" if "reason" in row else ""
+        for line in _wrapped(f"{row['family']}{inside}  {row['status']}{known}", console.width, 2):
+            console.print(line, highlight=False, markup=False)
 
 
 def _print_record(row: dict[str, Any], console: Console) -> None:

@@ -16,7 +16,7 @@ FLAGS = {
     "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts gpu-memory init judge lora loss lr memory ood out"
     " quantize report-to resume seed stack stages teacher-card temperature to tokens valid",
     "plan": "block chat-template config control data device disk-speed epochs experts gpu-memory init json lora loss memory ood out speed stages teacher-card to tokens valid",
-    "list": "json",
+    "list": "all json",
     "inspect": "block chat-template data gpu-memory json memory teacher-card tokens",
     "targets": "analyze block chat-template data device draws endpoint endpoint-kind endpoint-model endpoint-parallel endpoint-rate experts features format gpu-memory json k memory out seed teacher-card temperature"
     " token-weights tokens",
