@@ -3,6 +3,7 @@
 import inspect
 import re
 from dataclasses import dataclass
+from typing import cast
 
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
@@ -42,7 +43,8 @@ def parts_of(config_class: type[PreTrainedConfig]) -> set[type[PreTrainedConfig]
 
 def _inside(config_class: type[PreTrainedConfig]) -> set[type[PreTrainedConfig]]:
     """Return the classes of the configs that stand in a config; where any text model may, its default one does."""
-    found = {part for part in config_class.sub_configs.values() if issubclass(part, PreTrainedConfig)}
+    named = cast(dict[str, type], config_class.sub_configs)
+    found = {part for part in named.values() if issubclass(part, PreTrainedConfig)}
     for default in getattr(config_class, "sub_configs_defaults", {}).values():
         if default.model_type in CONFIG_MAPPING:
             found.add(CONFIG_MAPPING[default.model_type])
