@@ -51,11 +51,18 @@ class TeacherCard:
     top_k: str = "num_experts_per_tok"
     expert_width: str = "moe_intermediate_size"
     moe_block: str = "mlp"  # path of the MoE block in a decoder layer
-    router: str = "gate"  # paths within the block
-    experts: str = "experts"
+    router: str = "gate"  # path in the block, else in the layer
+    experts: str = "experts"  # path in the block; "" where the experts themselves are the block
     shared: str = ""  # dense FFN that every token passes: path in the block, else in the layer; "" where there is none
     shared_gate: str = ""  # sigmoid gate on the shared FFN's output
     mixers: tuple[str, ...] = ("self_attn",)  # children of a decoder layer that mix tokens
+    # text towers of multimodal models that compute the same of text alone and have no causal language model of their own, by
+    # model_type, with the settings of this family that they imply
+    text_towers: dict[str, dict[str, Any]] = field(default_factory=dict)
+    # how many values a decoder layer returns, its hidden states first; read of the shipped cards alone
+    returns: int = 1
+    # config field = the one value (of every layer, where it lists some) with which layers need nothing else of those before them
+    requires: dict[str, Any] = field(default_factory=dict)
     dispatch: str = "routed"  # routed: experts(x, index, weights); stacked: experts(every expert's scaled input)
     weights_sum: str = "one"  # one | constant | varies: what a token's routing weights add up to
     input_scaled: bool = False  # the routing weight multiplies the expert's input, so it does not fold into down_proj
@@ -63,6 +70,11 @@ class TeacherCard:
     notes: str = ""
     defaults: dict[str, Any] = field(default_factory=dict)  # settings this family needs, as in a --config file
     checkpoints: tuple[Checkpoint, ...] = ()
+
+    @property
+    def experts_path(self) -> str:
+        """The path of the routed experts in a decoder layer."""
+        return f"{self.moe_block}.{self.experts}" if self.experts else self.moe_block
 
 
 @dataclass(frozen=True)
@@ -78,19 +90,23 @@ class StudentCard:
     join_multiplier: str = ""  # config field of the factor, where join = "scaled"
     moe_shaped: bool = False  # the exported checkpoint keeps an MoE wrapper (one expert)
     ffn: str = "mlp"  # path of the dense FFN in a decoder layer
-    # child of a decoder layer that norms the residual stream for the FFN; "" where the FFN reads the stream itself
+    # child of a decoder layer that norms the residual stream for the FFN; "" where the FFN reads the stream itself, or its output
+    # is normed before it joins, so that the stream cannot be told from it
     norm: str = "post_attention_layernorm"
     gate: str = "gate_proj"  # paths within the FFN
-    up: str = "up_proj"
+    up: str = "up_proj"  # "" where gate and up are one linear layer, gate first
     down: str = "down_proj"
     width: str = "intermediate_size"  # config field of the FFN width
-    # moe_shaped: path within the FFN block of its stacked experts; the block's other tensors are set to zero
+    # moe_shaped: path within the FFN block of its stacked experts ("": the block itself); the block's other tensors are set to zero
     experts: str = ""
+    # moe_shaped: tensor of a layer outside that block = the number that fills it, such as a router of one expert
+    constants: dict[str, float] = field(default_factory=dict)
     # moe_shaped: what a router of zeros multiplies the sum of the (identical) experts with
     output_scale: float = 1.0
     copy: tuple[str, ...] = ()  # config fields taken over from the teacher; ["*"] = all that both configs have
     rename: dict[str, str] = field(default_factory=dict)  # student config field = teacher config field
-    # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it
+    # student config field = value; "=field" reads the teacher's, "=range(field)" counts to it, "=repeat(word, field)" lists the
+    # word so many times
     set: dict[str, Any] = field(default_factory=dict)
     # field of the exported config.json = value; "=field" reads another of its fields. For programs that read the public
     # checkpoints' fields which transformers does not write
@@ -98,6 +114,8 @@ class StudentCard:
     tensors: dict[str, str] = field(default_factory=dict)  # student parameter pattern = teacher parameter pattern
     # module or tensor of a layer = how it is laid out in attention heads; {} where heads cannot be cut
     heads: dict[str, str] = field(default_factory=lambda: dict(HEADS))
+    # of channels and layers, what a student cannot have fewer of than its teacher: other sizes of the host follow from them
+    uncut: tuple[str, ...] = ()
     loads: dict[str, str] = field(default_factory=dict)  # serving stack = "seen" | "documented" | "no: reason"
     serve_flags: dict[str, list[str]] = field(default_factory=dict)  # serving stack = flags that it needs for this host
     notes: str = ""
@@ -182,6 +200,12 @@ def unsupported_teachers() -> dict[str, str]:
     """Return {model_type: reason} of the MoE architectures of transformers that are known not to be possible as teachers."""
     path = card_folder("teachers") / _UNSUPPORTED
     return {model_type: _build(_Unsupported, row, path).reason for model_type, row in _read(path).items()}
+
+
+def layer_returns(model_type: str) -> int:
+    """Return how many values a decoder layer of an architecture returns; 1 where no card says otherwise."""
+    card = teacher_cards().get(model_type)
+    return card.returns if card else 1
 
 
 @cache

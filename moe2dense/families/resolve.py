@@ -8,8 +8,16 @@ from huggingface_hub import try_to_load_from_cache
 
 from moe2dense.common.hub import hub_unreachable
 from moe2dense.errors import UserError, first_line, nearest
-from moe2dense.families.cards import Checkpoint, TeacherCard, find_checkpoint, read_teacher_card, teacher_cards
+from moe2dense.families.cards import (
+    Checkpoint,
+    TeacherCard,
+    find_checkpoint,
+    read_teacher_card,
+    teacher_cards,
+    unsupported_teachers,
+)
 from moe2dense.families.download import download_model
+from moe2dense.families.towers import as_text_model
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -42,18 +50,34 @@ def family_card(config: "PreTrainedConfig", card_path: str = "") -> TeacherCard:
             )
         return card
     card = teacher_cards().get(config.model_type)
-    if card is not None:
+    if card is not None and getattr(config, card.num_experts, None):
+        check_required(config, card)
         return card
     if not has_experts(config):
         raise UserError(
             f"the teacher is a {config.model_type!r} model, which has no experts: moe2dense turns MoE models into dense ones; "
             f"to make a dense model smaller, distil it with `moe2dense distill`"
         )
+    if reason := unsupported_teachers().get(config.model_type):
+        raise UserError(f"the MoE family {config.model_type!r} cannot be a teacher: {reason}")
     known = ", ".join(teacher_cards())
     raise UserError(
         f"no teacher card for the MoE family {config.model_type!r}{nearest(config.model_type, list(teacher_cards()))}; "
         f"write one (CONTRIBUTING.md, 'Add a family') and pass it with --teacher-card; known families: {known}"
     )
+
+
+def check_required(config: "PreTrainedConfig", card: TeacherCard) -> None:
+    """Raise UserError for a config with a setting of the family that is not read here."""
+    for name, wanted in card.requires.items():
+        value = getattr(config, name, None)
+        each = value if isinstance(value, list) else [value]
+        if any(entry != wanted for entry in each):
+            other = next(entry for entry in each if entry != wanted)
+            raise UserError(
+                f"{card.title} with {name} = {other!r} cannot be a teacher: its layers need more of the layers before them than the "
+                f"hidden states; only {wanted!r} can be read"
+            )
 
 
 def has_experts(config: "PreTrainedConfig") -> bool:
@@ -66,7 +90,7 @@ def _read_config(source: str | Path, given: str) -> "PreTrainedConfig":
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(source, trust_remote_code=False)
+        return as_text_model(AutoConfig.from_pretrained(source, trust_remote_code=False))
     except Exception as error:  # each architecture's config checks its fields in its own way
         raise UserError(f"TEACHER {given!r}: its config cannot be read ({first_line(error)})") from error
 

@@ -17,7 +17,7 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, Cache, DynamicCache, PreTrainedConfig, PreTrainedModel
-from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping, get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
@@ -31,7 +31,11 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from transformers.utils.generic import ModelOutput
 
 from moe2dense.errors import UserError, first_line
+from moe2dense.families.cards import layer_returns
+from moe2dense.families.towers import as_text_model
 from moe2dense.modeling.empty import empty_model
+
+_HEAD = "lm_head."  # lies beside the language model, not in it, in most multimodal models
 
 
 class DecoderModule(Protocol):
@@ -63,6 +67,8 @@ class KeyMap:
     sources: dict[str, list[Source]] = field(default_factory=dict)
     # parameters that need transformers' own operation
     converters: dict[str, WeightConverter] = field(default_factory=dict)
+    # of parameters that are stored as one tensor, the first, by whose name the operation goes
+    first_of: dict[str, str] = field(default_factory=dict)
     # checkpoint tensors that the model has no place for
     ignored: list[str] = field(default_factory=list)
     # parameters that the config ties and the checkpoint holds both of
@@ -72,7 +78,7 @@ class KeyMap:
 def read_config(path: str) -> PreTrainedConfig:
     """Return the Hugging Face config of a folder. Raises UserError when there is none or its model_type is unknown."""
     try:
-        return AutoConfig.from_pretrained(path, trust_remote_code=False)
+        return as_text_model(AutoConfig.from_pretrained(path, trust_remote_code=False))
     except Exception as error:  # each architecture's config checks its fields in its own way
         raise UserError(f"teacher {path} has no readable config.json: {first_line(error)}") from error
 
@@ -137,19 +143,23 @@ def _expert_number(converter: WeightConverter, pattern: str, key: str) -> int | 
     return int(match[1])
 
 
-def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> KeyMap:
+def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "", stored_as: str = "") -> KeyMap:
     """Follow transformers' own renaming rules from the checkpoint's keys to the parameters of `model`.
 
-    `keys`: names of weights as they are unpacked. `prefix`: what the checkpoint puts before the language model's names inside a multimodal model; other tensors are ignored.
+    `keys`: names of weights as they are unpacked. `prefix`: what the checkpoint puts before the language model's names inside a
+    multimodal model; of other tensors only a head of that name is the language model's, and the rest is ignored. `stored_as`:
+    model_type whose rules the stored names follow, where it is another than the model's.
     """
     transforms = get_model_conversion_mapping(model)
+    if stored_as:
+        transforms = [*(get_checkpoint_conversion_mapping(stored_as) or []), *transforms]
     renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
     converters = [t for t in transforms if isinstance(t, WeightConverter)]
     meta = saved_tensors(model)
     keys = list(keys)
     key_map = KeyMap()
     for key in keys:
-        if not key.startswith(prefix):
+        if not key.startswith((prefix, _HEAD)):
             key_map.ignored.append(key)
             continue
         name = key.removeprefix(prefix)
@@ -166,6 +176,11 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> K
             assert apply_converters(apply_renamings(name, renamings), converters)[1] == pattern
             part, parts = converter.source_patterns.index(pattern), len(converter.source_patterns)
             source = Source(key, expert, part, parts)
+            for other in converter.target_patterns[1:]:
+                one_of_several = target.replace(converter.target_patterns[0], other)
+                key_map.sources.setdefault(one_of_several, []).append(source)
+                key_map.converters[one_of_several] = converter
+                key_map.first_of[one_of_several] = target
             if expert is None:
                 key_map.converters[target] = converter
         key_map.sources.setdefault(target, []).append(source)
@@ -181,13 +196,13 @@ def map_keys(model: PreTrainedModel, keys: Iterable[str], prefix: str = "") -> K
 
 def convert(key_map: KeyMap, model: PreTrainedModel, name: str, tensors: dict[str, Tensor]) -> Tensor:
     """Return a parameter that is not stored as it is used, through transformers' own conversion. `tensors` by checkpoint key."""
-    converter = copy.deepcopy(key_map.converters[name])
+    converter, first = copy.deepcopy(key_map.converters[name]), key_map.first_of.get(name, name)
     for source in key_map.sources[name]:
-        converter.add_tensor(name, source.key, converter.source_patterns[source.part], tensors[source.key])  # type: ignore[arg-type]
+        converter.add_tensor(first, source.key, converter.source_patterns[source.part], tensors[source.key])  # type: ignore[arg-type]
     converter.collected_tensors = {  # type: ignore[assignment]
         k: [(lambda t=t: t) for t in v] for k, v in converter.collected_tensors.items()
     }
-    value = converter.convert(name, model=model, config=model.config)[name]
+    value = converter.convert(first, model=model, config=model.config)[name]
     return value[0] if isinstance(value, list) else value
 
 
@@ -239,10 +254,16 @@ def run_body(
     `cache`: keys and values of earlier tokens (`new_cache`), handed to the layers, which extend it.
     """
 
-    def stand_in(index: int) -> Callable[..., Tensor]:
-        def call(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-            assert not args, "decoder layers are expected to take keyword arguments"
-            return layer(index, hidden, kwargs)
+    others = (None,) * (layer_returns(body.config.model_type) - 1)
+
+    def stand_in(index: int) -> Callable[..., Any]:
+        names = [*inspect.signature(type(body.layers[index]).forward).parameters][
+            2:
+        ]  # behind self and the hidden states
+
+        def call(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+            output = layer(index, hidden, {**dict(zip(names, args, strict=False)), **kwargs})
+            return (output, *others) if others else output
 
         return call
 

@@ -26,8 +26,9 @@ def find_card(config: PreTrainedConfig, card: TeacherCard | str | Path | None) -
     if card:
         return read_teacher_card(card)
     text = config.get_text_config()
-    if text.model_type in teacher_cards():
-        return teacher_cards()[text.model_type]
+    shipped = teacher_cards().get(text.model_type)
+    if shipped is not None:  # some classes are of sparse and dense models alike
+        return family_card(config) if getattr(text, shipped.num_experts, None) else None
     return family_card(config) if has_experts(text) else None
 
 

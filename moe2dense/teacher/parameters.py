@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe2dense.errors import UserError
-from moe2dense.modeling.internals import KeyMap, Source, convert
+from moe2dense.modeling.internals import KeyMap, Source, convert, saved_tensors
 from moe2dense.weights.checkpoint import Checkpoint
 from moe2dense.weights.finite import refuse_not_finite
 from moe2dense.weights.formats.find import PackedWeights
@@ -29,6 +29,7 @@ class Weights:
 
     def __init__(self, checkpoint: Checkpoint, key_map: KeyMap, model: PreTrainedModel, packed: PackedWeights):
         self.checkpoint, self.map, self.model, self.packed = checkpoint, key_map, model, packed.weights
+        self.shapes = saved_tensors(model)
         self._finite: set[tuple[str, int | None]] = set()  # what was read before, and is not looked at again
 
     def _read(self, source: Source, expert: int | None = None, buffer: Tensor | None = None) -> Tensor:
@@ -116,14 +117,23 @@ class Weights:
             first = None if buffer is None else buffer[: self.source_bytes(sources[0])]
             second = None if buffer is None else buffer[self.source_bytes(sources[0]) :]
             return self._read(sources[0], None, first), self._read(sources[1], None, second)
-        both = self._matrix(sources[0], expert, layout.transposed, buffer)
+        both = self._matrix(sources[0], expert, layout.transposed != self._stored_transposed(name, sources[0]), buffer)
         if layout.interleaved:
             return both[0::2], both[1::2]
         return both.chunk(2)  # type: ignore[return-value]
 
+    def _stored_transposed(self, name: str, source: Source) -> bool:
+        """Return whether experts are stored with their two axes the other way round than the model keeps them."""
+        if name not in self.map.converters:
+            return False
+        packed = self.packed.get(source.key)
+        stored = self.checkpoint[source.key].shape if packed is None else packed.shape(self.checkpoint)
+        return len(stored) == 3 and tuple(stored) != tuple(self.shapes[name].shape)
+
     def down(self, name: str, expert: int, layout: Layout, buffer: Tensor | None = None) -> Tensor:
         """Read down [H, F] of one expert."""
-        return self._matrix(self.expert_sources(name, expert)[0], expert, layout.transposed, buffer)
+        source = self.expert_sources(name, expert)[0]
+        return self._matrix(source, expert, layout.transposed != self._stored_transposed(name, source), buffer)
 
     def _matrix(self, source: Source, expert: int, transposed: bool, buffer: Tensor | None) -> Tensor:
         """Read one expert's matrix in plain orientation [out, in]."""

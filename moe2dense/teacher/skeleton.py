@@ -3,6 +3,7 @@
 Layers, memory plans, expert backends, streams and observers need no more than this.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -43,9 +44,12 @@ class Skeleton:
         text = config.get_text_config()
         self.model = internals.build_skeleton(text, self.dtype)
         self.checkpoint = Checkpoint(path)
-        prefix = "" if text is config else _language_prefix(self.checkpoint)
+        stored_as = _stored_model_type(path)
+        multimodal = stored_as not in ("", text.model_type)
+        prefix = _language_prefix(self.checkpoint) if multimodal else ""
         packed = _packed_weights(self.checkpoint, config)
-        key_map = internals.map_keys(self.model, packed.names(self.checkpoint.tensors), prefix)
+        names = packed.names(self.checkpoint.tensors)
+        key_map = internals.map_keys(self.model, names, prefix, stored_as if multimodal else "")
         self.ignored = key_map.ignored
         self.remarks = [
             *unread_files(self.checkpoint),
@@ -170,6 +174,14 @@ def _unrounded_activations(path: Path, packed: PackedWeights) -> list[str]:
         f"{path}: {len(packed.activations)} scales of activations are not used ({packed.activations[0]}, ...): weights are unpacked, "
         f"and activations are not rounded"
     ]
+
+
+def _stored_model_type(path: Path) -> str:
+    """Return the model_type in a folder's config.json, as it stands there; '' where it cannot be read."""
+    try:
+        return str(json.loads((path / "config.json").read_text(encoding="utf-8")).get("model_type", ""))
+    except (OSError, ValueError):
+        return ""
 
 
 def _language_prefix(checkpoint: Checkpoint) -> str:
