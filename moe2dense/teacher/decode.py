@@ -15,6 +15,7 @@ from transformers import Cache, PreTrainedConfig
 
 from moe2dense.common.units import show_bytes
 from moe2dense.errors import UserError
+from moe2dense.families.fields import config_field
 from moe2dense.modeling import internals
 from moe2dense.teacher.buffers import Arena, SpillFolder
 from moe2dense.teacher.model import Teacher
@@ -145,8 +146,8 @@ def cache_bytes(config: PreTrainedConfig, itemsize: int) -> int:
     if getattr(text, "kv_lora_rank", None):  # latent attention keeps its compressed form
         width = text.kv_lora_rank + text.qk_rope_head_dim
     else:
-        size = getattr(text, "head_dim", None) or text.hidden_size // heads
-        width = 2 * size * (getattr(text, "num_key_value_heads", None) or heads)
+        size = config_field(text, "head_dim") or text.hidden_size // heads
+        width = 2 * size * (config_field(text, "num_key_value_heads") or heads)
     return int(width) * itemsize * int(text.num_hidden_layers)
 
 

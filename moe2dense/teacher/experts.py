@@ -146,6 +146,13 @@ class ExpertWeights:
         biases = tuple(None if b is None else b.to(device) for b in (self.gate_bias, self.up_bias, self.down_bias))
         return ExpertWeights(g, u, d, self.gating, self.dtype, biases)  # type: ignore[arg-type]
 
+    def times(self, factor: float) -> "ExpertWeights":
+        """Return the expert whose output is `factor` times this one's."""
+        gate, up, down = self.stored
+        bias = None if self.down_bias is None else self.down_bias * factor
+        biases = (self.gate_bias, self.up_bias, bias)
+        return ExpertWeights(gate, up, down * factor, self.gating, self.dtype, biases)
+
     def resident(self) -> "ExpertWeights":
         """Return the same expert with its matrices in the compute dtype."""
         g, u, d = self.gate.contiguous(), self.up.contiguous(), self.down.contiguous()

@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
-from moe2dense.modeling.gated_ffn import expert_gating, expert_layout, gated_linears
+from moe2dense.modeling.gated_ffn import Gating, expert_gating, expert_layout, gated_linears
 from moe2dense.modeling.hooks import first_tensor
+from moe2dense.teacher.block_scale import BlockScale, measure_block_scale
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
 from moe2dense.teacher.fake_quant import QuantizedExperts
 from moe2dense.teacher.parameters import Layout, assign
@@ -22,8 +23,8 @@ Handler = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def _find(module: Any, path: str) -> Any:
-    """Return the submodule or parameter at a dotted path, or None where there is none."""
-    for name in path.split("."):
+    """Return the submodule or parameter at a dotted path ("": the module itself), or None where there is none."""
+    for name in path.split(".") if path else ():
         module = getattr(module, name, None)
         if module is None:
             return None
@@ -48,11 +49,12 @@ class Layer:
         self.shared_inside = True
         self.experts: LayerExperts | None = None
         self.dropless: Any = None  # megablocks' module with this layer's experts
+        self.scale = BlockScale()  # of the block on its experts, measured when its router is first in memory
         if self.sparse:
             self._set_up_sparse()
-        skip = f"{card.moe_block}.{card.experts}." if card and self.sparse else None
+        skip = f"{card.experts_path}." if card and self.sparse else None
         self.names = [n for n in internals.saved_tensors(self.module) if skip is None or not n.startswith(skip)]
-        self.loaded = False
+        self.loaded = self._measured = False
         self.resident = False  # weights stay in memory once read
 
     def stay_in_memory(self, keep_experts: bool) -> None:
@@ -66,7 +68,7 @@ class Layer:
         card = self.card
         assert card is not None
         self.mixers = [m for name in card.mixers if (m := _find(self.module, name)) is not None]
-        self.router = _find(self.ffn, card.router)
+        self.router = _find(self.ffn, card.router) or _find(self.module, card.router)
         if self.router is None or not self.mixers:
             part = f"router {card.router!r}" if self.router is None else f"mixers {list(card.mixers)}"
             raise UserError(f"teacher card {card.model_type}: layer {self.index} has no {part}")
@@ -77,7 +79,7 @@ class Layer:
         layout = Layout(*expert_layout(self.routed, card.dispatch == "stacked"))
         kind = QuantizedExperts if self.skeleton.quantize else LayerExperts
         self.experts = kind(
-            self.skeleton.weights, f"{self.prefix}{card.moe_block}.{card.experts}.", int(self.routed.num_experts), layout,
+            self.skeleton.weights, f"{self.prefix}{card.experts_path}.", int(self.routed.num_experts), layout,
             expert_gating(self.routed), self.skeleton.dtype,
         )  # fmt: skip
         if isinstance(self.experts, QuantizedExperts):
@@ -100,7 +102,18 @@ class Layer:
         if not self.loaded:
             for name in self.names:
                 assign(self.module, name, self.skeleton.converted(self.prefix + name))
+            if self.sparse and not self._measured:
+                self._measure_scale()
             self.loaded = True
+
+    def _measure_scale(self) -> None:
+        """Measure what the block multiplies its experts with. Raises UserError where it does something else with them."""
+        assert self.card is not None
+        if self.card.dispatch == "routed":
+            plain = self.shared_module if self.shared_inside and not self.card.shared_gate else None
+            like = torch.empty(self.skeleton.hidden_size, dtype=self.skeleton.dtype, device=self.skeleton.device)
+            self.scale = measure_block_scale(self.ffn, self.routed, plain, like)
+        self._measured = True
 
     def unload(self) -> None:
         """Free the weights, unless the whole teacher stays in memory."""
@@ -149,14 +162,20 @@ class Layer:
         else:
             g, u = weight.chunk(2)
             g_bias, u_bias = bias.chunk(2) if bias is not None else (None, None)
-        weights = ExpertWeights(g, u, down.weight, parts.gating, self.skeleton.dtype, (g_bias, u_bias, down.bias))
         probe = torch.linspace(-1, 1, 2 * weight.shape[1], device=weight.device, dtype=weight.dtype).view(2, -1)
-        close = torch.allclose(weights(probe), first_tensor(module(probe)), rtol=1e-2, atol=1e-3)
-        if not close:
-            raise UserError(
-                f"layer {self.index} of {self.skeleton.path}: {what} computes something else than a gated FFN"
-            )
-        return weights
+        own = first_tensor(module(probe))
+        for gating in (parts.gating, *self._experts_gating()):
+            weights = ExpertWeights(g, u, down.weight, gating, self.skeleton.dtype, (g_bias, u_bias, down.bias))
+            if torch.allclose(weights(probe), own, rtol=1e-2, atol=1e-3):
+                return weights
+        raise UserError(f"layer {self.index} of {self.skeleton.path}: {what} computes something else than a gated FFN")
+
+    def _experts_gating(self) -> list[Gating]:
+        """Return how the model's routed experts are gated, which its dense FFNs may share without saying so; nothing without experts."""
+        if self.card is None:
+            return []
+        every_layer = (_find(layer, self.card.experts_path) for layer in self.skeleton.body.layers)
+        return [expert_gating(experts) for experts in every_layer if experts is not None][:1]
 
     @torch.no_grad()
     def dense(self) -> ExpertWeights:
@@ -173,7 +192,8 @@ class Layer:
         gate = None
         if self.card.shared_gate:
             gate = _find(self.ffn, self.card.shared_gate).weight.reshape(-1)
-        return [SharedFFN(self._gated(self.shared_module, "the shared expert"), gate)]
+        weights = self._gated(self.shared_module, "the shared expert")
+        return [SharedFFN(weights if self.scale.shared == 1.0 else weights.times(self.scale.shared), gate)]
 
     # hooks
 
@@ -186,7 +206,7 @@ class Layer:
         if self.card.dispatch == "stacked":
             replaced[self.ffn] = lambda hidden: self._stacked_block(hidden, handler)
         else:
-            replaced[self.routed] = lambda x, index, weights: handler(x, index, weights, logits[-1])
+            replaced[self.routed] = lambda x, index, weights: self._scaled(handler, x, index, weights, logits[-1])
         if skip_shared and self.shared_module is not None:
             replaced[self.shared_module] = torch.zeros_like
         hook = self.router.register_forward_hook(lambda _m, _i, out: logits.append(first_tensor(out)))
@@ -195,6 +215,13 @@ class Layer:
                 yield
         finally:
             hook.remove()
+
+    def _scaled(self, handler: Handler, x: Tensor, index: Tensor, weights: Tensor, logits: Tensor) -> Tensor:
+        """Run a handler whose routing weights hold the block's factor, which the block itself then puts on what is returned."""
+        factor = self.scale.routed
+        if factor == 1.0:
+            return handler(x, index, weights, logits)
+        return handler(x, index, weights * factor, logits) / factor
 
     def _stacked_block(self, hidden: Tensor, handler: Handler) -> tuple[Tensor, Tensor]:
         """Run a block whose experts take every expert's scaled input at once, without making E copies of the tokens."""
