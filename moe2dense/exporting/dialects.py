@@ -27,8 +27,10 @@ def _rope_fields(rope: dict[str, Any] | None) -> dict[str, Any]:
     if not rope or any(isinstance(value, dict) for value in rope.values()):
         return {}
     fields = {name: rope[name] for name in _OUTSIDE if rope.get(name) is not None}
-    scaled = rope.get("rope_type", "default") != "default"
-    fields["rope_scaling"] = {k: v for k, v in rope.items() if k not in _OUTSIDE} if scaled else None
+    rest = {k: v for k, v in rope.items() if k not in _OUTSIDE}
+    fields["rope_scaling"] = (
+        rest if rest.keys() - {"rope_type"} or rest.get("rope_type", "default") != "default" else None
+    )
     return fields
 
 

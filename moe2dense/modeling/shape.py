@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
+from moe2dense.families.fields import config_field
 from moe2dense.modeling.empty import count_parameters, empty_model
 
 if TYPE_CHECKING:
@@ -62,7 +63,7 @@ def _shared_width(layer: "nn.Module", card: TeacherCard) -> int:
 def _field(config: "PreTrainedConfig", card: TeacherCard, key: str) -> Any:
     """Return the value of the config field that a key of the card names. Raises UserError where the config has none."""
     name = getattr(card, key)
-    value = getattr(config, name, None)
+    value = config_field(config, name)
     if value is None:
         raise UserError(f"teacher card {card.model_type}: {key} = {name!r} is no field of the teacher's config.json")
     return value
@@ -106,7 +107,7 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
     num_experts = _field(config, card, "num_experts")
     for index, layer in enumerate(decoder_layers(model)):
         try:
-            experts = layer.get_submodule(f"{card.moe_block}.{card.experts}")
+            experts = layer.get_submodule(card.experts_path)
         except AttributeError:
             dense = max(dense, _width(layer))
             continue
@@ -133,5 +134,5 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
         expert_parameters=per_expert,
         max_positions=getattr(config, "max_position_embeddings", 2048),
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
+        num_key_value_heads=config_field(config, "num_key_value_heads") or config.num_attention_heads,
     )

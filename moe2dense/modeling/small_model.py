@@ -9,6 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
+from moe2dense.families.fields import config_field
 
 _VOCABULARY, _WIDTH, _EXPERTS, _TOP_K = 96, 16, 4, 2
 _HEAD_DIM, _WINDOW, _CHUNK = 16, 7, 8
@@ -32,13 +33,16 @@ def small_config(config: PreTrainedConfig, card: TeacherCard | None) -> PreTrain
     """
     config = config.get_text_config()
     fields = {
-        k: v for k, v in copy.deepcopy(config.to_dict()).items() if k not in _NOT_PASSED and not k.startswith("_")
-    }
+        name: config_field(config, name, value) for name, value in config.to_dict().items()
+    }  # to_dict writes infinity as JSON does
+    fields = {k: copy.deepcopy(v) for k, v in fields.items() if k not in _NOT_PASSED and not k.startswith("_")}
     layers = config.num_hidden_layers
     count = _enough_layers(fields, layers, card, config)
     for name, value in fields.items():
         if isinstance(value, list) and len(value) == layers:
             fields[name] = value[:count]
+    if by_layer := fields.get("per_layer_config"):
+        fields["per_layer_config"] = {int(layer): own for layer, own in by_layer.items() if int(layer) < count}
     fields |= {"num_hidden_layers": count, "vocab_size": _VOCABULARY, "pad_token_id": None}
     fields |= {"bos_token_id": 1, "eos_token_id": 2, "dtype": None}
     fields |= _heads(config) | _mixers(config) | _windows(fields)
@@ -63,14 +67,14 @@ def _enough_layers(fields: dict[str, Any], layers: int, card: TeacherCard | None
 def _heads(config: PreTrainedConfig) -> dict[str, Any]:
     """Return small numbers of heads with the same sharing of keys, and a hidden size that is their product where it was."""
     heads = config.num_attention_heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    groups = config_field(config, "num_key_value_heads") or heads
     small_groups = min(groups, 2)
     small_heads = small_groups * min(heads // groups, 2)
-    given = getattr(config, "head_dim", None)
+    given = config_field(config, "head_dim")
     width = min(given or config.hidden_size // heads, _HEAD_DIM)
     hidden = small_heads * width + (0 if config.hidden_size == heads * (given or width) or not given else 8)
     fields: dict[str, Any] = {"num_attention_heads": small_heads, "hidden_size": hidden}
-    if getattr(config, "num_key_value_heads", None):
+    if config_field(config, "num_key_value_heads"):
         fields["num_key_value_heads"] = small_groups
     return fields | ({"head_dim": width} if given else {})
 
@@ -81,6 +85,9 @@ def _mixers(config: PreTrainedConfig) -> dict[str, Any]:
     if "qk_rope_head_dim" in fields:
         fields["head_dim"] = fields["qk_rope_head_dim"]
         fields["num_key_value_heads"] = _heads(config)["num_attention_heads"]
+    if getattr(config, "mamba_n_heads", None):
+        width, groups = config.mamba_expand * _heads(config)["hidden_size"], min(config.mamba_n_groups, 2)
+        fields |= {"mamba_n_heads": 2, "mamba_d_head": width // 2, "mamba_n_groups": groups, "mamba_d_state": 8}
     if getattr(config, "linear_num_key_heads", None):
         share = config.linear_num_value_heads // config.linear_num_key_heads
         fields |= {"linear_num_key_heads": 2, "linear_num_value_heads": 2 * share}

@@ -11,6 +11,7 @@ from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard, student_cards
+from moe2dense.families.fields import config_field
 from moe2dense.modeling.shape import Geometry, count_parameters, empty_model
 from moe2dense.student.ffn.dense import GatedFFN
 from moe2dense.student.target.dense_config import dense_config
@@ -106,7 +107,7 @@ def dense_geometry(config: PreTrainedConfig) -> Geometry:
         shared_width=0, dense_width=width, parameters=total, active_parameters=total,
         expert_parameters=3 * width * config.hidden_size,
         max_positions=getattr(config, "max_position_embeddings", 2048), num_attention_heads=heads,
-        num_key_value_heads=getattr(config, "num_key_value_heads", None) or heads,
+        num_key_value_heads=config_field(config, "num_key_value_heads") or heads,
     )  # fmt: skip
 
 
@@ -127,9 +128,9 @@ def target_from(teacher: "Teacher", target: Target) -> Target:
             )
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     geometry = {
-        name: getattr(target.config, name)
+        name: config_field(target.config, name)
         for name in names
-        if getattr(target.config, name, None) != getattr(config, name, None)
+        if config_field(target.config, name) != config_field(config, name)
     }
     student = dense_config(config, card, target.width, **geometry)
     parameters = count_parameters(empty_model(student))

@@ -56,12 +56,19 @@ class StudentLayer:
         if self.down is not None:
             handle = self.down.register_forward_pre_hook(lambda _module, args: activations.append(args[0]))
         try:
-            output = first_tensor(self.ffn(x[None].to(weight)))
+            output = self._run(x.to(weight))
         finally:
             if handle is not None:
                 handle.remove()
         rows = x.shape[0]
         return output.reshape(rows, -1).float(), activations[0].reshape(rows, -1).float() if activations else None
+
+    def _run(self, x: Tensor) -> Tensor:
+        """Return the FFN's output for x [n, H]; where experts alone are the FFN, every token passes the first with weight one."""
+        if not self.card.moe_shaped or self.card.experts:
+            return first_tensor(self.ffn(x[None]))
+        first = torch.zeros(len(x), 1, dtype=torch.int64, device=x.device)
+        return self.ffn(x, first, torch.ones_like(x[:, :1]))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.hooks import feature_name
-from moe2dense.student.build.assemble import CopiedTensors, empty_student, unload
+from moe2dense.student.build.assemble import CopiedTensors, empty_student, fill_constants, unload
 from moe2dense.student.build.heal import heal
 from moe2dense.student.build.layer import build_layer, choose_held_out
 from moe2dense.student.build.layer_runner import LayerRunner
@@ -257,6 +257,7 @@ def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:
     seen = cut.layer(layer_pass) if cut else layer_pass
     if stored is None:
         state.copied.fill(lambda name: state.copied.in_layer(name, index))
+        fill_constants(layer, runner.card, runner.device)
         if cut:
             cut.scale_norms(layer, layer_pass)
         provenance, record = build_layer(state, seen, index)

@@ -12,7 +12,7 @@ from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
 from moe2dense.modeling.gated_ffn import expert_layout
-from moe2dense.student.ffn.dense import DenseFFN
+from moe2dense.student.ffn.dense import DenseFFN, Gating
 from moe2dense.student.prune.cut import Cut
 from moe2dense.student.target.dense_config import tensor_map
 from moe2dense.student.target.resolve import Target
@@ -25,14 +25,22 @@ if TYPE_CHECKING:
 def empty_student(target: Target) -> PreTrainedModel:
     """Return the host without storage, its rotary tables real; an MoE wrapper's router is zero."""
     model, card = internals.build_skeleton(target.config, torch.float32), target.card
-    if card.experts:
+    if card.moe_shaped:
         model.set_experts_implementation("eager")
         for layer in internals.decoder(model)[1].layers:
+            fill_constants(layer, card, CPU)
             module = layer.get_submodule(card.ffn)
             for name, tensor in internals.saved_tensors(module).items():
                 if name.rpartition(".")[0] != card.experts:
                     _set(module, name, torch.zeros(tensor.shape))
     return model
+
+
+def fill_constants(layer: nn.Module, card: StudentCard, device: torch.device) -> None:
+    """Set the tensors of a host's layer that its card gives as numbers."""
+    tensors = internals.saved_tensors(layer)
+    for name, value in card.constants.items():
+        _set(layer, name, torch.full(tensors[name].shape, value, device=device))
 
 
 class CopiedTensors:
@@ -71,17 +79,23 @@ class CopiedTensors:
         """Read what lies outside the layers and is not in memory, except names that begin with `without`."""
 
         def wanted(name: str) -> bool:
-            return not (self.in_layer(name) or name.startswith(without)) and self.model.get_parameter(name).is_meta
+            return not (self.in_layer(name) or name.startswith(without)) and self._tensor(name).is_meta
 
         self.fill(wanted)
 
     def outside_layers(self) -> dict[str, Tensor]:
         """Return what lies outside the layers, by name; tied tensors once."""
-        return {name: self.model.get_parameter(name).data for name in self.sources if not self.in_layer(name)}
+        return {name: self._tensor(name).data for name in self.sources if not self.in_layer(name)}
+
+    def _tensor(self, name: str) -> Tensor:
+        """Return a parameter or saved buffer of the student."""
+        path, _, leaf = name.rpartition(".")
+        module = self.model.get_submodule(path)
+        return module.get_buffer(leaf) if leaf in module._buffers else module.get_parameter(leaf)
 
     def _read(self, name: str, source: str) -> Tensor:
-        shape = self.model.get_parameter(name).shape
-        table = shape[0] == self.target.config.vocab_size and not self.in_layer(name)
+        shape = self._tensor(name).shape
+        table = shape[:1] == (self.target.config.vocab_size,) and not self.in_layer(name)
         value = self.teacher.tensor(source).to(CPU if table else self.device, torch.float32)
         if self.cut:
             value = self.cut.tensor(source, value, shape)
@@ -109,6 +123,7 @@ def check_teacher_used(used: set[str], target: Target, teacher: "Teacher", cut: 
     tied = set(internals.tied_names(teacher.model))
     layers = range(len(teacher.body.layers))
     replaced = [f"{teacher.layers_prefix}{i}.{path}." for i in layers for path in blocks]
+    replaced += [f"{teacher.layers_prefix}{i}.{name}" for i in layers for name in target.card.constants]
     dropped = [f"{teacher.layers_prefix}{i}." for i in layers if cut and i not in cut.layers]
     for name in teacher.shapes:
         if name not in used and name not in tied and not name.startswith((*replaced, *dropped)):
@@ -122,16 +137,34 @@ def linear_of(module: nn.Module, path: str) -> nn.Linear:
     return cast(nn.Linear, module.get_submodule(path))
 
 
+def _linears(card: StudentCard, ffn: DenseFFN) -> list[tuple[str, Tensor, Tensor | None]]:
+    """Return (path, weight, bias) of each linear layer of a host's FFN; gate and up may be one."""
+    down = (card.down, ffn.down, ffn.down_bias)
+    if card.up:
+        return [(card.gate, ffn.gate, ffn.gate_bias), (card.up, ffn.up, ffn.up_bias), down]
+    both = ffn.gate_bias, ffn.up_bias
+    bias = None if both[0] is None or both[1] is None else torch.cat((both[0], both[1]))
+    return [(card.gate, torch.cat((ffn.gate, ffn.up)), bias), down]
+
+
+def present_ffn(module: nn.Module, card: StudentCard, gating: Gating) -> DenseFFN:
+    """Return a host's FFN as it is, sharing its tensors; `gating` is its gated activation."""
+    weights: list[Tensor] = []
+    biases: list[Tensor | None] = []
+    for path in filter(None, (card.gate, card.up, card.down)):
+        part = linear_of(module, path)
+        count = 1 if card.up or path == card.down else 2
+        weights += part.weight.detach().chunk(count)
+        biases += [None] * count if part.bias is None else part.bias.detach().chunk(count)
+    return DenseFFN(*weights, *biases, gating=gating)
+
+
 def put_ffn(module: nn.Module, card: StudentCard, ffn: DenseFFN) -> None:
     """Make `ffn` the weights of a host's FFN module. Raises UserError when sizes differ, or biases have no place."""
-    if card.experts:
+    if card.moe_shaped:
         _put_stacked(module, card, ffn)
         return
-    for path, weight, bias in (
-        (card.gate, ffn.gate, ffn.gate_bias),
-        (card.up, ffn.up, ffn.up_bias),
-        (card.down, ffn.down, ffn.down_bias),
-    ):
+    for path, weight, bias in _linears(card, ffn):
         linear = linear_of(module, path)
         if linear.weight.shape != weight.shape:
             raise UserError(

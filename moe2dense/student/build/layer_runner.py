@@ -132,7 +132,7 @@ class LayerRunner:
 
     def neurons(self, index: int) -> nn.Module:
         """Return the module that computes the FFN: itself, or the experts inside an MoE wrapper."""
-        return self.ffn(index).get_submodule(self.card.experts) if self.card.experts else self.ffn(index)
+        return self.ffn(index).get_submodule(self.card.experts)
 
     @torch.no_grad()
     def before_ffn(self, index: int, hidden: Tensor) -> tuple[Tensor, Tensor]:

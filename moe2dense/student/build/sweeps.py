@@ -5,11 +5,9 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from moe2dense.common.devices import CPU
-from moe2dense.families.cards import StudentCard
-from moe2dense.student.build.assemble import linear_of, put_ffn, unload
+from moe2dense.student.build.assemble import present_ffn, put_ffn, unload
 from moe2dense.student.build.layer import (
     block_weights,
     ffn_inputs_and_targets,
@@ -19,7 +17,6 @@ from moe2dense.student.build.layer import (
 )
 from moe2dense.student.build.layer_store import LayerStore
 from moe2dense.student.build.state import BuildState, Progress, StudentBuild
-from moe2dense.student.ffn.dense import DenseFFN, Gating
 from moe2dense.student.memory import release_freed_memory
 from moe2dense.teacher.layer_pass import LayerPass
 
@@ -81,13 +78,6 @@ def _sweep_layer(
     return record
 
 
-def present_ffn(module: nn.Module, card: StudentCard, gating: Gating) -> DenseFFN:
-    """Return a host's FFN as it is, sharing its tensors; `gating` is its gated activation."""
-    parts = [linear_of(module, path) for path in (card.gate, card.up, card.down)]
-    biases = [None if part.bias is None else part.bias.detach() for part in parts]
-    return DenseFFN(*(part.weight.detach() for part in parts), *biases, gating=gating)
-
-
 def fit_again(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str, float]:
     """Run the local and the layer fit on the student's layer `index`; undo each that does not lower the held-out error.
 
@@ -99,7 +89,7 @@ def fit_again(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
     if not bool(state.held_out.any()):
         return {"error": round(layer_error(state, layer_pass, index, everything), 6)}
     before = layer_error(state, layer_pass, index, state.held_out)
-    if "local" in state.steps and not runner.card.experts:
+    if "local" in state.steps and not runner.card.moe_shaped:
         gating = layer_pass.experts.gating if layer_pass.experts else layer_pass.dense.gating
         current = present_ffn(runner.ffn(index), runner.card, gating)
         x, target = ffn_inputs_and_targets(state, layer_pass, index)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2dense.errors import UserError
 from moe2dense.families.cards import StudentCard
+from moe2dense.families.fields import config_field
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -23,23 +24,28 @@ _NOT_COPIED = {
     "auto_map",
     "_name_or_path",
 }
+_NONE = object()
 _HEAD_FIELDS = {"hidden_size", "num_attention_heads"}
-_PER_LAYER = ("layer_types", "no_rope_layers")  # config fields that list something for each layer
+# config fields that list something for each layer
+_PER_LAYER = (
+    "layer_types", "mlp_layer_types", "indexer_types", "no_rope_layers", "num_attention_heads_per_layer", "layer_rope_theta",
+)  # fmt: skip
 
 
 def head_dim(config: "PreTrainedConfig") -> int:
     """Return the width of one attention head, given or implied."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return config_field(config, "head_dim") or config.hidden_size // config.num_attention_heads
 
 
 def _teacher_field(config: "PreTrainedConfig", name: str, card: StudentCard) -> Any:
     """Return a field of the teacher's config that the card asks for. Raises UserError where there is none."""
-    if not hasattr(config, name):
+    value = config_field(config, name, _NONE)
+    if value is _NONE:
         raise UserError(
             f"student card {card.name!r} takes the field {name!r} from the teacher, but a {config.model_type!r} config "
             f"has none; choose another host or correct the card"
         )
-    return getattr(config, name)
+    return value
 
 
 def _copied(teacher: "PreTrainedConfig", card: StudentCard) -> list[str]:
@@ -54,11 +60,14 @@ def _copied(teacher: "PreTrainedConfig", card: StudentCard) -> list[str]:
 
 
 def _computed(teacher: "PreTrainedConfig", value: Any, card: StudentCard) -> Any:
-    """Return the value of an entry of the card's `set`: itself, "=field" or "=range(field)" of the teacher."""
+    """Return the value of an entry of the card's `set`: itself, or "=field", "=range(field)", "=repeat(word, field)" of the teacher."""
     if not isinstance(value, str) or not value.startswith("="):
         return value
-    match = re.fullmatch(r"=range\((\w+)\)", value)
-    return list(range(_teacher_field(teacher, match[1], card))) if match else _teacher_field(teacher, value[1:], card)
+    if match := re.fullmatch(r"=range\((\w+)\)", value):
+        return list(range(_teacher_field(teacher, match[1], card)))
+    if match := re.fullmatch(r"=repeat\((\w+), (\w+)\)", value):
+        return [match[1]] * _teacher_field(teacher, match[2], card)
+    return _teacher_field(teacher, value[1:], card)
 
 
 def _window_of_every_layer(teacher: "PreTrainedConfig", card: StudentCard) -> dict[str, Any]:
@@ -113,15 +122,16 @@ def dense_config(
 
 
 def tensor_map(card: StudentCard, student: "PreTrainedModel", teacher_names: set[str]) -> dict[str, str]:
-    """Return {student parameter: teacher parameter} for every tensor outside the FFNs.
+    """Return {student tensor: teacher tensor} for every parameter and saved buffer outside the FFNs.
 
     A student name maps to the same name in the teacher, or through the card's `tensors` patterns (regular expressions
     on the student's name, replaced by the teacher's). Raises UserError naming the first tensor without a source.
     """
     sources: dict[str, str] = {}
-    prefix = re.compile(rf"^model\.layers\.\d+\.{re.escape(card.ffn)}\.")
+    not_copied = "|".join([rf"{re.escape(card.ffn)}\.", *(rf"{re.escape(name)}$" for name in card.constants)])
+    prefix = re.compile(rf"^model\.layers\.\d+\.({not_copied})")
     tied = set(getattr(student, "_tied_weights_keys", None) or ()) if student.config.tie_word_embeddings else set()
-    for name, _ in student.named_parameters(remove_duplicate=False):
+    for name in student.state_dict():
         if prefix.match(name) or name in tied:
             continue
         source = name

@@ -64,7 +64,7 @@ def _check(checked: _Checked) -> str:
         small = small_config(checked.config, card)
         teacher = random_model(small)
         student_config = dense_config(small, host, _WIDTH)
-        wanted = _hidden_states(teacher, card.moe_block, card.shared, f"{card.moe_block}.{card.experts}")
+        wanted = _hidden_states(teacher, card.moe_block, card.shared, card.experts_path)
         states = _student_states(teacher, student_config, host)
     except UserError:
         raise
@@ -84,7 +84,7 @@ def _student_states(teacher: PreTrainedModel, config: PreTrainedConfig, host: St
     sources = tensor_map(host, student, set(tensors))
     student.load_state_dict({name: tensors[source] for name, source in sources.items()}, strict=False)
     student.tie_weights()
-    return _hidden_states(student, host.ffn, "", f"{host.ffn}.{host.experts}")
+    return _hidden_states(student, host.ffn, "", f"{host.ffn}.{host.experts}" if host.experts else host.ffn)
 
 
 @torch.no_grad()

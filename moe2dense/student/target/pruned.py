@@ -44,7 +44,9 @@ def head_shapes(shape: Geometry) -> list[Heads]:
 
 
 def refused(teacher: "PreTrainedConfig", host: StudentCard, geometry: dict[str, Any]) -> bool:
-    """Return whether the host's own config refuses these sizes."""
+    """Return whether the host's own config, or its card, refuses these sizes."""
+    if "channels" in host.uncut and geometry.get("hidden_size", teacher.hidden_size) != teacher.hidden_size:
+        return True
     try:
         dense_config(teacher, host, CHANNEL_MULTIPLE, **geometry)
     except UserError:
@@ -154,8 +156,12 @@ def pruned_shape(
         raise UserError(
             f"build.prune = 'heads' is not possible with the host {host.name!r}, whose norms run over all heads; choose width or depth"
         )
+    if (what := {"width": "channels", "depth": "layers"}.get(prune)) in host.uncut:
+        raise UserError(
+            f"build.prune = {prune!r} is not possible with the host {host.name!r}, which needs all {what} of its teacher"
+        )
     layers, all_heads = shape.num_hidden_layers, (shape.num_attention_heads, shape.num_key_value_heads)
-    depths = range(layers, (layers + 1) // 2 - 1, -1)
+    depths = range(layers, layers - 1 if "layers" in host.uncut else (layers + 1) // 2 - 1, -1)
     search, one = _Search(budget, teacher, shape, host), shape.expert_width
     if prune == "auto":
         return search.best(depths, all_heads, one, narrow=True)
