@@ -190,18 +190,24 @@ def test_statistics_in_several_passes_are_the_same(monkeypatch):
     assert all(torch.equal(whole[n].codes, parts[n].codes) for n in whole)
 
 
-@pytest.mark.parametrize("host", ["gpt_oss", "minimax_m2", "olmoe", "phimoe"])
+ONE_EXPERT = sorted(name for name in HOSTS_OF_FAMILIES if student_host(name).moe_shaped)
+
+
+@pytest.mark.parametrize("host", ONE_EXPERT)
 def test_a_host_that_keeps_its_ffn_as_experts_is_refused_before_anything_is_computed(host, tmp_path, monkeypatch):
     monkeypatch.setattr(quantize, "quantized_layers", lambda *_: pytest.fail("weights were rounded"))
     model = host_model(host)
-    with pytest.raises(UserError, match=r"of the weights of \w+'s layers are no linear layers \(mlp\.experts\.\w+\)"):
+    with pytest.raises(
+        UserError, match=r"of the weights of \w+'s layers are no linear layers \((mlp\.)?experts\.\w+\)"
+    ):
         export(model, tmp_path / "m", quantize="int4", text=text(), card=student_host(host))
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("host", sorted(set(HOSTS_OF_FAMILIES) - {"gpt_oss", "minimax_m2", "olmoe", "phimoe"}))
+@pytest.mark.parametrize("host", sorted(set(HOSTS_OF_FAMILIES) - set(ONE_EXPERT)))
 def test_every_other_host_has_all_its_matrices_rounded(host):
-    quantize.check_layers(host_model(host))
+    # of a real Mamba layer its states' decay is a thousandth
+    quantize.check_layers(host_model(host, mamba_d_state=1))
 
 
 def test_matrices_left_in_16_bits_are_counted_on_disk(tmp_path, monkeypatch):

@@ -22,7 +22,8 @@ from tests.teacher.families import FAMILIES, make
 BOUND = 1e-6  # nats a token
 LENGTH = 37  # longer than the tiny families' windows and chunks
 # grouped products in float32, which transformers runs one-expert hosts with, take widths that are multiples of 4
-WIDTHS = {name: {"intermediate_size": 12} for name in ("olmoe", "phimoe", "minimax_m2")}
+WIDTHS = {name: {"intermediate_size": 12} for name in ("olmoe", "phimoe", "minimax", "minimax_m2")}
+WIDTHS |= {"gemma4_text": {"moe_intermediate_size": 12}}
 BUILT: dict = {}
 
 

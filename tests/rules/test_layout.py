@@ -19,7 +19,7 @@ OPTIONAL = {
 LAZY = ("cli", "conversion", "__main__")  # packages whose help must not wait for torch
 # read by help, lists and the types of plans, which wait for no torch: what needs it is imported where a plan is made
 TORCH_FREE = (
-    "families/resolve.py", "modeling/empty.py", "modeling/shape.py", "student/target/dense_config.py",
+    "families/resolve.py", "families/towers.py", "modeling/empty.py", "modeling/shape.py", "student/target/dense_config.py",
     "student/target/pruned.py", "student/target/resolve.py",
 )  # fmt: skip
 

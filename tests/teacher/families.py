@@ -19,6 +19,9 @@ MLA = {
     "v_head_dim": 5, "head_dim": 4,
 }  # fmt: skip
 YARN = {"rope_type": "yarn", "rope_theta": THETA, "factor": 4.0, "original_max_position_embeddings": 32}
+BY_LAYER_TYPE = {
+    "full_attention": {**ROPE, "partial_rotary_factor": 0.5}, "sliding_attention": {"rope_type": "default", "rope_theta": 321.0},
+}  # fmt: skip
 FAMILIES: dict[str, dict] = {
     "mixtral": {"num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "sliding_window": 9},
     "qwen2_moe": {
@@ -91,13 +94,128 @@ FAMILIES: dict[str, dict] = {
         "intermediate_size": 19, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
         "linear_num_key_heads": 2, "linear_num_value_heads": 4, "num_hidden_layers": 4, "norm_topk_prob": True,
     },
+    "qwen3_5_moe_text": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 9,
+        "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8, "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4, "num_hidden_layers": 4,
+        "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5, "mrope_section": [1, 1, 0]},
+    },
+    "glm4_moe_lite": {
+        **MLA, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "n_group": 3, "topk_group": 2, "routed_scaling_factor": 1.8,
+    },
+    "laguna": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 9,
+        "intermediate_size": 19, "head_dim": 8, "sliding_window": 7, "moe_routed_scaling_factor": 2.5,
+        "num_attention_heads_per_layer": [4, 6, 4], "rope_parameters": BY_LAYER_TYPE,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "mimo_v2_flash": {
+        "n_routed_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "intermediate_size": 19, "head_dim": 8,
+        "v_head_dim": 6, "sliding_window": 7, "num_key_value_heads": 1, "rope_parameters": BY_LAYER_TYPE,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "hy_v3": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "num_shared_experts": 2,
+        "intermediate_size": 19, "head_dim": 8, "router_scaling_factor": 2.8,
+    },
+    "deepseek_v32": {
+        **MLA, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2, "index_topk": 6,
+        "index_head_dim": 8, "index_n_heads": 32,  # scores of few heads are often zero, and ties are broken by place
+    },
+    "bailing_hybrid": {
+        **MLA, "head_dim": 8, "num_local_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 11, "intermediate_size": 19, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2,
+        "layer_group_size": 3, "q_lora_rank": None, "rope_theta": THETA,
+    },
+    "afmoe": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "num_shared_experts": 2,
+        "intermediate_size": 19, "head_dim": 8, "sliding_window": 7, "route_scale": 1.7, "mup_enabled": True,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "exaone_moe": {
+        "num_experts": 6, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "num_shared_experts": 2,
+        "intermediate_size": 19, "head_dim": 8, "sliding_window": 7, "n_group": 3, "topk_group": 2,
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "mellum": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "intermediate_size": 19, "head_dim": 8,
+        "sliding_window": 7, "mlp_layer_types": ["dense", "sparse", "sparse"],
+        "rope_parameters": {"full_attention": ROPE, "sliding_attention": {**ROPE, "rope_theta": 321.0}},
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "cohere2_moe": {
+        "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "num_shared_experts": 2, "head_dim": 8,
+        "expert_selection_fn": "sigmoid", "norm_topk_prob": False, "sliding_window": 7, "layer_norm_eps": EPS, "rms_norm_eps": None, "rope_theta": THETA,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    "granitemoehybrid": {
+        "num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 13, "shared_intermediate_size": 9,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+        "position_embedding_type": "rope", "layer_types": ["mamba", "attention", "mamba"], "mamba_n_heads": 4,
+        "mamba_d_state": 8, "mamba_n_groups": 2, "mamba_chunk_size": 8,
+    },
+    "granitemoe_swa": {
+        "num_local_experts": 5, "num_experts_per_tok": 3, "intermediate_size": 13, "shared_intermediate_size": 9,
+        "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0,
+        "sliding_window": 7, "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "solar_open": {
+        "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "n_group": 3,
+        "topk_group": 2, "head_dim": 8, "routed_scaling_factor": 1.7,
+    },
+    "jamba": {
+        "num_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "num_hidden_layers": 4,
+        "expert_layer_period": 2, "attn_layer_period": 3, "attn_layer_offset": 1, "mamba_d_state": 5, "mamba_dt_rank": 3,
+        "rope_parameters": None,
+    },
+    "minimax": {
+        "num_local_experts": 5, "num_experts_per_tok": 2, "intermediate_size": 13, "head_dim": 8, "block_size": 8,
+        "full_attn_alpha_factor": 1.3, "full_attn_beta_factor": 0.7, "linear_attn_alpha_factor": 0.9,
+        "linear_attn_beta_factor": 1.1, "mlp_alpha_factor": 1.2, "mlp_beta_factor": 0.6,
+    },
+    "minimax_m3_vl_text": {
+        "num_local_experts": 7, "num_experts_per_tok": 3, "intermediate_size": 11, "dense_intermediate_size": 19,
+        "shared_intermediate_size": 9, "head_dim": 8, "rotary_dim": 4, "swiglu_limit": 1.0,
+        "mlp_layer_types": ["dense", "sparse", "sparse"],
+    },
+    "gemma4_text": {
+        "num_experts": 7, "top_k_experts": 3, "moe_intermediate_size": 11, "intermediate_size": 19, "head_dim": 8,
+        "global_head_dim": 12, "num_global_key_value_heads": 1, "attention_k_eq_v": True, "enable_moe_block": True,
+        "hidden_size_per_layer_input": 0, "sliding_window": 7, "rms_norm_eps": 3e-5, "final_logit_softcapping": 5.0, "tie_word_embeddings": True,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"],
+        "rope_parameters": {
+            "full_attention": {"rope_type": "proportional", "rope_theta": THETA, "partial_rotary_factor": 0.5},
+            "sliding_attention": {**ROPE, "rope_theta": 321.0},
+        },
+    },
+    "flint": {
+        "num_experts": 7, "num_experts_per_tok": 3, "moe_intermediate_size": 11, "shared_expert_intermediate_size": 9,
+        "intermediate_size": 19, "head_dim": 8, "sliding_window": 7, "mlp_only_layers": [0],
+        "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    },
+    "sarvam_moe": {
+        "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "head_dim": 8, "routed_scaling_factor": 2.5,
+    },
+    "sarvam_mla": {
+        **MLA, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "q_lora_rank": None,
+    },
+    "glm_moe_dsa": {
+        **MLA, "n_routed_experts": 6, "n_shared_experts": 1, "num_experts_per_tok": 3, "moe_intermediate_size": 11,
+        "intermediate_size": 19, "first_k_dense_replace": 1, "n_group": 3, "topk_group": 2, "index_topk": 6,
+        "index_head_dim": 8, "index_n_heads": 32,
+    },
 }  # fmt: skip
 
 # What gives every token the same routing weights where a family's do not add up to a constant: a setting, or a router of zeros.
 CONSTANT_WEIGHTS: dict[str, dict] = {
     "qwen2_moe": {"norm_topk_prob": True}, "olmoe": {"norm_topk_prob": True}, "flex_olmo": {"norm_topk_prob": True},
+    "cohere2_moe": {"norm_topk_prob": True},
 }  # fmt: skip
-ZERO_ROUTER = ("deepseek_v2", "llama4_text", "phimoe")
+ZERO_ROUTER = ("deepseek_v2", "jamba", "llama4_text", "phimoe")
 
 
 def make(model_type: str, folder: Path, seed: int = 0, alike: bool = False, **changes):
@@ -116,6 +234,8 @@ def make(model_type: str, folder: Path, seed: int = 0, alike: bool = False, **ch
             value.normal_(0.0, 0.1 if "bias" in name or "norm" in name else 0.3)
             if "norm" in name and "bias" not in name:
                 value.add_(1.0)
+        if name.endswith("per_expert_scale"):
+            value.abs_().add_(0.5)
     if alike:
         _make_alike(model, model_type in ZERO_ROUTER)
     model.save_pretrained(folder)
@@ -129,6 +249,8 @@ def _make_alike(model, zero_router: bool) -> None:
         parts = name.split(".")
         if "experts" in parts and value.dim() > 1:
             value.copy_(value[:1].expand_as(value).clone())
+        if parts[-1] == "per_expert_scale":
+            value.fill_(1.3)
         if parts[-2] == "shared_expert_gate" or (zero_router and parts[-2] in ("gate", "router") and value.dim() == 2):
             value.zero_()
 

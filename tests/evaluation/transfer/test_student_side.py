@@ -31,7 +31,7 @@ def test_the_norm_of_the_card_makes_the_teachers_own_ffn_input_of_its_residual(f
     for layer in teacher.stream(blocks(model)):
         # the teacher's decoder layer stands for a student's: both have the same children but for the FFN
         student = StudentLayer(layer.module, replace(card, ffn=teacher.card.moe_block), multiplier)
-        assert (student.norm is None) == (card.join == "post_norm")
+        assert (student.norm is None) == (not card.norm)
         rows = torch.arange(0, len(layer.x), 3)
         torch.testing.assert_close(FFNInput(layer, student).at(rows), layer.x[rows], rtol=1e-3, atol=1e-4)
         names = ("hidden_in", "hidden_out", "x", "y")
