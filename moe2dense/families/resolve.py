@@ -50,7 +50,7 @@ def family_card(config: "PreTrainedConfig", card_path: str = "") -> TeacherCard:
             )
         return card
     card = teacher_cards().get(config.model_type)
-    if card is not None and getattr(config, card.num_experts, None):
+    if card is not None and (getattr(config, card.num_experts, None) or has_experts(config)):
         check_required(config, card)
         return card
     if not has_experts(config):

@@ -28,7 +28,7 @@ def find_card(config: PreTrainedConfig, card: TeacherCard | str | Path | None) -
     text = config.get_text_config()
     shipped = teacher_cards().get(text.model_type)
     if shipped is not None:  # some classes are of sparse and dense models alike
-        return family_card(config) if getattr(text, shipped.num_experts, None) else None
+        return family_card(config) if getattr(text, shipped.num_experts, None) or has_experts(text) else None
     return family_card(config) if has_experts(text) else None
 
 

@@ -15,7 +15,7 @@ from moe2dense.distillation.setup import check_documents
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_cards, student_host, teacher_cards
 from moe2dense.student.target.dense_config import dense_config
-from tests.teacher.families import BASE, FAMILIES
+from tests.teacher.families import FAMILIES, tiny_sizes
 
 HOSTS = {teacher_cards()[family].host: family for family in sorted(FAMILIES)}
 CONFIG = TrainConfig(lora=3, lr=1e-2)
@@ -24,8 +24,8 @@ CONFIG = TrainConfig(lora=3, lr=1e-2)
 def host_model(host: str, **changes):
     """A random student of the host; changes: sizes of the family's row, where it has them."""
     family = HOSTS[host]
-    sizes = FAMILIES[family] | {name: size for name, size in changes.items() if name in FAMILIES[family]}
-    config = AutoConfig.for_model(family, **{**BASE, **sizes})
+    changes = {name: size for name, size in changes.items() if name in FAMILIES[family]}
+    config = AutoConfig.for_model(family, **tiny_sizes(family, **changes))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(dense_config(config, student_host(host), 12), dtype=torch.float32)
     model.set_experts_implementation("eager")

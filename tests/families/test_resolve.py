@@ -4,6 +4,7 @@ import pytest
 from transformers import AutoConfig
 
 from moe2dense.errors import UserError
+from moe2dense.families import resolve
 from moe2dense.families.cards import teacher_cards
 from moe2dense.families.resolve import family_card, fetch, resolve_teacher
 
@@ -47,7 +48,8 @@ def test_not_an_moe(tmp_path):
         resolve_teacher(str(tmp_path))
 
 
-def test_an_unknown_family(tmp_path):
+def test_an_unknown_family(tmp_path, monkeypatch):
+    monkeypatch.setattr(resolve, "unsupported_teachers", dict)
     AutoConfig.for_model("jetmoe", hidden_size=8).save_pretrained(tmp_path)
     with pytest.raises(UserError, match=r"no teacher card for the MoE family 'jetmoe'.*--teacher-card"):
         resolve_teacher(str(tmp_path))

@@ -10,7 +10,7 @@ from moe2dense.families.cards import student_host, teacher_cards
 from moe2dense.modeling.documents import understands_positions
 from moe2dense.modeling.forward import final_hidden, model_inputs
 from moe2dense.student.target.dense_config import dense_config
-from tests.teacher.families import BASE, FAMILIES
+from tests.teacher.families import FAMILIES, tiny_sizes
 
 LENGTHS = ((7, 20, 4), (31,), (1, 30), (16, 15))  # windows and chunks of the tiny families are 7 to 16 tokens long
 
@@ -32,7 +32,7 @@ def packed(seed=0):
 @pytest.mark.parametrize("dense", [False, True])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_each_document_is_read_as_if_alone(family, dense):
-    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family]})
+    config = AutoConfig.for_model(family, **tiny_sizes(family))
     if dense:
         config = dense_config(config, student_host(teacher_cards()[family].host), 13)
     model, (ids, documents) = random_model(config), packed()
@@ -53,16 +53,12 @@ def test_each_document_is_read_as_if_alone(family, dense):
 
 
 def test_masks_are_made_only_where_an_architecture_ignores_positions():
-    known = {
-        n: understands_positions(AutoConfig.for_model(n, **{**BASE, **FAMILIES[n]})) for n in ("gpt_oss", "mixtral")
-    }
+    known = {n: understands_positions(AutoConfig.for_model(n, **tiny_sizes(n))) for n in ("gpt_oss", "mixtral")}
     assert known == {"gpt_oss": False, "mixtral": True}
 
 
 def test_gradients_pass_through_recomputed_layers_with_the_same_masks():
-    config = AutoConfig.for_model(
-        "gpt_oss", **{**BASE, **FAMILIES["gpt_oss"], "num_local_experts": 1, "num_experts_per_tok": 1}
-    )
+    config = AutoConfig.for_model("gpt_oss", **tiny_sizes("gpt_oss", num_local_experts=1, num_experts_per_tok=1))
     gradients = []
     for checkpointing in (False, True):
         model = random_model(config).requires_grad_(True).train()

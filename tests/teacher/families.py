@@ -1,5 +1,6 @@
 """Tiny random models of every family, with awkward sizes, saved in their hub layout."""
 
+import copy
 from pathlib import Path
 
 import torch
@@ -218,6 +219,11 @@ CONSTANT_WEIGHTS: dict[str, dict] = {
 ZERO_ROUTER = ("deepseek_v2", "jamba", "llama4_text", "phimoe")
 
 
+def tiny_sizes(model_type: str, **changes) -> dict:
+    """The family's row with these fields changed, as copies: some configs write into the RoPE parameters they are given."""
+    return copy.deepcopy({**BASE, **FAMILIES.get(model_type, {}), **changes})
+
+
 def make(model_type: str, folder: Path, seed: int = 0, alike: bool = False, **changes):
     """A random model of the family, saved in `folder` as the hub has it, and returned as the reference (fp32, eager experts).
 
@@ -227,7 +233,7 @@ def make(model_type: str, folder: Path, seed: int = 0, alike: bool = False, **ch
     torch.manual_seed(seed)
     if alike:
         changes = CONSTANT_WEIGHTS.get(model_type, {}) | changes
-    config = AutoConfig.for_model(model_type, **{**BASE, **FAMILIES.get(model_type, {}), **changes})
+    config = AutoConfig.for_model(model_type, **tiny_sizes(model_type, **changes))
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     for name, value in model.state_dict().items():  # biases and corrections too: zeros would hide what is left out
         if value.is_floating_point():

@@ -1,5 +1,7 @@
 """Multimodal checkpoints as the hub has them: the language model is read and equals transformers', the rest is ignored and said."""
 
+import copy
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -9,7 +11,7 @@ from moe2dense.errors import UserError
 from moe2dense.families.cards import unsupported_teachers
 from moe2dense.families.resolve import resolve_teacher
 from moe2dense.teacher.load import load_teacher
-from tests.teacher.families import BASE, FAMILIES
+from tests.teacher.families import BASE, FAMILIES, tiny_sizes
 
 QWEN_VISION = {
     "depth": 1, "hidden_size": 16, "intermediate_size": 24, "num_heads": 2, "patch_size": 4, "out_hidden_size": 24,
@@ -66,7 +68,10 @@ def multimodal(model_type, folder, **changes):
     torch.manual_seed(0)
     tied = text.get("tie_word_embeddings", False)
     config = AutoConfig.for_model(
-        model_type, text_config={**BASE, **text, **changes}, vision_config=vision, tie_word_embeddings=tied
+        model_type,
+        text_config=copy.deepcopy({**BASE, **text, **changes}),
+        vision_config=vision,
+        tie_word_embeddings=tied,
     )
     model = AutoModelForImageTextToText.from_config(config, dtype=torch.float32)
     for name, value in model.state_dict().items():
@@ -107,7 +112,7 @@ def test_a_family_that_cannot_be_a_teacher_is_refused_with_its_reason(tmp_path):
 
 
 def test_layers_that_take_over_the_choice_of_others_are_refused(tmp_path):
-    sizes = {**BASE, **FAMILIES["glm_moe_dsa"], "indexer_types": ["full", "shared", "full"]}
+    sizes = tiny_sizes("glm_moe_dsa", indexer_types=["full", "shared", "full"])
     AutoConfig.for_model("glm_moe_dsa", **sizes).save_pretrained(tmp_path)
     with pytest.raises(
         UserError, match=r"GLM-5 with indexer_types = 'shared' cannot be a teacher: .* only 'full' can be read"

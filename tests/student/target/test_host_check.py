@@ -14,7 +14,7 @@ from moe2dense.families.cards import student_host, teacher_cards
 from moe2dense.modeling.small_model import small_config
 from moe2dense.student.target import host_check
 from moe2dense.student.target.host_check import check_host
-from tests.teacher.families import BASE, FAMILIES, make
+from tests.teacher.families import FAMILIES, make, tiny_sizes
 
 CHECKPOINTS = [(card, row) for card in teacher_cards().values() for row in card.checkpoints[:1]]
 
@@ -30,7 +30,7 @@ def test_every_shipped_host_agrees_with_the_public_checkpoints_config(card, row)
 
 
 def tiny_config(family, **changes):
-    return AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **changes})
+    return AutoConfig.for_model(family, **tiny_sizes(family, **changes))
 
 
 @pytest.mark.parametrize("family", sorted(FAMILIES))

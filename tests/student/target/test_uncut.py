@@ -6,7 +6,7 @@ from transformers import AutoConfig
 from moe2dense.errors import UserError
 from moe2dense.families.cards import teacher_cards
 from moe2dense.student.target.resolve import resolve_target
-from tests.teacher.families import BASE, FAMILIES
+from tests.teacher.families import tiny_sizes
 
 
 def target(family, to, prune):
@@ -15,7 +15,7 @@ def target(family, to, prune):
         if family == "granitemoehybrid"
         else {}
     )
-    config = AutoConfig.for_model(family, **{**BASE, **FAMILIES[family], **sizes})
+    config = AutoConfig.for_model(family, **tiny_sizes(family, **sizes))
     return resolve_target(to, config, teacher_cards()[family], prune=prune)
 
 
