@@ -117,7 +117,11 @@ def test_the_build_costs_its_fits():
     assert plain.flops["build"] == 2 * plain.shape.parameters * plain.build_tokens
     assert build.flops["build"] > 2 * plain.flops["build"]
     healed = planned(teacher__memory="200GB")  # five copies of 7.24B fp32 weights
-    assert healed.flops["build"] > build.flops["build"] == planned(build__heal_epochs=0.0).flops["build"]
+    longer = planned(teacher__memory="200GB", build__heal_epochs=16.0)
+    assert longer.flops["build"] > build.flops["build"] == planned(build__heal_epochs=0.0).flops["build"]
+    # where training follows, the heal takes 4 passes
+    passes = 6.0 * build.build_tokens * build.target.parameters
+    assert longer.flops["build"] - healed.flops["build"] == pytest.approx(12 * passes)
     assert healed.memory["build"] > 20 * 7_241_732_096 > 3 * build.memory["build"]
     assert any("without its end-to-end fit, which takes 145 GB" in w for w in build.warnings)
     assert not any("end-to-end fit" in w for w in (*healed.warnings, *plain.warnings))
