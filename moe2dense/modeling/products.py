@@ -12,6 +12,7 @@ from transformers import PreTrainedConfig
 
 from moe2dense.common.counters import count_flops
 from moe2dense.common.flops import ATTENTION_BACKWARD, BACKWARD, product
+from moe2dense.families.fields import config_field
 from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.kinds import without_adapters
 
@@ -61,8 +62,8 @@ def multiplied(parameter: Tensor, config: PreTrainedConfig) -> int:
     if parameter.dim() < 2:
         return 0
     text = config.get_text_config()
-    experts = next((int(n) for name in _EXPERTS if (n := getattr(text, name, None))), 0)
-    passed = getattr(text, "num_experts_per_tok", None) or 1
+    experts = next((n for name in _EXPERTS if isinstance(n := config_field(text, name), int) and n), 0)
+    passed = config_field(text, "num_experts_per_tok") or 1
     if parameter.dim() == 3 and experts > 1 and len(parameter) == experts and isinstance(passed, int):
         return parameter.numel() // experts * passed
     return parameter.numel()
@@ -71,14 +72,21 @@ def multiplied(parameter: Tensor, config: PreTrainedConfig) -> int:
 def pair_flops(config: PreTrainedConfig, index: int) -> int:
     """Return the FLOPs of attention in layer `index` for a pair of tokens: scores and the mean of the values, over all heads."""
     text = config.get_text_config()
-    kinds = getattr(text, "layer_types", None)
+    kinds = config_field(text, "layer_types")
     if kinds and any(kinds[index].startswith(name) for name in _WITHOUT_PAIRS):
         return 0
-    heads = text.num_attention_heads
-    if getattr(text, "kv_lora_rank", None):  # latent attention: keys and values of their own widths
-        return 2 * heads * (text.qk_nope_head_dim + text.qk_rope_head_dim + text.v_head_dim)
-    size = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 4 * heads * size
+    heads = _of_layer(text, "num_attention_heads", index)
+    if config_field(text, "kv_lora_rank"):  # latent attention: keys and values of their own widths
+        widths = (_of_layer(text, name, index) for name in ("qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"))
+        return 2 * heads * sum(widths)
+    return 4 * heads * (_of_layer(text, "head_dim", index) or text.hidden_size // max(1, heads))
+
+
+def _of_layer(config: PreTrainedConfig, name: str, index: int) -> int:
+    """Return a size of layer `index`, where a config may list one for each layer; 0 where it has none."""
+    value = config_field(config, name, 0)
+    value = value[index] if isinstance(value, (list, tuple)) else value
+    return value if isinstance(value, int) else 0
 
 
 def layer_products(
