@@ -26,6 +26,7 @@ from moe2dense.distillation.select_blocks import parse_selection
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.evaluation.baselines import check_baselines
 from moe2dense.evaluation.judge import check_judge
+from moe2dense.exporting.api import HF_QUANTIZE, check_quantize
 from moe2dense.exporting.quantize import check_layers
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.generation.filters import parse_band
@@ -137,7 +138,8 @@ def check_architecture(settings: RunConfig, target: Target) -> None:
     """Refuse adapters and rounding that the host's architecture has no place for. Raises UserError naming the setting."""
     if settings.train.lora:
         check_adapters(empty_model(target.config), settings.train)
-    if settings.export.quantize:
+    check_quantize(settings.export.format, settings.export.quantize)
+    if settings.export.quantize in HF_QUANTIZE:
         check_layers(empty_model(target.config))
 
 

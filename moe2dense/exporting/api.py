@@ -15,6 +15,7 @@ from moe2dense.exporting import model_card as cards
 from moe2dense.exporting import quantize as quantizer
 from moe2dense.exporting import tokenizer as tokenizers
 from moe2dense.exporting.gguf.tools import TYPES as K_QUANTS
+from moe2dense.exporting.gguf.tools import tool
 from moe2dense.exporting.gguf.write import write_gguf
 from moe2dense.families.cards import StudentCard, student_cards
 from moe2dense.modeling.kinds import BuiltStudent
@@ -152,13 +153,20 @@ def _check_wrapper(model: PreTrainedModel, host: StudentCard) -> None:
             )
 
 
+def check_quantize(format: str, quantize: str | None) -> None:
+    """Raise UserError for a way of quantising that a file layout does not have, or whose program is not installed."""
+    known = HF_QUANTIZE if format == "hf" else GGUF_QUANTIZE
+    if quantize and quantize not in known:
+        raise UserError(f"quantize: {quantize!r} is not known for --format {format}; choose {' or '.join(known)}")
+    if quantize in K_QUANTS:
+        tool("llama-quantize")
+
+
 def _check_options(model: PreTrainedModel, format: str, dtype: str, quantize: str | None) -> None:
     if format not in FORMATS:
         raise UserError(f"format: {format!r} is not one of {', '.join(FORMATS)}")
     hf.torch_dtype(dtype)
-    known = HF_QUANTIZE if format == "hf" else GGUF_QUANTIZE
-    if quantize and quantize not in known:
-        raise UserError(f"quantize: {quantize!r} is not known for --format {format}; choose {' or '.join(known)}")
+    check_quantize(format, quantize)
     if getattr(model.config, "quantization_config", None):
         raise UserError("student: it is quantised already; export the checkpoint it was made from")
 

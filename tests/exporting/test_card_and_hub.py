@@ -37,7 +37,7 @@ def test_the_card_says_everything_and_its_metadata_parse(tmp_path):
         "# small", "1,234,567 tokens", "`my text`", "`layerwise`", "4,321 held-out tokens",
         "| teacher | 0 | 3.62 | 1 |", "| student | 0.106 [0.0991, 0.114] | 3.72 | 0.8 |", "| before training | 0.21 | – | – |",
         "87%", "Furthest from the teacher on: law", "moe2dense convert mixtral --to 7b", "lr = 0.001", "vllm serve small",
-        "| transformers | yes, this architecture is tested there |", "| vllm | by its documentation, not tested |",
+        "| transformers | yes, this architecture is tested there |", "| vllm | yes, this architecture is tested there |",
         "torch ", "transformers ", "bfloat16",
     ):  # fmt: skip
         assert text in card.text, text

@@ -119,7 +119,7 @@ def _matrix(table: pa.Table, name: str, positions: int, dtype: type) -> np.ndarr
     flat = outer.flatten().to_numpy(zero_copy_only=False)
     if count < positions or (count and len(flat) % count):
         raise ValueError(f"{name} holds {len(flat)} numbers in {count} positions")
-    return np.ascontiguousarray(flat.astype(dtype, copy=False).reshape(count, -1)[:positions])
+    return flat.astype(dtype).reshape(count, -1)[:positions]
 
 
 def open_rows(folder: str | Path, settings: str | Path = "", tokens: int | None = None) -> CapturedRows:
