@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-slow lint format docs clean bench gpu-check
+.PHONY: demo test test-slow lint format docs families clean bench gpu-check
 
 $(VENV)/.installed: pyproject.toml
 	test -d $(VENV) || $(PYTHON) -m venv $(VENV)
@@ -43,10 +43,15 @@ bench: $(VENV)/.installed
 gpu-check: $(VENV)/.installed
 	$(BIN)/python benchmarks/gpu_check.py
 
+families: $(VENV)/.installed
+	$(BIN)/python -m pytest --record-families -q tests/teacher/test_families.py tests/families/test_oracle.py tests/conversion/test_every_family.py
+	$(BIN)/python docs/generate_families.py
+
 docs: $(VENV)/.installed
 	$(BIN)/python -c "import mkdocs, mkdocstrings" 2>/dev/null || $(BIN)/pip install --quiet --editable ".[docs]"
 	$(BIN)/python .ci/modules.py
 	$(BIN)/python docs/generate_reference.py
+	$(BIN)/python docs/generate_families.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 clean:

@@ -10,7 +10,22 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.record_families import Recorder
+
 ROOT = Path(__file__).parent.parent
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--record-families",
+        action="store_true",
+        help="write what the tests of families show to docs/families_seen.json",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--record-families"):
+        config.pluginmanager.register(Recorder())
 
 
 @pytest.fixture(scope="session", autouse=True)

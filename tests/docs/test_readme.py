@@ -3,9 +3,6 @@
 import importlib.util
 import re
 
-import pytest
-
-from moe2dense.families.cards import student_host, teacher_cards
 from tests.docs.pages import FENCE, ROOT, pages
 
 
@@ -34,13 +31,3 @@ def test_ci_runs_every_block():
         else:
             joined = code.replace("\\\n", " ")
             assert all(line.startswith("moe2dense ") for line in joined.splitlines())
-
-
-@pytest.mark.parametrize("family", sorted(teacher_cards()))
-def test_the_family_table(family):
-    card = teacher_cards()[family]
-    host = student_host(card.host)
-    names = ", ".join(f"`{a}`" for row in card.checkpoints for a in row.aliases[:1]) or "(pass a folder)"
-    shown = host.model_type + (" (one expert)" if host.moe_shaped else "")
-    loads = [host.loads[k].split(":")[0] for k in ("transformers", "vllm", "llama_cpp")]
-    assert f"| {' | '.join([family, names, shown, *loads])} |" in pages()["docs/families.md"]

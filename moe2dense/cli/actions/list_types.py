@@ -1,32 +1,25 @@
 """What of the MoE architectures of the installed transformers can be a teacher, as `moe2dense list teachers --all` shows it."""
 
-import tomllib
 from typing import Any
 
 import transformers
 
-from moe2dense.families.cards import TeacherCard, card_folder, teacher_cards
+from moe2dense.families.cards import TeacherCard, teacher_cards, unsupported_teachers
 from moe2dense.modeling.moe_types import MoEType, moe_types
 
 SERVED, NOT_SERVED, NEW = "served", "not served", "new"
 
 
-def reasons_against() -> dict[str, str]:
-    """Return why known architectures cannot be teachers: the reasons in unsupported.toml beside the cards, by name."""
-    path = card_folder("teachers") / "unsupported.toml"
-    table = tomllib.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    return {name: str(row["reason"]) for name, row in table.items()}
-
-
 def all_types() -> list[dict[str, Any]]:
     """Return every MoE architecture with its status: served with a host, not served with the reason, or not looked at yet."""
-    return [_row(kind, teacher_cards(), reasons_against()) for kind in moe_types()]
+    return [_row(kind, teacher_cards(), unsupported_teachers()) for kind in moe_types()]
 
 
 def _row(kind: MoEType, cards: dict[str, TeacherCard], reasons: dict[str, str]) -> dict[str, Any]:
     """Return one architecture as plain values."""
     names = (kind.model_type, *kind.wrappers, kind.folder)
-    card = cards.get(kind.model_type)
+    towers = {tower: card for card in cards.values() for tower in card.text_towers}
+    card = cards.get(kind.model_type) or towers.get(kind.model_type)
     reason = next((reasons[name] for name in names if name in reasons), "")
     status = NEW
     if card is not None:
