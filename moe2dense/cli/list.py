@@ -7,16 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal, Protocol
 
 from rich.console import Console
 
+from moe2dense.common.units import show_flops
 from moe2dense.config.flags import argument
 from moe2dense.distillation.regimes.registry import REGIMES
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_cards, teacher_cards
+from moe2dense.families.machines import described_machine, machine_names
 from moe2dense.losses.registry import DIVERGENCES, FEATURE_KINDS, LAYER_MAPS
 from moe2dense.student.ffn.methods import METHODS, RECIPES
 from moe2dense.student.init_spec import STEPS
 
-What = Literal["all", "teachers", "students", "methods", "losses", "features", "regimes", "targets"]
+What = Literal["all", "teachers", "students", "methods", "losses", "features", "regimes", "targets", "machines"]
 
 # What stands above each list: what its names are for.
 _ABOUT = {
@@ -27,6 +29,7 @@ _ABOUT = {
     "features": "for train.features: KIND:LAYERS@WEIGHT, joined with +",
     "regimes": "for train.regime",
     "targets": "for train.target_format and `moe2dense targets --format`",
+    "machines": "for `moe2dense plan --machine`, with a number before them: 1xh100",
 }
 
 
@@ -69,7 +72,14 @@ def catalogue() -> dict[str, list[dict[str, Any]]]:
         "features": _rows(FEATURE_KINDS.values(), "kind") + _rows(LAYER_MAPS.values(), "layers"),
         "regimes": _rows(REGIMES.values(), "regime"),
         "targets": _rows(TARGET_FORMATS.values(), "format"),
+        "machines": [_machine_row(name) for name in machine_names()],
     }
+
+
+def _machine_row(name: str) -> dict[str, Any]:
+    machine = described_machine(name)
+    rates = f"{show_flops(machine.half)}/s in bfloat16, {show_flops(machine.single)}/s in float32"
+    return {"name": name, "kind": "machine", "title": machine.title, "help": rates}
 
 
 def _rows(rows: Iterable[Row], kind: str) -> list[dict[str, Any]]:
@@ -89,7 +99,7 @@ def show_list(
     ] = False,
     json: Annotated[bool, argument("Print JSON instead of text.")] = False,
 ) -> None:
-    """List the teachers, students, methods, losses, features, regimes and targets there are, and what each is for.
+    """List the teachers, students, methods, losses, features, regimes, targets and machines there are, and what each is for.
 
     Raises UserError for --all with another list than teachers.
     """

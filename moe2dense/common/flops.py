@@ -76,6 +76,27 @@ def elimination(pool: int, hidden: int, width: int, step: int) -> float:
     return total
 
 
+def elimination_by_tokens(tokens: int, pool: int, hidden: int, width: int, step: int) -> float:
+    """Return the FLOPs of eliminating neurons of a pool by way of a kernel of fewer tokens, their activations included."""
+    total = 2 * product(tokens, hidden, pool) + product(tokens, pool, tokens) + cholesky(tokens)
+    total += product(tokens, tokens, pool + hidden) / 2 + 2 * product(tokens, pool, hidden)
+    stored = left = pool
+    waiting = 0
+    while left > width:
+        number = min(step, left - width)
+        total += product(stored, tokens + waiting, number) + product(stored, number, hidden)
+        waiting += number
+        left -= number
+        if left < 0.8 * stored:
+            stored = left
+    return total
+
+
+def refined_ridge(width: float, hidden: float, corrections: int = 2) -> float:
+    """Return the FLOPs of one ridge solution in float32 with corrections in float64, each of three products."""
+    return cholesky(width) + (1 + 3 * corrections) * product(width, width, hidden)
+
+
 def head_loss(tokens: float, hidden: float, vocabulary: float, trains_head: bool = True) -> float:
     """Return the FLOPs of a loss over the vocabulary: logits, the gradient of the states and, where it trains, of the head."""
     return (3 if trains_head else 2) * product(tokens, hidden, vocabulary)

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from moe2dense.common.units import parse_count
 from moe2dense.config.options import option
 
+OPTIMIZERS = ("auto", "adamw", "muon", "adamw-8bit", "adafactor")
+WEIGHTS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -36,13 +39,20 @@ class TrainConfig:
     )
     optimizer: str = option(
         "auto",
-        help="What makes the steps: adamw, or muon for the matrices inside the layers and AdamW for the rest. Adapters and sharded "
-        "students take AdamW.",
-        choices=("auto", "adamw", "muon"),
+        help="What makes the steps: adamw, muon for the matrices inside the layers and AdamW for the rest, AdamW with moments in eight bits, or "
+        "Adafactor, whose moments take almost nothing. Adapters and sharded students take AdamW.",
+        choices=OPTIMIZERS,
         example="adamw",
         shown="auto: muon where the batch is at least three times the hidden size",
     )
     warmup: float = option(0.03, help="Share of the steps in which the learning rate rises.", example="0.1")
+    cooldown: float = option(
+        0.0,
+        help="Keep the learning rate at its peak and let it fall over this last share of the steps (warmup, stable, decay), so that a run can "
+        "be made longer from before its fall.",
+        example="0.2",
+        shown="0: a cosine from the warmup to the end",
+    )
     weight_decay: float = option(0.0, help="Decoupled weight decay of AdamW.", example="0.1")
     clip: float = option(1.0, help="Largest norm of the gradient; longer ones are scaled down.", example="0.5")
     loss: str = option(
@@ -78,6 +88,29 @@ class TrainConfig:
     )
     save_every: int = option(50, help="How often a checkpoint is written.", unit="steps", example="200")
     eval_every: int = option(50, help="How often held-out text is scored.", unit="steps", example="200")
+    weights: str = option(
+        "float32",
+        help="Precision in which the weights rest while they train; steps on bfloat16 are rounded at random, so that small ones add up.",
+        choices=WEIGHTS,
+        example="bfloat16",
+    )
+    step_in_backward: bool = option(
+        False,
+        help="Step each tensor as soon as its gradient is there, and free that; clipping then goes by the norm of the step before.",
+    )
+    offload: bool = option(
+        False,
+        help="Keep the optimiser's states and a float32 copy of the weights in main memory, and step there: slower.",
+    )
+    fit_memory: bool = option(
+        True,
+        help="Where training does not fit the device, change the settings of its memory, the least harmful first, until it does. "
+        "`moe2dense plan` says what.",
+    )
+    compile: bool = option(
+        False,
+        help="Compile the decoder layers (torch.compile): a minute at the start, then faster steps on a GPU. Numbers differ in the last digits.",
+    )
     gradient_checkpointing: bool = option(
         False, help="Compute activations again in the backward pass: less memory, a third more time."
     )

@@ -37,10 +37,20 @@ def plan(
     experts: Annotated[Text, flag("teacher.experts")] = None,
     device: Annotated[Text, flag("teacher.device")] = None,
     teacher_card: Annotated[Text, flag("teacher.card")] = None,
+    machine: Annotated[
+        Text,
+        argument(
+            "Machine to plan for: a number and a name, as in 1xh100, 8xh100, 1x4090 or 2xa100-40; a TOML file that describes one; or cpu "
+            "for this machine without its GPU.",
+            group="Teacher",
+            example="1xh100",
+            default="this one, measured",
+        ),
+    ] = None,
     speed: Annotated[
         Text,
         argument(
-            "Speed of another machine to plan for, in place of measuring this one.",
+            "Speed of the machine to plan for, in place of what is known or measured of it.",
             group="Teacher",
             unit="FLOP/s of matrix products",
             example="300t",
@@ -67,6 +77,8 @@ def plan(
     """
     options = given_options(plan, locals())
 
+    from dataclasses import replace
+
     from rich.console import Console
 
     from moe2dense.conversion.checks import check_settings
@@ -74,10 +86,12 @@ def plan(
     from moe2dense.conversion.machine import machine_to_plan_for
     from moe2dense.conversion.planning import make_plan
     from moe2dense.conversion.show_plan import print_plan
+    from moe2dense.conversion.start_command import command_to_start
 
     settings = configure(config=config, options=options)
     check_settings(settings)
-    result = make_plan(settings, machine_to_plan_for(settings, speed, disk_speed))
+    result = make_plan(settings, machine_to_plan_for(settings, speed, disk_speed, machine))
+    result = replace(result, command=command_to_start(options, config))
     if json:
         Console().print_json(data=result.to_dict(), default=str)
     else:

@@ -2,17 +2,21 @@
 
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import torch
 
 from moe2dense.common.units import parse_bytes, parse_count
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.results import Machine
 from moe2dense.errors import UserError
+from moe2dense.families.machines import CPU, Machine, described_machine
 from moe2dense.families.resolve import resolve_teacher
 
 _UNKNOWN_DISK = 1e9  # bytes/s of a teacher that is not on this disk yet
+_USUAL_BUS = 25e9  # bytes/s to a GPU, PCIe 4
+_MEASURED_SHARE = 0.6  # of the measured speed of large products that a run reaches
 _SIDE = {"cpu": 1024, "cuda": 8192}  # of the square matrices that are multiplied
 
 
@@ -30,42 +34,63 @@ def _kind(device: str) -> str:
     return device
 
 
-def machine_to_plan_for(settings: RunConfig, speed: str | None = None, disk_speed: str | None = None) -> Machine:
-    """Return the machine that a plan's times are for: the one described by `speed` and `disk_speed`, else this one, measured.
+def machine_to_plan_for(
+    settings: RunConfig, speed: str | None = None, disk_speed: str | None = None, machine: str | None = None
+) -> Machine:
+    """Return the machine that a plan is for: a described one, or this one, measured; `speed` and `disk_speed` change its rates.
 
-    speed: FLOP/s, such as 300t; disk_speed: bytes a second, such as 3GB. Raises UserError.
+    machine: `1xh100`, the path of a TOML file, or `cpu` for this machine's. speed: FLOP/s, such as 300t; disk_speed: bytes a
+    second, such as 3GB. Raises UserError.
     """
-    if speed is None:
-        check_device(settings.teacher.device)
-        own = calibrate(resolve_teacher(settings.model, settings.teacher.card).path, device=settings.teacher.device)
+    device = settings.teacher.device
+    if machine and machine != CPU:
+        own = described_machine(machine)
+    elif speed is None:
+        device = CPU if machine == CPU else device
+        check_device(device)
+        own = calibrate(resolve_teacher(settings.model, settings.teacher.card).path, device=device)
     else:
-        own = Machine(parse_count(speed, "--speed"), _UNKNOWN_DISK, "the machine of --speed")
-    disk = own.disk if disk_speed is None else parse_bytes(disk_speed, "--disk-speed")
-    if own.flops <= 0 or disk <= 0:
+        own = replace(_this_machine(), title="the machine of --speed")
+    if speed is not None:
+        rate = float(parse_count(speed, "--speed"))
+        own = replace(own, half=rate, single=rate, double=rate / 2, share=_MEASURED_SHARE, measured=())
+    if disk_speed is not None:
+        rest = tuple(m for m in own.measured if m != "disk")
+        own = replace(own, disk=float(parse_bytes(disk_speed, "--disk-speed")), measured=rest)
+    if own.single <= 0 or own.disk <= 0:
         raise UserError("--speed and --disk-speed must be above 0")
-    return Machine(own.flops, disk, own.name, own.disk_measured and disk_speed is None)
+    return own
+
+
+def _this_machine() -> Machine:
+    """Return this machine's memory, without its speed."""
+    total = float(psutil.virtual_memory().total)
+    return Machine("this machine", 0.0, _UNKNOWN_DISK, memory=total, host_memory=total, share=_MEASURED_SHARE)
 
 
 def calibrate(path: Path | None, seconds: float = 2.0, device: str = "auto") -> Machine:
-    """Measure fp32 matrix products on the device and, where the teacher is on this disk, uncached sequential reads."""
-    place = torch.device(_kind(device))
-    flops = _measure_products(place, seconds / 2)
+    """Measure matrix products on the device and, where the teacher is on this disk, uncached sequential reads."""
+    place, own = torch.device(_kind(device)), _this_machine()
+    single = _measure_products(place, seconds / 2)
     if place.type == "cuda":
-        name = torch.cuda.get_device_name(place)
+        name, memory = torch.cuda.get_device_name(place), float(torch.cuda.mem_get_info(place)[1])
+        half = _measure_products(place, seconds / 2, torch.bfloat16)
+        own = replace(own, title=name, device="cuda", half=half, memory=memory, bus=_USUAL_BUS)
     else:
         threads = torch.get_num_threads()
-        name = f"this machine's CPU ({threads} thread{'s' if threads > 1 else ''})"
+        own = replace(own, title=f"this machine's CPU ({threads} thread{'s' if threads > 1 else ''})")
+    own = replace(own, single=single, measured=("products",))
     found = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path else []
     files = sorted(found, key=lambda p: -p.stat().st_size)
     if not files:
-        return Machine(flops, _UNKNOWN_DISK, name)
-    return Machine(flops, _measure_reads(files[0], seconds / 2), name, disk_measured=True)
+        return own
+    return replace(own, disk=_measure_reads(files[0], seconds / 2), measured=("products", "disk"))
 
 
-def _measure_products(place: torch.device, seconds: float) -> float:
-    """FLOP/s of square fp32 matrix products."""
+def _measure_products(place: torch.device, seconds: float, dtype: torch.dtype = torch.float32) -> float:
+    """Return the FLOP/s of square matrix products."""
     side = _SIDE[place.type]
-    a = torch.randn(side, side, device=place)
+    a = torch.randn(side, side, device=place, dtype=dtype)
     _ = (a @ a)[0, 0].item()  # .item() waits for a GPU
     start, products = time.perf_counter(), 0
     while time.perf_counter() - start < seconds:

@@ -1,17 +1,28 @@
 """Say what speaks against a plan: too small a student, too little text, memory or disk, each with what to do about it."""
 
 import math
-
-import psutil
+from collections.abc import Mapping
 
 from moe2dense.common.units import show_bytes, show_count
 from moe2dense.config.schema import RunConfig
+from moe2dense.conversion.planned_memory import TrainingFit
+from moe2dense.conversion.planned_stages import Sizes
+from moe2dense.conversion.results import StagePlan
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.build.cost import TOKENS_PER_NEURON, heal_asked
 from moe2dense.student.footprint import heal_bytes
 from moe2dense.student.target.resolve import Target
 
 TOKENS_PER_PARAMETER = 20
+# stage after the build and training = what makes it take less
+_SMALLER = {
+    "targets": "a smaller --memory lets the teacher read its weights more often instead",
+    "evaluate": "a smaller data.eval_blocks takes less",
+    "transfer": "a smaller data.eval_blocks takes less",
+    "samples": "evaluate.samples = 0 leaves it out",
+    "skills": "evaluate.skills = 0 leaves it out",
+    "export": "`moe2dense export` can write the student on another machine",
+}
 _USUAL_BUDGET = (0.05, 0.15)  # share of the teacher's training compute that general quality takes
 _SMALL, _TOO_SMALL = 0.5, 0.2  # student's parameters by those that a token passes in the teacher
 
@@ -67,28 +78,30 @@ def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: in
     return warnings
 
 
-def memory_warnings(config: RunConfig, target: Target, memory: dict[str, int], heal: bool, budget: int) -> list[str]:
-    """Return sentences where the build, its end-to-end fit or training takes more memory than there is.
-
-    memory: bytes by stage.
-    """
-    warnings, total, distill = [], psutil.virtual_memory().total, memory["distill"]
-    if memory["build"] > total:
+def memory_warnings(
+    sizes: Sizes, stages: Mapping[str, StagePlan], training: TrainingFit | None, heal: bool
+) -> list[str]:
+    """Return sentences where the build, its end-to-end fit or training takes more memory than there is."""
+    config, total = sizes.config, sizes.machine.memory
+    warnings, have = [], f"{sizes.machine.title} has {show_bytes(total)}"
+    if stages["build"].memory > total:
         warnings.append(
-            f"memory: the build takes {show_bytes(memory['build'])} and this machine has {show_bytes(total)}; a smaller "
-            f"build.max_tokens (now {show_count(config.build.max_tokens)}) takes less"
+            f"memory: the build takes {show_bytes(stages['build'].memory)} and {have}; a smaller build.max_tokens (now "
+            f"{show_count(config.build.max_tokens)}) takes less"
         )
-    if distill > total:
+    if training is not None and not training.fits:
         what = "training adapters" if config.train.lora else "training all weights"
         remedy = "" if config.train.lora else "--lora 64 trains adapters instead, "
         warnings.append(
-            f"memory: {what} takes {show_bytes(distill)} and this machine has {show_bytes(total)}; {remedy}"
-            f"--tokens 0 stops after the build"
+            f"memory: {what} takes {show_bytes(training.bytes)} and {have}; {remedy}--tokens 0 stops after the build"
         )
-    if heal_asked(config, target) and not heal:
+    for name, remedy in _SMALLER.items():
+        if name in stages and stages[name].memory > total:
+            warnings.append(f"memory: {name} takes {show_bytes(stages[name].memory)} and {have}; {remedy}")
+    if heal_asked(config, sizes.target) and not heal:
         warnings.append(
-            f"the build ends without its end-to-end fit, which takes {show_bytes(heal_bytes(target.parameters))}; "
-            f"--memory is {show_bytes(budget)}"
+            f"the build ends without its end-to-end fit, which takes {show_bytes(heal_bytes(sizes.target.parameters))}; "
+            f"--memory is {show_bytes(sizes.budget)}"
         )
     return warnings
 

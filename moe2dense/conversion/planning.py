@@ -1,13 +1,16 @@
 """What a conversion would build and cost, from a config and cards alone; no weights are read.
 
-Costs follow the usual counts: 2N FLOPs per token forward, 6N forward and backward (Kaplan et al., 2001.08361), with the
-active parameters for N where experts are routed; training from scratch is taken at 20 tokens a parameter (2203.15556).
+FLOPs, bytes and memory of each stage are counted as the run counts them (planned_stages, planned_memory); training from
+scratch is taken at 20 tokens a parameter (2203.15556) and 6 FLOPs a parameter and token (2001.08361).
 """
 
+from dataclasses import replace
 from itertools import pairwise
 
-from moe2dense.common.devices import CPU, pick_device
+import torch
+
 from moe2dense.common.devices import free_bytes as free_bytes_of
+from moe2dense.common.devices import pick_device
 from moe2dense.common.files import free_bytes
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
@@ -23,25 +26,23 @@ from moe2dense.conversion.plan_warnings import (
     memory_warnings,
     text_warnings,
 )
-from moe2dense.conversion.results import Machine, Plan
+from moe2dense.conversion.planned_memory import fit_training, stage_memory
+from moe2dense.conversion.planned_stages import Sizes, plan_stages, target_bytes
+from moe2dense.conversion.results import Plan
 from moe2dense.conversion.teacher_folder import checked_teacher
-from moe2dense.distillation.cost import passes, stored_states
+from moe2dense.distillation.adapters import add_adapters
+from moe2dense.distillation.cost import passes
+from moe2dense.distillation.memory_ladder import changed
 from moe2dense.errors import UserError
-from moe2dense.modeling.shape import Geometry, teacher_geometry
-from moe2dense.student.build.cost import build_bytes, build_tokens, fit_flops, heal_runs
+from moe2dense.families.machines import CPU, Machine
+from moe2dense.modeling.empty import empty_model
+from moe2dense.modeling.products import Products, body_products
+from moe2dense.modeling.shape import teacher_geometry
+from moe2dense.student.build.cost import build_tokens, heal_runs
 from moe2dense.student.target.host_check import check_host
 from moe2dense.student.target.pruned import scored
 from moe2dense.student.target.resolve import Target, resolve_target
-from moe2dense.teacher.cost import (
-    HIDDEN_COPIES,
-    checkpoint_bytes,
-    macro_batch_tokens,
-    memory_budget,
-    resident_layer_bytes,
-)
-
-TRAIN_BYTES_PER_PARAMETER = 16  # fp32 weights, gradients and two Adam moments
-_EFFICIENCY = 0.6  # of the measured speed that a run reaches
+from moe2dense.teacher.cost import checkpoint_bytes, split_for
 
 
 def block_length(config: RunConfig, max_positions: int) -> int:
@@ -55,7 +56,7 @@ def block_length(config: RunConfig, max_positions: int) -> int:
 
 
 def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
-    """Plan a resolved run; `machine` is what its times are for, this one measured where none is given.
+    """Plan a resolved run; `machine` is what it is for, this one measured where none is given.
 
     Raises UserError for a teacher or target that cannot be converted.
     """
@@ -67,38 +68,40 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     check_architecture(config, target)
     block = block_length(config, shape.max_positions)
     tokens, build = config.train.tokens, build_tokens(config, block, target.width)
-    placement = plan_placement(config, shape, target, build, *_computing_device(config, machine))
+    own = machine is None
     machine = machine or calibrate(teacher.path, device=config.teacher.device)
-    size = checkpoint_bytes(teacher, shape)
-    budget = memory_budget(config.teacher.memory, "--memory")
-    batch = macro_batch_tokens(budget, shape)
-    build_reads = config.build.sweeps + scored(target.geometry, config.build.depth)
-    reads = _parts(build, batch) * build_reads + _parts(max(tokens - build, 0), batch)
+    placement = plan_placement(config, shape, target, build, machine.device, *_free_memory(config, machine, own))
+    budget = placement.gpu_memory or placement.memory
+    split = split_for(shape, budget, placement.memory if placement.gpu_memory else 0)
+    sizes = Sizes(
+        config, shape, target, student_products(config, target), machine, block,
+        blocks=max(1, tokens // block) if tokens else 0, build=max(1, build // block), held_out=config.data.eval_blocks,
+        texts=1 + bool(config.data.ood), checkpoint=checkpoint_bytes(teacher, shape), resident=split.resident,
+        batch=split.macro_batch, budget=budget,
+        passes=config.build.sweeps + scored(target.geometry, config.build.depth),
+        recompute=config.train.gradient_checkpointing,
+    )  # fmt: skip
+    training = fit_training(sizes) if sizes.blocks else None
+    if training is not None:
+        train = changed(config.train, training.changes)
+        sizes = replace(sizes, config=replace(config, train=train), recompute=train.gradient_checkpointing)
+    memory = stage_memory(sizes, training)
+    stages = {name: replace(stage, memory=memory[name]) for name, stage in plan_stages(sizes).items()}
+    disk, out = _disk(sizes), config.out or default_out(teacher.name, config.to)
     heal = heal_runs(config, target, budget)
-    memory = {
-        "build": build_bytes(config, shape, target, build, budget),
-        "targets": _targets_bytes(shape, min(batch, max(tokens, block))) if tokens else 0,
-        "distill": _training_bytes(config, target) if tokens else 0,
-        "evaluate": 4 * target.parameters,
-    }
-    disk = _disk(config, shape, target)
-    flops = _flops(config, shape, target, build, heal)
-    seconds = {work: flops[work] / (_EFFICIENCY * machine.flops) for work in ("teacher", "build", "student")}
-    seconds["reading"] = reads * size / machine.disk
-    out = config.out or default_out(teacher.name, config.to)
     warnings = [
         *remarks,
         capacity_warning(shape, target),
         *text_warnings(config, shape, target, tokens, build),
-        *memory_warnings(config, target, memory, heal, budget),
+        *memory_warnings(sizes, stages, training, heal),
         host_warning(target),
-        disk_warning(sum(disk.values()), free_bytes(out), out),
+        disk_warning(sum(disk.values()), free_bytes(out), out) if own else "",
     ]
     return Plan(
         teacher=teacher.name,
         source=str(teacher.path or teacher.hub_id),
         shape=shape,
-        checkpoint_bytes=size,
+        checkpoint_bytes=sizes.checkpoint,
         target=target,
         tokens=tokens,
         build_tokens=build,
@@ -107,15 +110,18 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         data=config.data.path or DEFAULT_CORPUS,
         out=out,
         memory_budget=budget,
-        macro_batch=batch,
-        reads=reads,
-        break_even_batch=round(size * _EFFICIENCY * machine.flops / (machine.disk * 2 * shape.active_parameters)),
-        memory=memory,
+        macro_batch=sizes.batch,
+        reads=round(
+            sum(stage.read for name, stage in stages.items() if name in ("build", "targets")) / sizes.checkpoint
+        ),
+        break_even_batch=round(sizes.checkpoint * teacher_rate(machine) / (machine.disk * 2 * shape.active_parameters)),
+        stages=stages,
         disk=disk,
-        flops=flops,
-        seconds=seconds,
+        from_scratch=6.0 * TOKENS_PER_PARAMETER * target.parameters**2,
         machine=machine,
         placement=placement,
+        training=training.said if training else "",
+        memory_settings=training.changes if training else {},
         warnings=tuple(filter(None, warnings)),
         depth=config.build.depth,
         ood=config.data.ood,
@@ -123,49 +129,36 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     )
 
 
-def _computing_device(config: RunConfig, machine: Machine | None) -> tuple[str, int]:
-    """Return (the device that computes, its free bytes): the one of this machine, a CPU for another machine's numbers."""
-    device = CPU if machine is not None else pick_device(config.teacher.device)
-    return device.type, free_bytes_of(device) if device.type == "cuda" else 0
+def _free_memory(config: RunConfig, machine: Machine, own: bool) -> tuple[int, int | None]:
+    """Return the free bytes of the machine's GPU and of its memory: of another machine all of both, of this one None for its memory."""
+    if not own and machine.host_memory:
+        return int(machine.memory), int(machine.host_memory)
+    device = pick_device(config.teacher.device) if own else torch.device(CPU)
+    return free_bytes_of(device) if device.type == "cuda" else 0, None
 
 
-def _parts(tokens: int, batch: int) -> int:
-    return -(-tokens // batch)
+def teacher_rate(machine: Machine) -> float:
+    """Return the FLOP/s at which a teacher runs."""
+    return machine.rate("single" if machine.device == CPU else "half")
 
 
-def _targets_bytes(shape: Geometry, batch: int) -> int:
-    """Memory of streaming the teacher over a macro-batch: one layer and the hidden states."""
-    return resident_layer_bytes(shape) + batch * 4 * HIDDEN_COPIES * shape.hidden_size
+def student_products(config: RunConfig, target: Target) -> Products:
+    """Return what the layers of a student multiply, as it trains: with adapters, those alone have gradients."""
+    model = empty_model(target.config)
+    if config.train.lora:
+        model = add_adapters(model, config.train)
+    return body_products(model)
 
 
-def _trained_parameters(config: RunConfig, target: Target) -> int:
-    return max(target.parameters // 50, 1) if config.train.lora else target.parameters
-
-
-def _training_bytes(config: RunConfig, target: Target) -> int:
-    """Memory of training: the student's weights, and gradients and moments of what is trained."""
-    return 4 * target.parameters + (TRAIN_BYTES_PER_PARAMETER - 4) * _trained_parameters(config, target)
-
-
-def _disk(config: RunConfig, shape: Geometry, target: Target) -> dict[str, int]:
-    """Bytes that each part of a run folder takes."""
-    n, tokens = target.parameters, config.train.tokens
+def _disk(sizes: Sizes) -> dict[str, int]:
+    """Return the bytes that each part of a run folder takes."""
+    config, n = sizes.config, sizes.target.parameters
+    trained = max(n // 50, 1) if config.train.lora else n
     return {
         "build": (1 + config.build.sweeps) * 4 * n,
-        "targets": (2 + stored_states(config, target)) * shape.hidden_size * tokens,
-        "checkpoints": 2 * (4 * n + 8 * _trained_parameters(config, target)) if tokens else 0,
+        "targets": target_bytes(config, sizes.target) * sizes.blocks * sizes.length,
+        "checkpoints": 2 * (4 * n + 8 * trained) if sizes.blocks else 0,
         "model": 2 * n,
-    }
-
-
-def _flops(config: RunConfig, shape: Geometry, target: Target, build: int, heal: bool) -> dict[str, float]:
-    """FLOPs of the teacher's passes, of the build, of the student's training, and of training such a student from scratch."""
-    n, tokens = target.parameters, config.train.tokens
-    return {
-        "teacher": 2.0 * shape.active_parameters * max(tokens, build),
-        "build": 2.0 * shape.parameters * build * config.build.sweeps + fit_flops(config, target, build, heal),
-        "student": 6.0 * n * tokens * passes(config.train, tokens, n),
-        "from_scratch": 6.0 * n * TOKENS_PER_PARAMETER * n,
     }
 
 

@@ -6,23 +6,38 @@ from pathlib import Path
 from typing import Any
 
 from moe2dense.conversion.placement import Placement
+from moe2dense.families.machines import Machine
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.target.resolve import Target
 
 
 @dataclass(frozen=True)
-class Machine:
-    """What a plan's times assume: FLOP/s of fp32 matrix products and bytes/s read from the disk."""
+class StagePlan:
+    """What a stage is planned to take.
 
-    flops: float
-    disk: float
-    name: str = "this machine"
-    disk_measured: bool = False  # False: assumed, as the teacher is not on this disk
+    flops: by precision, `half` (bfloat16), `single` or `double`. read, written: bytes from and to disk; bus: bytes between main
+    memory and an accelerator; memory: the most it holds beside the program's own, where it computes.
+    """
+
+    flops: dict[str, float]
+    read: float = 0.0
+    bus: float = 0.0
+    written: float = 0.0
+    memory: float = 0.0
+    seconds: float = 0.0
+
+    @property
+    def all_flops(self) -> float:
+        """Return the FLOPs in every precision."""
+        return sum(self.flops.values())
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that `moe2dense plan` prints. Sizes in bytes, counts in parameters and tokens, times in seconds."""
+    """All that `moe2dense plan` prints. Sizes in bytes, counts in parameters and tokens, times in seconds.
+
+    stages: by name, as run.json has them. disk: what stays in the run folder, by part. training: how training fits, in words.
+    """
 
     teacher: str
     source: str
@@ -38,12 +53,14 @@ class Plan:
     macro_batch: int
     reads: int
     break_even_batch: int
-    memory: dict[str, int]
+    stages: dict[str, StagePlan]
     disk: dict[str, int]
-    flops: dict[str, float]
-    seconds: dict[str, float]
+    from_scratch: float  # FLOPs of training such a student from nothing
     machine: Machine
     placement: Placement
+    training: str = ""
+    memory_settings: dict[str, Any] = field(default_factory=dict)  # of [train], changed so that it fits
+    command: str = ""
     warnings: tuple[str, ...] = field(default=())
     passes: float = 1.0  # of training over its text
     depth: str = "influence"  # which layers stay where some go
@@ -55,9 +72,19 @@ class Plan:
         """Return the checkpoint bytes read for one token position at this macro-batch."""
         return self.checkpoint_bytes / min(self.macro_batch, max(self.tokens, self.build_tokens, 1))
 
+    @property
+    def flops(self) -> float:
+        """Return the FLOPs of all stages."""
+        return sum(stage.all_flops for stage in self.stages.values())
+
+    @property
+    def seconds(self) -> float:
+        """Return the time of all stages, one after the other."""
+        return sum(stage.seconds for stage in self.stages.values())
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON."""
-        skip = {"target", "shape", "machine", "placement"}
+        skip = {"target", "shape", "machine", "placement", "stages"}
         table = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name not in skip}
         target = {k: getattr(self.target, k) for k in ("to", "label", "width", "parameters", "geometry", "checkpoint")}
         student = target | {"host": self.target.card.name, "moe_shaped": self.target.card.moe_shaped}
@@ -66,6 +93,9 @@ class Plan:
             "student": student,
             "machine": dataclasses.asdict(self.machine),
             "placement": self.placement.to_dict(),
+            "stages": {name: dataclasses.asdict(stage) for name, stage in self.stages.items()},
+            "flops": self.flops,
+            "seconds": self.seconds,
         }
         return table | extra | {"bytes_per_token": self.bytes_per_token, "warnings": list(self.warnings)}
 

@@ -6,7 +6,7 @@ from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 
-from moe2dense.common.units import show_bytes, show_count, show_seconds
+from moe2dense.common.units import show_bytes, show_count, show_flops, show_seconds
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.default_text import kind_of_text
 from moe2dense.conversion.plan_warnings import share_text
@@ -14,25 +14,24 @@ from moe2dense.conversion.planning import stage_targets
 from moe2dense.conversion.results import Plan
 from moe2dense.student.target.pruned import pruning_text
 
-# (row of the cost table, work in Plan.flops and Plan.seconds, place in Plan.disk)
-_STAGES = (
-    ("build", "build", "build"),
-    ("targets", "teacher", "targets"),
-    ("distill", "student", "checkpoints"),
-    ("evaluate", "", ""),
-)
-_LEGEND = (
-    ("build", "makes the student layer by layer from what the teacher's layers do on the first part of the text"),
-    ("targets", "stores the teacher's answers on the text, so that training needs no teacher"),
-    ("distill", "trains the student on these answers"),
-    ("evaluate", "scores held-out text and writes the report"),
-    ("reading", "loading the teacher's weights from disk, which the other times leave out"),
-    ("host", "the dense architecture that the student has"),
-    (
-        "memory",
-        "the most a stage needs. --memory limits what of the teacher is held at once, not the student's training",
-    ),
-)
+# stage: its name in the table
+_TITLES = {"train-student": "distill", "build-control": "build control", "train-control": "distill control"}
+_LEGEND = {
+    "build": "makes the student layer by layer from what the teacher's layers do on the first part of the text",
+    "evaluate": "scores held-out text",
+    "targets": "stores the teacher's answers on the text, so that training needs no teacher",
+    "train-student": "trains the student on these answers",
+    "build-control": "the same student from random FFNs, trained alike",
+    "transfer": "measures what became of each expert, for the report",
+    "samples": "student and teacher write, for the report",
+    "skills": "teacher and students do small tasks, for the report",
+    "export": "writes the student for serving, and checks it",
+    "FLOPs": "of matrix products, two for a multiplication and an addition; run.json has the same count of the run",
+    "read": "of weights and stored answers from disk",
+    "memory": "the most a stage holds where it computes, beside the program's own. --memory limits what of the teacher is held "
+    "at once, not the student's training",
+    "host": "the dense architecture that the student has",
+}
 
 
 def print_plan(plan: Plan, settings: RunConfig, console: Console) -> None:
@@ -47,9 +46,9 @@ def print_plan(plan: Plan, settings: RunConfig, console: Console) -> None:
     console.print()
     console.print("[bold]Words[/]")
     legend = Table(box=None, show_header=False, pad_edge=False, padding=(0, 2, 0, 0))
-    for word, meaning in _LEGEND:
-        if plan.tokens or word not in ("targets", "distill"):
-            legend.add_row(word, meaning)
+    for word, meaning in _LEGEND.items():
+        if word in plan.stages or word in ("FLOPs", "read", "memory", "host"):
+            legend.add_row(_TITLES.get(word, word), meaning)
     console.print(Padding(legend, (0, 0, 0, 2)), highlight=False)
     for warning in plan.warnings:
         console.print(f"\n[yellow]warning:[/] {warning}", highlight=False)
@@ -58,16 +57,16 @@ def print_plan(plan: Plan, settings: RunConfig, console: Console) -> None:
 def machine_text(plan: Plan) -> str:
     """Say which machine and speed the times are for."""
     machine = plan.machine
-    disk = f"{show_bytes(machine.disk)}/s from disk ({'measured' if machine.disk_measured else 'assumed'})"
+    number = f"{machine.count} x " if machine.count > 1 else ""
+    rates = [f"{show_flops(machine.share * machine.single)}/s in float32"]
+    if machine.half:
+        rates.insert(0, f"{show_flops(machine.share * machine.half)}/s in bfloat16")
+    products = "measured" if "products" in machine.measured else f"{machine.share:.0%} of the peak"
+    disk = f"{show_bytes(machine.disk)}/s from disk ({'measured' if 'disk' in machine.measured else 'assumed'})"
     return (
-        f"{machine.name} at {_show_flops(machine.flops)} of fp32 products and {disk}; "
-        f"--speed and --disk-speed plan for another"
+        f"{number}{machine.title}, {show_bytes(machine.memory)}: {' and '.join(rates)} ({products}), {disk}. "
+        "--machine plans for another"
     )
-
-
-def _show_flops(flops: float) -> str:
-    """16_900_000_000 -> '16.9 GFLOP/s'."""
-    return show_bytes(flops).replace("kB", "kFLOP/s").replace("B", "FLOP/s")
 
 
 def _shape_table(plan: Plan) -> Table:
@@ -123,26 +122,27 @@ def _kept_text(plan: Plan) -> str:
 def _cost_table(plan: Plan) -> Table:
     cost = Table(title="Cost", title_justify="left", header_style="bold")
     cost.add_column("stage")
-    for column in ("memory", "disk", "FLOPs", "time"):
-        cost.add_column(column, justify="right")
-    for stage, work, place in _STAGES:
-        if plan.tokens or stage in ("build", "evaluate"):
-            disk = plan.disk.get(place, 0)
-            cost.add_row(
-                stage,
-                show_bytes(plan.memory[stage]),
-                show_bytes(disk) if disk else "",
-                f"{plan.flops[work]:.2g}" if work else "",
-                show_seconds(plan.seconds[work]) if work else "",
-            )
-    cost.add_row("reading", "", "", "", show_seconds(plan.seconds["reading"]))
+    for column in ("time", "FLOPs", "read", "memory"):
+        cost.add_column(column, justify="right", no_wrap=True)
+    for name, stage in plan.stages.items():
+        cost.add_row(
+            _TITLES.get(name, name),
+            show_seconds(stage.seconds),
+            show_flops(stage.all_flops).replace("FLOP", "").strip() if stage.flops else "",
+            show_bytes(stage.read) if stage.read else "",
+            show_bytes(stage.memory),
+        )
+    cost.add_section()
+    read = sum(stage.read for stage in plan.stages.values())
+    most = max(stage.memory for stage in plan.stages.values())
+    flops = show_flops(plan.flops).replace("FLOP", "").strip()
+    cost.add_row("all", show_seconds(plan.seconds), flops, show_bytes(read), show_bytes(most))
     return cost
 
 
 def _sentences(plan: Plan) -> list[str]:
-    """The plan's text, where it comes from, how often the teacher is read, and the compute in all."""
-    spent = (plan.flops["teacher"] if plan.tokens else 0) + plan.flops["build"] + plan.flops["student"]
-    from_scratch = plan.flops["from_scratch"]
+    """The plan's text, where it comes from, how often the teacher is read, what training is like, and the compute in all."""
+    spent, from_scratch = plan.flops, plan.from_scratch
     build = show_count(plan.build_tokens)
     tokens = (
         f"tokens: the teacher reads {show_count(plan.tokens)}, of which the build takes {build}; training passes them {_times(plan)}"
@@ -152,17 +152,22 @@ def _sentences(plan: Plan) -> list[str]:
     texts = [f"data: {_text_name(plan, 'path', plan.data)}"]
     if plan.ood:
         texts.append(f"out-of-distribution text of the report: {_text_name(plan, 'ood', plan.ood)}")
-    return [
+    disk = ", ".join(f"{part} {show_bytes(size)}" for part, size in plan.disk.items() if size)
+    lines = [
         f"{tokens} (in blocks of {plan.block})",
         *texts,
-        f"out: {plan.out}",
-        f"teacher: its {show_bytes(plan.checkpoint_bytes)} are read {plan.reads} times; {show_count(plan.macro_batch)} tokens share a "
+        f"out: {plan.out}, with {show_bytes(sum(plan.disk.values()))} in the end ({disk})",
+        f"teacher: its {show_bytes(plan.checkpoint_bytes)} are read {plan.reads} times for build and targets; "
+        f"{show_count(plan.macro_batch)} tokens share a "
         f"reading (what {show_bytes(plan.memory_budget)} of --memory hold), which makes {show_bytes(plan.bytes_per_token)} a token. "
         f"From {show_count(plan.break_even_batch)} tokens on, computing takes longer than reading",
         plan.placement.sentence(),
-        f"compute: {spent:.2g} FLOPs, {share_text(spent / from_scratch)} of training this student from scratch "
-        f"({from_scratch:.2g})",
     ]
+    lines += [f"training: {plan.training}"] if plan.training else []
+    lines.append(
+        f"compute: {spent:.2g} FLOPs, {share_text(spent / from_scratch)} of training this student from scratch ({from_scratch:.2g})"
+    )
+    return lines + ([f"start: {plan.command}"] if plan.command else [])
 
 
 def _times(plan: Plan) -> str:

@@ -101,7 +101,7 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
             tokens=job.text.train.tokens,
             valid=job.text.valid,
             valid_targets=reference_for(job, "valid"),
-            config=settings.train,
+            config=replace(settings.train, **job.plan.memory_settings),
             seed=settings.seed,
             out=folder,
             resume=True,

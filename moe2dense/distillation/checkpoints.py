@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe2dense.common.files import whole_folder
 from moe2dense.distillation.fsdp import full_tensor, shard_like
+from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.errors import UserError
 
 _NAME = re.compile(r"^step-(\d+)$")
@@ -40,10 +41,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             state = by_name.get(names[parameter], {})
+            home = optimizer.home(parameter) if isinstance(optimizer, TensorwiseOptimizer) else parameter.device
             optimizer.state[parameter] = {
-                k: v.to(parameter.device, copy=True)
-                if k == "step"
-                else shard_like(v.to(parameter.device, copy=True), parameter)
+                k: v.to(home, copy=True)
+                if k == "step" or isinstance(optimizer, TensorwiseOptimizer)
+                else shard_like(v.to(home, copy=True), parameter)
                 for k, v in state.items()
             }
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.cost import uses_muon
+from moe2dense.distillation.tensorwise import holds_less, tensorwise_optimizer
 from moe2dense.modeling.decoder import decoder_layers
 
 BETAS = (0.9, 0.95)
@@ -74,6 +75,8 @@ def make_optimizer(
         if parameter.requires_grad and id(parameter) not in chosen:
             by_decay.setdefault(config.weight_decay if parameter.dim() > 1 else 0.0, []).append(parameter)
     groups = [{"params": parameters, "weight_decay": decay} for decay, parameters in by_decay.items()]
+    if holds_less(config):
+        return tensorwise_optimizer(groups, config)
     if chosen:
         return MuonAdamW(matrices, groups, config.lr)
     return torch.optim.AdamW(groups, lr=config.lr, betas=BETAS, fused=True)

@@ -1,5 +1,6 @@
 """Make the parts of a training run, accelerator and optimiser; check the student's head."""
 
+import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -9,8 +10,10 @@ from transformers import PreTrainedModel
 
 from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
+from moe2dense.distillation.adapters import add_adapters
 from moe2dense.distillation.objective import head_error
 from moe2dense.errors import UserError
+from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.documents import understands_positions
 from moe2dense.modeling.forward import model_inputs
 
@@ -45,6 +48,32 @@ def default_learning_rate(hidden_size: int, lora: bool = False) -> float:
     three times as much.
     """
     return 1e-3 * (192 / hidden_size) ** 0.75 * (3 if lora else 1)
+
+
+def prepare_model(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
+    """Return a model as it trains: in the precision of config.weights (float64 stays), with adapters and activation checkpointing."""
+    wanted, dtype = getattr(torch, config.weights), next(model.parameters()).dtype
+    if dtype not in (wanted, torch.float64):
+        model.to(wanted)
+    if config.gradient_checkpointing:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # its name changes in transformers 6
+            model.gradient_checkpointing_enable()
+        if config.lora:
+            model.enable_input_require_grads()
+    return add_adapters(model, config) if config.lora else model
+
+
+def compile_layers(model: PreTrainedModel, backend: str = "inductor") -> None:
+    """Compile every decoder layer in place; one compilation serves all that are alike."""
+    for layer in decoder_layers(model):
+        layer.compile(backend=backend, dynamic=False)
+
+
+def release_layers(model: PreTrainedModel) -> None:
+    """Let the decoder layers run as they were written."""
+    for layer in decoder_layers(model):
+        layer._compiled_call_impl = None
 
 
 def check_documents(model: PreTrainedModel, data: Blocks) -> None:

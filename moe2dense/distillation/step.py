@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.optimizer import AcceleratedOptimizer
 from torch import nn
 
 from moe2dense.config.schedules import learning_rate, scheduled
@@ -18,6 +19,7 @@ from moe2dense.distillation.batching import micro_batches, step_blocks
 from moe2dense.distillation.fsdp import full_tensor
 from moe2dense.distillation.optimizers import RATE
 from moe2dense.distillation.targets.formats import written_temperature
+from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.losses.feature_spec import feature_weights
 
 # N blocks, S block length, n = N S tokens
@@ -42,7 +44,7 @@ def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps:
     """Return which blocks step `step` (from 0) sees, and with what settings."""
     return StepPlan(
         indices=step_blocks(blocks, per_step, step, seed),
-        lr=learning_rate(step, steps, config.lr, config.warmup),
+        lr=learning_rate(step, steps, config.lr, config.warmup, config.cooldown),
         alpha=scheduled(config.alpha_schedule or config.alpha, step, steps),
         temperature=scheduled(config.temperature_schedule or config.temperature, step, steps),
         feature_weights=feature_weights(config.features, config.feature_weight, step, steps),
@@ -52,6 +54,13 @@ def plan_step(config: TrainConfig, blocks: int, per_step: int, step: int, steps:
 def plain_pass(rows: list[int]) -> AbstractContextManager[None]:
     """Return a context that changes nothing."""
     return contextlib.nullcontext()
+
+
+def inner_optimizer(optimizer: torch.optim.Optimizer) -> TensorwiseOptimizer:
+    """Return the optimiser inside accelerate's wrapper, which steps tensor by tensor."""
+    inner = optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+    assert isinstance(inner, TensorwiseOptimizer)
+    return inner
 
 
 def train_step(
@@ -88,15 +97,19 @@ def train_step(
             # processes average their gradients, and each holds its share of one mean
             accelerator.backward(total * world if world > 1 else total)
         sums += torch.stack([x.detach() for x in (total, kd, ce, features)])
-    clipped: Any = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
-    norm = float(full_tensor(clipped))
+    if config.step_in_backward:
+        norm = float(inner_optimizer(optimizer).norm_of_backward())
+    else:
+        clipped: Any = accelerator.clip_grad_norm_(objective.parameters(), config.clip or math.inf)
+        norm = float(full_tensor(clipped))
     if world > 1:
         sums = torch.as_tensor(accelerator.reduce(sums, "sum"))
     loss, kd, ce, features = sums.tolist()
     if not (math.isfinite(loss) and math.isfinite(norm)):
         optimizer.zero_grad(set_to_none=True)
         raise FloatingPointError(f"the loss is {loss:g} and the gradient's norm {norm:g}")
-    optimizer.step()
+    if not config.step_in_backward:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     named = ({"kd": kd} if plan.alpha < 1 else {}) | ({"ce": ce} if plan.alpha > 0 else {})
     named |= {"features": features} if plan.feature_weights else {}

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe2dense.config.training import TrainConfig
-from moe2dense.distillation.adapters import add_adapters, merge_adapters
+from moe2dense.distillation.adapters import merge_adapters
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import total_steps
 from moe2dense.distillation.checkpoints import Checkpoints, optimizer_tensors, restore_optimizer
@@ -25,15 +25,25 @@ from moe2dense.distillation.log import Interrupts, MetricsFile, memory_bytes
 from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.optimizers import make_optimizer, muon_matrices
 from moe2dense.distillation.regime import Regime, RunView
-from moe2dense.distillation.setup import check_documents, check_head, make_accelerator
+from moe2dense.distillation.setup import (
+    check_documents,
+    check_head,
+    compile_layers,
+    make_accelerator,
+    prepare_model,
+    release_layers,
+)
 from moe2dense.distillation.step import StepPlan, plan_step, train_step, validate
+from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
 from moe2dense.weights.fingerprint import text_hash
 from moe2dense.weights.finite import all_finite
 
 # settings that may change between a run and its continuation
-_FREE_SETTINGS = ("save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard")
+_FREE_SETTINGS = (
+    "save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard", "fit_memory", "compile",
+)  # fmt: skip
 _REGIME = "regime/"  # prefix of a regime's tensors in a checkpoint
 
 
@@ -81,11 +91,11 @@ class Trainer:
         self.was_training, self.start_device = model.training, next(model.parameters()).device
         self.accelerator = accelerator or make_accelerator(config, out, device)
         torch.manual_seed(seed)  # of new adapters and dropout
-        if config.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
-            if config.lora:
-                model.enable_input_require_grads()
-        self.model = add_adapters(model, config) if config.lora else model
+        self.model = prepare_model(model, config)
+        if config.compile:
+            compile_layers(self.model)
+        if match is not None:
+            match.to(next(model.parameters()).dtype)
         objective = Objective(self.model, match, self.regime.extra_loss(self.model))
         if config.shard and self.accelerator.num_processes > 1:
             self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
@@ -93,6 +103,8 @@ class Trainer:
         else:
             optimizer = make_optimizer(objective, config, muon_matrices(self.model, config))
             self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
+        if config.step_in_backward:
+            self._step_in_backward()
         # the student's parameters under their own names; projectors of features are kept for resuming, never exported
         self.names: dict[Tensor, str] = {
             p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad
@@ -107,6 +119,17 @@ class Trainer:
         self.regime.begin(
             RunView(self.model, batches, self.steps, self.per_step, seed, self.accelerator, config, folder)
         )
+
+    def _step_in_backward(self) -> None:
+        """Let the backward pass step the tensors. Raises UserError where it sees only a part of a step's gradient."""
+        if self.accelerator.num_processes > 1 or self.per_step > self.config.micro_batch:
+            raise UserError(
+                "train.step_in_backward needs one process and a whole step in one pass: a batch of at most micro_batch blocks "
+                f"(now {self.per_step} and {self.config.micro_batch})"
+            )
+        inner = self.optimizer.optimizer
+        assert isinstance(inner, TensorwiseOptimizer)
+        inner.step_in_backward(self.config.clip)
 
     def run(self, resume: bool, progress: Callable[..., None] | None, quiet: bool = False) -> TrainResult:
         """Train to the last step and leave the student with its final weights, adapters merged, where it was.
@@ -289,10 +312,14 @@ class Trainer:
         """Leave the student whole, warn where it got worse, and return the result."""
         self.regime.finish(self.checkpoints.folder.parent if self.checkpoints is not None else None)
         self.accelerator.end_training()
+        if self.config.compile:
+            release_layers(self.model)
         model = merge_adapters(self.model) if self.config.lora else self.model
         model.train(self.was_training)
         if not self.config.shard:
             nn.Module.to(model, self.start_device)
+            if self.config.weights != "float32":
+                nn.Module.to(model, torch.float32)
         history = self.metrics.records
         final = next((r["valid_kl"] for r in reversed(history) if "valid_kl" in r), None)
         if not quiet and final is not None and self.first_kl is not None and not final <= self.first_kl:

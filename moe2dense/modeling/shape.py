@@ -37,6 +37,8 @@ class Geometry:
     max_positions: int
     num_attention_heads: int = 1
     num_key_value_heads: int = 1
+    dense_weights: int = 0  # numbers outside routed experts that a token is multiplied with, over all layers
+    pair_flops: int = 0  # FLOPs of attention for a pair of tokens, over all layers
 
     @property
     def active_width(self) -> int:
@@ -99,18 +101,21 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
     Raises UserError where the config names another shape than can be built, or lacks a field that the card names.
     """
     from moe2dense.modeling.decoder import decoder_layers
+    from moe2dense.modeling.products import Products, layer_products
 
     check_config(config, card)
     config = config.get_text_config()
     model = empty_model(config)
-    moe, shared, dense, per_expert = [], 0, 0, 0
+    moe, shared, dense, per_expert, products = [], 0, 0, 0, Products(0)
     num_experts = _field(config, card, "num_experts")
     for index, layer in enumerate(decoder_layers(model)):
         try:
             experts = layer.get_submodule(card.experts_path)
         except AttributeError:
+            products += layer_products(layer, config, index)
             dense = max(dense, _width(layer))
             continue
+        products += layer_products(layer, config, index, without=experts)
         moe.append(index)
         per_expert = sum(p.numel() for p in experts.parameters()) // num_experts
         if card.shared:
@@ -135,4 +140,6 @@ def teacher_geometry(config: "PreTrainedConfig", card: TeacherCard) -> Geometry:
         max_positions=getattr(config, "max_position_embeddings", 2048),
         num_attention_heads=config.num_attention_heads,
         num_key_value_heads=config_field(config, "num_key_value_heads") or config.num_attention_heads,
+        dense_weights=products.weights,
+        pair_flops=products.pairs,
     )

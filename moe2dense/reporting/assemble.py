@@ -157,7 +157,7 @@ def _teacher(plan: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _cost(plan: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]:
-    shape, flops = plan.get("shape", {}), plan.get("flops", {})
+    shape, spent = plan.get("shape", {}), plan.get("flops") or 0
     teacher_size, active, student_size = (
         shape.get("parameters"),
         shape.get("active_parameters"),
@@ -170,9 +170,8 @@ def _cost(plan: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]
             "active_ratio": student_size / (active or teacher_size),
         }
         cost |= ratios
-    spent = sum(flops.get(k, 0) for k in ("teacher", "build", "student"))
-    if spent and flops.get("from_scratch"):
-        cost |= {"flops": spent, "scratch_ratio": spent / flops["from_scratch"]}
+    if spent and plan.get("from_scratch"):
+        cost |= {"flops": spent, "scratch_ratio": spent / plan["from_scratch"]}
     return cost
 
 

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+CHECKS = 6  # of the held-out loss, beside that at the start
+
 
 @dataclass(frozen=True)
 class Fit:
@@ -35,7 +37,7 @@ def fit(
     batch: int,
     seed: int = 0,
     weight_decay: float = 0.0,
-    checks: int = 6,
+    checks: int = CHECKS,
     clip: float = 0.0,
     warmup: float = 0.0,
 ) -> Fit:

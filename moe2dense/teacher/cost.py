@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import psutil
 
+from moe2dense.common.flops import product
 from moe2dense.common.units import parse_memory
 from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.shape import Geometry
@@ -77,6 +78,12 @@ def _split_gpu(budget: int, total: int, layer: int, expert: int, token: int, ram
     return BudgetSplit(resident, 4 * expert, left // 2, max(LEAST_MACRO_BATCH, held // token), left // 2)
 
 
+def pass_flops(shape: Geometry, blocks: int, length: int) -> float:
+    """Return the FLOPs of a teacher's pass over [blocks, length] tokens, without its head."""
+    experts = len(shape.moe_layers) * shape.top_k * shape.expert_parameters
+    return product(blocks * length, 1, shape.dense_weights + experts) + float(shape.pair_flops) * blocks * length**2
+
+
 def checkpoint_bytes(teacher: ResolvedTeacher, shape: Geometry) -> int:
     """Return the size of the teacher's weight files; two bytes a parameter where they are not on this machine."""
     files = list(teacher.path.glob("*.safetensors")) or list(teacher.path.glob("*.gguf")) if teacher.path else []
@@ -101,6 +108,11 @@ def split_for(shape: Geometry, budget: int, ram: int = 0) -> BudgetSplit:
     total, expert = itemsize * shape.parameters, itemsize * shape.expert_parameters
     layer = _layer_bytes(shape) * itemsize // _COMPUTE_BYTES
     return split_budget(budget, total, layer, expert, itemsize * HIDDEN_COPIES * shape.hidden_size, ram)
+
+
+def resident_bytes(shape: Geometry, itemsize: int = _COMPUTE_BYTES) -> int:
+    """Return the bytes of the whole model in a compute dtype of so many bytes."""
+    return itemsize * shape.parameters
 
 
 def macro_batch_tokens(budget: int, shape: Geometry) -> int:

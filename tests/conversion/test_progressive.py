@@ -18,11 +18,11 @@ import moe2dense as m2d
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import configure, stage_sizes, with_last_stage
 from moe2dense.conversion.planning import make_plan, stage_targets
-from moe2dense.conversion.results import Machine
 from moe2dense.conversion.run import MANIFEST
 from moe2dense.conversion.show_plan import settings_notes
 from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
+from moe2dense.families.machines import Machine
 from moe2dense.student.dense_teacher import target_from
 
 QUICK = """
@@ -60,7 +60,7 @@ def test_the_last_stage_is_the_target(tiny, settings):
     assert configure(str(tiny), "2.6m", None, {"stages": "3.2m"}).stages == "3.2m,2.6m"
     sizes = [t.parameters for t in stage_targets(settings)]
     assert sizes == [3_196_608, 2_606_784]
-    plan = make_plan(with_last_stage(settings), Machine(flops=1e11, disk=1e9))
+    plan = make_plan(with_last_stage(settings), Machine("a machine", single=1e11, disk=1e9, memory=64e9))
     assert "3.2M Mistral -> 2.61M Mistral, 250k tokens each" in settings_notes(settings, plan)[0]
 
 

@@ -13,10 +13,10 @@ from moe2dense.conversion import training_text as texts
 from moe2dense.conversion.checks import check_settings, check_text_settings
 from moe2dense.conversion.configure import configure
 from moe2dense.conversion.planning import make_plan
-from moe2dense.conversion.results import Machine
 from moe2dense.conversion.show_plan import settings_notes
 from moe2dense.conversion.stages import needs_targets
 from moe2dense.errors import UserError
+from moe2dense.families.machines import Machine
 from moe2dense.teacher.load import load_teacher
 
 QUICK = {
@@ -158,6 +158,6 @@ def test_the_plan_says_what_is_not_plain(tiny, tmp_path, capsys):
     )
     assert "coreset:0.5 is trained on" in shown and "targets come from 3 experts per token" in shown
     drawn = configure(str(tiny), "3.2m", None, {"teacher.draws": 2})
-    assert settings_notes(drawn, make_plan(drawn, Machine(flops=1e11, disk=1e9))) == [
+    assert settings_notes(drawn, make_plan(drawn, Machine("a machine", single=1e11, disk=1e9, memory=64e9))) == [
         "targets come from as many experts as ever per token, drawn from the router's distribution, 2 times, and their distributions averaged"
     ]

@@ -1,3 +1,5 @@
+import itertools
+
 import pytest
 
 from moe2dense.config.schedules import learning_rate, scheduled
@@ -30,6 +32,13 @@ def test_learning_rate_rises_then_falls_to_nearly_nothing():
     assert rates[9:] == sorted(rates[9:], reverse=True) and 0 < rates[-1] < 1e-6
     assert rates[54] == pytest.approx(0.5e-3, rel=0.03)
     assert learning_rate(0, 1, 1e-3, 0.03) == 1e-3
+
+
+def test_a_rate_may_stay_at_its_peak_and_fall_at_the_end():
+    rates = [learning_rate(s, 100, 1e-3, 0.1, cooldown=0.2) for s in range(100)]
+    assert rates[9:80] == [1e-3] * 71 and all(a > b for a, b in itertools.pairwise(rates[79:]))
+    assert 0 < rates[-1] < 5e-5 and rates[:9] == [learning_rate(s, 100, 1e-3, 0.1) for s in range(9)]
+    assert learning_rate(0, 1, 1e-3, 0.0, cooldown=0.5) > 0
 
 
 def test_schedules():

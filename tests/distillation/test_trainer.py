@@ -380,7 +380,7 @@ def test_adapters_are_trained_and_merged(teacher, tmp_path, dora):
                 inside["trained"] = sum(p.numel() for p in model.parameters() if p.requires_grad)
 
     trainer_models = []
-    import moe2dense.distillation.trainer as module
+    import moe2dense.distillation.setup as module
 
     add = module.add_adapters
     module.add_adapters = lambda *a: trainer_models.append(add(*a)) or trainer_models[-1]

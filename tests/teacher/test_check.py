@@ -9,13 +9,13 @@ from safetensors.torch import load_file, save_file
 from moe2dense.__main__ import main
 from moe2dense.config.schema import RunConfig, TeacherConfig
 from moe2dense.conversion.planning import make_plan
-from moe2dense.conversion.results import Machine
 from moe2dense.errors import UserError
+from moe2dense.families.machines import Machine
 from moe2dense.teacher.load import load_teacher
 from moe2dense.weights.checkpoint import Checkpoint
 from tests.teacher.families import make
 
-MACHINE = Machine(flops=1e11, disk=1e9)
+MACHINE = Machine("a machine", single=1e11, disk=1e9, memory=64e9)
 
 
 def plan(folder, to="60%"):

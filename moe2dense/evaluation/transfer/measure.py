@@ -29,6 +29,7 @@ from moe2dense.teacher.model import Teacher
 # T tokens, N blocks, E experts
 
 CHUNK = 4096  # tokens that a shared expert sees at once
+SAMPLE = 900  # tokens of an expert for its coverage, at most
 PROBE_TOKENS = 8192  # per layer, of which every expert gets a share
 NEEDS_TOKENS = (  # numbers that are left out for an expert with too few tokens
     "coverage", "error_after", "error_before", "cosine_after", "cosine_before", "kl_after", "kl_before", "replaceability", "lift",
@@ -63,7 +64,7 @@ def measure_transfer(
     before_scores: Scores | None = None,
     *,
     least_tokens: int = 64,
-    sample: int = 900,
+    sample: int = SAMPLE,
     bootstrap: int = 200,
     replaceability: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,

@@ -1,12 +1,29 @@
 """Count what a build costs, from a config alone: text, memory, FLOPs."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from moe2dense.common.flops import (
+    elimination,
+    elimination_by_tokens,
+    gated_ffn,
+    gram,
+    head_loss,
+    product,
+    refined_ridge,
+    ridge_solve,
+    trained_ffn,
+)
 from moe2dense.config.schema import RunConfig
+from moe2dense.modeling.products import Products
 from moe2dense.modeling.shape import Geometry
-from moe2dense.student.fit_defaults import heal_passes, local_steps
+from moe2dense.student.ffn.obs import FEW_TOKENS
+from moe2dense.student.ffn.ridge import EXACT_WIDTH
+from moe2dense.student.fit import CHECKS
+from moe2dense.student.fit_defaults import heal_passes, settle_fits
 from moe2dense.student.footprint import STATE_COPIES, heal_bytes, hint_layers, layer_bytes, pool_limit, refit_limit
-from moe2dense.student.init_spec import steps_of
+from moe2dense.student.init_spec import base_and_steps, steps_of
 from moe2dense.teacher.cost import EXPERT_CACHE, HIDDEN_COPIES, WORK_BYTES, resident_layer_bytes
 
 if TYPE_CHECKING:
@@ -14,6 +31,7 @@ if TYPE_CHECKING:
 
 
 _STORED_BYTES = 2  # of a number in a checkpoint, as a rule
+RIDGES_TRIED = 3  # by a refit that chooses its ridge: the one that was best in the layer before, and its neighbours
 TOKENS_PER_NEURON = 20  # of the student's FFN in a layer: fits of fewer learn their text by heart
 
 
@@ -85,16 +103,105 @@ def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", build: in
     return layer_bytes(max(layer, ffn), ffn, target.width, hidden, pool, build, limit, local, layer_fit)
 
 
-def fit_flops(config: RunConfig, target: "Target", build: int, heal: bool = True) -> float:
-    """Return the FLOPs of the build's gradient fits: each layer's FFN, each layer, then the student; 0 for other inits."""
-    if config.build.init != "layerwise":
-        return 0.0
-    c, sizes = config.build, target.config
-    layers, hidden = sizes.num_hidden_layers, sizes.hidden_size
-    ffn = 3 * hidden * target.width
-    layer = (target.parameters - 2 * sizes.vocab_size * hidden) / layers
-    layer_tokens = c.layer_steps * c.layer_batch if "layer" in steps_of(c.init, heal, target.card.join) else 0
-    fits = layers * (
-        local_steps(c.local_steps, heal, build, c.local_batch) * c.local_batch * ffn + layer_tokens * max(layer, ffn)
+@dataclass(frozen=True)
+class BuildFlops:
+    """FLOPs of a build beside the teacher's passes: of its layers' passes and fits, of choice and refit, and of the end-to-end fit."""
+
+    layers: float
+    exact: float
+    heal: float
+
+
+def build_flops(
+    config: RunConfig, shape: Geometry, target: "Target", body: Products, blocks: int, length: int, budget: int
+) -> BuildFlops:
+    """Return what a build computes on [blocks, length] tokens of text, teacher's passes apart.
+
+    body: the products of the student's layers. Where data decide (how many ridges are tried) the usual number is taken.
+    """
+    layers, heal = target.config.num_hidden_layers, heal_runs(config, target, budget)
+    trains, tokens = config.train.tokens > 0, blocks * length
+    c = settle_fits(config.build, target.config.hidden_size, tokens, heal, trains)
+    config = replace(config, build=c)
+    steps = steps_of(c.init, heal, target.card.join)
+    held = choose_count(blocks, c.hold_out)
+    layer = Products(body.weights // layers, body.weights // layers, body.pairs // layers)
+    each = _passes(layer, target, blocks, length) + _fits(config, target, layer, steps, held, length)
+    exact = layers * _choice(config, shape, target, (blocks - held) * length, held * length, budget)
+    return BuildFlops(
+        c.sweeps * layers * each, exact, _heal(config, target, body, blocks, held, length) if heal else 0.0
     )
-    return 6.0 * (c.sweeps * fits + heal * _heal_passes(config) * build * target.parameters)
+
+
+def build_reads(config: RunConfig, shape: Geometry, budget: int) -> float:
+    """Return how often a streamed build reads the experts: for the pass and, of what is not kept for that, to choose and copy neurons."""
+    kept = budget // EXPERT_CACHE / max(1, _STORED_BYTES * shape.num_experts * shape.expert_parameters)
+    again = 2 if base_and_steps(config.build.init)[0] in ("obs", "select") else 1
+    return 1 + again * max(0.0, 1 - kept)
+
+
+def choose_count(blocks: int, share: float) -> int:
+    """Return how many of so many blocks are held out of every fit; at least one of several, none of a single one."""
+    return max(0, min(blocks - 1, max(1, round(share * blocks))))
+
+
+def _passes(layer: Products, target: "Target", blocks: int, length: int) -> float:
+    """Return the FLOPs of running a student's layer: up to its FFN, for its error, and for what enters the next one."""
+    ffn = 3 * target.config.hidden_size * target.width
+    return replace(layer, weights=layer.weights - ffn).forward(blocks, length) + 2 * layer.forward(blocks, length)
+
+
+def _choice(config: RunConfig, shape: Geometry, target: "Target", fitted: int, held: int, budget: int) -> float:
+    """Return the FLOPs of choosing a layer's neurons and of its refit."""
+    c, hidden, width = config.build, target.config.hidden_size, target.width
+    judged = gated_ffn(held or fitted, width, hidden)
+    base, *asked = base_and_steps(c.init)
+    pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, width, hidden))
+    total = judged
+    if base == "obs" and pool > width:
+        tokens = min(fitted, c.gram_tokens or fitted)
+        step = max(1, pool // 256)
+        if pool > EXACT_WIDTH and tokens < FEW_TOKENS * pool:
+            total += elimination_by_tokens(tokens, pool, hidden, width, step)
+        else:
+            total += gram(tokens, pool, hidden) + elimination(pool, hidden, width, step)
+    if "refit" in asked:
+        tries = 1 if c.ridge else RIDGES_TRIED
+        solve = ridge_solve if width <= EXACT_WIDTH else refined_ridge
+        total += gram(fitted, width, hidden) + tries * solve(width, hidden) + (tries + 2) * judged
+    return total
+
+
+def _fits(config: RunConfig, target: "Target", layer: Products, steps: Sequence[str], held: int, length: int) -> float:
+    """Return the FLOPs of a layer's gradient fits."""
+    c, hidden, width, total = config.build, target.config.hidden_size, target.width, 0.0
+    if "local" in steps and held:
+        total += c.local_steps * trained_ffn(c.local_batch, width, hidden)
+        total += checks_of(c.local_steps) * gated_ffn(held * length, width, hidden)
+    if "layer" in steps and c.layer_steps and held:
+        batch = max(1, c.layer_batch // length)
+        total += c.layer_steps * layer.step(batch, length)
+        total += checks_of(c.layer_steps) * layer.forward(held, length)
+    return total
+
+
+def _heal(config: RunConfig, target: "Target", body: Products, blocks: int, held: int, length: int) -> float:
+    """Return the FLOPs of the end-to-end fit, the teacher's logits included."""
+    c, sizes, rows = config.build, target.config, blocks - held
+    if not held:
+        return 0.0
+    batch = max(1, c.heal_batch // length)
+    steps = max(1, round(c.heal_epochs * rows / batch))
+    batch = min(batch, rows)
+    heads = head_loss(batch * length, sizes.hidden_size, sizes.vocab_size)
+    heads += product(batch * length, target.teacher.hidden_size, sizes.vocab_size)
+    step = replace(body, trained=body.weights).step(batch, length)
+    check = body.forward(held, length) + product(held * length, sizes.hidden_size, sizes.vocab_size)
+    check += product(held * length, target.teacher.hidden_size, sizes.vocab_size)
+    return steps * (step + heads) + checks_of(steps) * check
+
+
+def checks_of(steps: int, checks: int = CHECKS) -> int:
+    """Return how often a fit of so many steps measures its held-out loss."""
+    every = max(1, steps // checks)
+    return 1 + steps // every + (steps % every > 0)

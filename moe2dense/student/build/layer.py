@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe2dense.common.devices import by_rows, device_with_room
 from moe2dense.student.build.assemble import put_ffn
+from moe2dense.student.build.cost import choose_count
 from moe2dense.student.build.state import BuildState
 from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.errors import relative_error, weights_by_size
@@ -239,7 +240,7 @@ def held_out_tokens(state: BuildState) -> Tensor:
 def choose_held_out(blocks: int, share: float, seed: int) -> Tensor:
     """Return [N] bool: the blocks that no fit sees; at least one of several, none of a single one."""
     held_out = torch.zeros(blocks, dtype=torch.bool)
-    count = min(blocks - 1, max(1, round(share * blocks)))
+    count = choose_count(blocks, share)
     if count > 0:
         held_out[torch.randperm(blocks, generator=torch.Generator().manual_seed(seed))[:count]] = True
     return held_out

@@ -8,9 +8,9 @@ from transformers import AutoConfig
 
 from moe2dense.config.schema import BuildConfig, RunConfig, TeacherConfig
 from moe2dense.conversion.planning import make_plan
-from moe2dense.conversion.results import Machine
 from moe2dense.errors import UserError
 from moe2dense.families.cards import student_host, teacher_cards
+from moe2dense.families.machines import Machine
 from moe2dense.modeling.small_model import small_config
 from moe2dense.student.target import host_check
 from moe2dense.student.target.host_check import check_host
@@ -75,7 +75,7 @@ def test_the_heads_scale_is_part_of_it():
 def test_a_plan_refuses_before_weights_are_read(tmp_path, monkeypatch):
     make("mixtral", tmp_path)
     settings = RunConfig(model=str(tmp_path), to="60%", teacher=TeacherConfig(memory="1GB"))
-    machine = Machine(flops=1e11, disk=1e9)
+    machine = Machine("a machine", single=1e11, disk=1e9, memory=64e9)
     make_plan(settings, machine)
     other = replace(settings, build=BuildConfig(host="llama"))
     with pytest.raises(UserError, match=r"the Llama host computes something else .* layer 0 "):
