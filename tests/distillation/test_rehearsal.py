@@ -49,4 +49,4 @@ def test_further_layers_are_added_for_the_rest():
 
 def test_no_memory_is_taken():
     wide = MistralConfig(**SIZES | {"hidden_size": 4096, "num_attention_heads": 32}, intermediate_size=14336)
-    assert rehearse(wide, TEACHER, TrainConfig(batch=512), 512).peak > 7e9
+    assert rehearse(wide, TEACHER, TrainConfig(batch=512), 512).peak > 6e9
