@@ -83,14 +83,17 @@ def plan(
 
     from moe2dense.conversion.checks import check_settings
     from moe2dense.conversion.configure import configure
-    from moe2dense.conversion.machine import machine_to_plan_for
+    from moe2dense.conversion.machine import check_device, machine_to_plan_for
     from moe2dense.conversion.planning import make_plan
     from moe2dense.conversion.show_plan import print_plan
     from moe2dense.conversion.start_command import command_to_start
 
     settings = configure(config=config, options=options)
     check_settings(settings)
-    result = make_plan(settings, machine_to_plan_for(settings, speed, disk_speed, machine))
+    other = machine_to_plan_for(settings, speed, disk_speed, machine) if machine or speed or disk_speed else None
+    if other is None:
+        check_device(settings.teacher.device)
+    result = make_plan(settings, other)
     result = replace(result, command=command_to_start(options, config))
     if json:
         Console().print_json(data=result.to_dict(), default=str)

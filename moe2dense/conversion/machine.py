@@ -53,7 +53,7 @@ def machine_to_plan_for(
         own = replace(_this_machine(), title="the machine of --speed")
     if speed is not None:
         rate = float(parse_count(speed, "--speed"))
-        own = replace(own, half=rate, single=rate, double=rate / 2, share=_MEASURED_SHARE, measured=())
+        own = replace(own, half=rate, tf32=rate, single=rate, double=rate / 2, share=_MEASURED_SHARE, measured=())
     if disk_speed is not None:
         rest = tuple(m for m in own.measured if m != "disk")
         own = replace(own, disk=float(parse_bytes(disk_speed, "--disk-speed")), measured=rest)
