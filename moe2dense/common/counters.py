@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import torch
+from torch import Tensor
 
 from moe2dense.common.costs import Cost
 
@@ -52,6 +53,12 @@ def count_bus(size: int) -> None:
     """Add bytes that were sent to an accelerator or fetched from it."""
     with _lock:
         _totals.bus += size
+
+
+def count_move(tensor: Tensor, device: torch.device | str) -> None:
+    """Add a tensor's bytes where going to `device` takes it over the bus."""
+    if tensor.device.type != torch.device(device).type:
+        count_bus(tensor.nbytes)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from moe2dense.common.counters import count_move
 from moe2dense.common.devices import pick_device
 from moe2dense.errors import UserError
 from moe2dense.families.cards import TeacherCard
@@ -83,6 +84,7 @@ class Skeleton:
                 f"checkpoint {self.path}: tensor for parameter {name!r} has shape {list(value.shape)}, "
                 f"the config says {list(want.shape)}"
             )
+        count_move(value, self.device)
         return value.to(self.device, want.dtype)
 
     def read_head(self) -> LMHead:
@@ -107,6 +109,7 @@ class Skeleton:
                 first, last = int(used[lo]), int(used[hi - 1])
                 part = self.weights.rows(self.embedding_name, first, last + 1)
                 table[lo:hi] = part[used[lo:hi] - first].to(self.dtype)
+        count_move(table, self.device)
         table = table.to(self.device)
         for rows in chunks:
             yield internals.embed(self.body, table, index[rows].to(self.device))

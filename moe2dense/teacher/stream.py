@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe2dense.common.counters import count_move
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.documents import close_masks
@@ -190,6 +191,7 @@ class Stream:
 
     def _call(self, layer: Layer, layer_pass: LayerPass, rows: slice) -> Tensor:
         """Return the decoder layer's output [n, S, H] on some blocks."""
+        count_move(layer_pass.hidden_in[rows], self.skeleton.device)
         out = layer.module(layer_pass.hidden_in[rows].to(self.skeleton.device), **self.layer_inputs(layer.index, rows))
         return first_tensor(out)
 
@@ -244,6 +246,7 @@ class Stream:
         """Pass 2: replay every chunk with its mixers' outputs and the finished output of the experts."""
         for rows in self.chunks():
             flat = self._flat(rows)
+            count_move(layer_pass.y[flat], self.skeleton.device)
             finished = layer_pass.y[flat].to(self.skeleton.device, copy=True)
             replaced = {m: self._replaying(m, buffer, rows) for m, buffer in self._mixer_buffers(layer).items()}
 

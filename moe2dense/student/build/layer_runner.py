@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe2dense.common.counters import count_move
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
 from moe2dense.modeling.documents import close_masks
@@ -111,6 +112,7 @@ class LayerRunner:
         count_pass(products, len(hidden), hidden.shape[1], self.device.type, grad)
 
     def _call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
+        count_move(hidden, self.device)
         hidden = hidden.to(self.device, non_blocking=True)
         output = self.body.layers[index](hidden, **self.arguments(index, rows))
         return output[0] if isinstance(output, tuple) else output
