@@ -8,6 +8,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.planned_memory import TrainingFit
 from moe2dense.conversion.planned_stages import Sizes
 from moe2dense.conversion.results import StagePlan
+from moe2dense.families.machines import CPU
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.build.cost import TOKENS_PER_NEURON, heal_asked
 from moe2dense.student.footprint import heal_bytes
@@ -101,7 +102,7 @@ def memory_warnings(
     if heal_asked(config, sizes.target) and not heal:
         warnings.append(
             f"the build ends without its end-to-end fit, which takes {show_bytes(heal_bytes(sizes.target.parameters))}; "
-            f"--memory is {show_bytes(sizes.budget)}"
+            f"{'--memory' if sizes.machine.device == CPU else '--gpu-memory'} is {show_bytes(sizes.budget)}"
         )
     return warnings
 

@@ -63,10 +63,7 @@ def machine_text(plan: Plan) -> str:
         rates.insert(0, f"{show_flops(machine.share * machine.half)}/s in bfloat16")
     products = "measured" if "products" in machine.measured else f"{machine.share:.0%} of the peak"
     disk = f"{show_bytes(machine.disk)}/s from disk ({'measured' if 'disk' in machine.measured else 'assumed'})"
-    return (
-        f"{number}{machine.title}, {show_bytes(machine.memory)}: {' and '.join(rates)} ({products}), {disk}. "
-        "--machine plans for another"
-    )
+    return f"{number}{machine.title}: {' and '.join(rates)} ({products}), {disk}. --machine plans for another"
 
 
 def _shape_table(plan: Plan) -> Table:
