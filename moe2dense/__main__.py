@@ -1,8 +1,12 @@
 """Entry point: `moe2dense` and `python -m moe2dense`. Bad input ends in one sentence and exit code 2."""
 
+import contextlib
 import shlex
+import signal
 import sys
+import threading
 import warnings
+from collections.abc import Iterator
 
 from cyclopts import CycloptsError
 from rich.console import Console
@@ -16,7 +20,7 @@ from moe2dense.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 2 for bad input; 3 for a conversion whose training gained nothing; 130 after Ctrl-C.
+    0; 2 for bad input; 3 for a conversion whose training gained nothing; 130 after Ctrl-C, 143 after SIGTERM.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True)
@@ -24,17 +28,37 @@ def main(arguments: list[str] | None = None) -> int:
         errors.print(FIRST_WORDS[arguments[0]], highlight=False, markup=False, end="")
         return 2
     format_of_python, warnings.formatwarning = warnings.formatwarning, _warning
+    terminated: list[int] = []
     try:
-        result = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
+        with _sigterm_as_ctrl_c(terminated):
+            result = app(arguments, result_action="return_value", exit_on_error=False, print_error=False)
     except (UserError, CycloptsError) as error:
         errors.print(f"[red]error:[/] {_plain(str(error))}", highlight=False)
         return 2
     except KeyboardInterrupt:
         errors.print(f"stopped{_how_to_continue(arguments)}", highlight=False)
-        return 130
+        return 143 if terminated else 130
     finally:
         warnings.formatwarning = format_of_python
     return result.exit_code if isinstance(result, Result) else 0
+
+
+@contextlib.contextmanager
+def _sigterm_as_ctrl_c(received: list[int]) -> Iterator[None]:
+    """Let SIGTERM, which schedulers send, end the program as Ctrl-C does within the context; `received` then holds the signal."""
+
+    def stop(number: int, _: object) -> None:
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _warning(

@@ -1,5 +1,6 @@
 """`moe2dense distill`: train a dense checkpoint on a teacher, or on targets stored earlier."""
 
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -71,6 +72,7 @@ def distill_checkpoint(
     lr: Annotated[float | None, flag("train.lr")] = None,
     epochs: Annotated[float | None, flag("train.epochs")] = None,
     lora: Annotated[int | None, flag("train.lora")] = None,
+    targets_disk: Annotated[str | None, flag("train.targets_disk")] = None,
     report_to: Annotated[str | None, flag("train.report_to")] = None,
     cross_tokenizer: Annotated[
         Literal["text", "uld", "aligned"],
@@ -100,8 +102,11 @@ def distill_checkpoint(
         )
     if data is None and completions is None and targets is None:
         raise UserError("--data is missing: text to train on, or prompts for the endpoint")
-    if out.exists() and any(out.iterdir()) and not resume:
+    first = int(os.environ.get("RANK", 0)) == 0  # the others may come when it has begun to write
+    if first and out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} exists; continue it with --resume, or choose another --out")
+    if targets_disk is not None and teacher is None:
+        raise UserError("--targets-disk is for a teacher that answers while the student trains; it needs --teacher")
     count = parse_count(tokens, "--tokens") if tokens else None
     request = DistillRequest(
         student=student,

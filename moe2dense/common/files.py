@@ -162,10 +162,15 @@ def whole_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         try:
             os.chmod(partial, 0o777 & ~_umask())
             yield partial
-            _flush(partial)
-            _rename(partial, out)
+            put_folder(partial, out)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
+
+
+def put_folder(partial: Path, out: Path) -> None:
+    """Put a finished folder in the place of `out`, beside which it lies, once all of it is on disk."""
+    _flush(partial)
+    _rename(partial, out)
 
 
 def _umask() -> int:

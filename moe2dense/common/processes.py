@@ -6,6 +6,7 @@ They are started by torchrun or `accelerate launch`. A process that runs alone i
 import contextlib
 import os
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -15,11 +16,26 @@ from torch import distributed as dist
 from moe2dense.errors import UserError
 
 T = TypeVar("T")
+# what one process does while others wait for it, such as building a student, has no limit of time: a process that dies is seen by
+# the launcher, which stops the others
+_PATIENCE = timedelta(days=60)
+_alone = False
+
+
+@contextlib.contextmanager
+def alone() -> Iterator[None]:
+    """Let this process act within the context as if it were the only one: what it does there, it does without the others."""
+    global _alone
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
 
 
 def joined() -> bool:
     """Return whether torch.distributed is set up, so that this process can talk to others."""
-    return dist.is_available() and dist.is_initialized()
+    return not _alone and dist.is_available() and dist.is_initialized()
 
 
 def world() -> tuple[int, int]:
@@ -29,16 +45,28 @@ def world() -> tuple[int, int]:
 
 def launched() -> tuple[int, int]:
     """Return (rank, number of processes) among those that were launched together, whether or not they have joined yet."""
-    return world() if joined() else (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+    if joined() or _alone:
+        return world()
+    return (int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
 
 
 @contextlib.contextmanager
 def join_processes() -> Iterator[int]:
-    """Let the processes that were launched together talk to each other within the context; yield the rank of this one."""
+    """Let the processes that were launched together talk to each other within the context; yield the rank of this one.
+
+    On a machine with GPUs each takes its own, by LOCAL_RANK.
+    """
     if launched()[1] == 1 or joined():
         yield world()[0]
         return
-    dist.init_process_group("gloo")
+    if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=_PATIENCE)
+    else:
+        os.environ["ACCELERATE_USE_CPU"] = (
+            "true"  # accelerate takes several processes without GPUs for one each otherwise
+        )
+        dist.init_process_group("gloo", timeout=_PATIENCE)
     try:
         yield dist.get_rank()
     finally:
@@ -89,15 +117,33 @@ def add_over_processes(value: Tensor) -> None:
         value.copy_(total)
 
 
+def over_processes(rows: int, compute: Callable[[slice], Tensor]) -> Tensor:
+    """Return `compute(rows)` of all rows, to which each process adds its share; of too few rows each computes all."""
+    if rows < world()[1]:
+        return compute(slice(0, rows))
+    return gather_rows(compute(my_share(rows)))
+
+
+def gather_objects(value: T) -> list[T]:
+    """Return what every process passes, in order of rank, on every one. Values are pickled."""
+    _, processes = world()
+    if processes == 1:
+        return [value]
+    values: list = [None] * processes
+    dist.all_gather_object(values, value)
+    return values
+
+
 def from_first(work: Callable[[], T]) -> T:
-    """Return on every process what `work` returns on rank 0; a UserError that it raises there is raised on all."""
+    """Return on every process what `work` returns on rank 0, which does it alone; a UserError that it raises is raised on all."""
     rank, processes = world()
     if processes == 1:
         return work()
     message: list = [None, ""]  # the result and the text of the error
     if rank == 0:
         try:
-            message[0] = work()
+            with alone():
+                message[0] = work()
         except UserError as error:
             message[1] = str(error)
     dist.broadcast_object_list(message)

@@ -74,6 +74,14 @@ class TrainConfig:
         example="targets/",
         shown="computed by the run",
     )
+    targets_disk: str = option(
+        "",
+        help="The most disk that the teacher's targets take. Where the text's take more, the teacher answers a part of it, the "
+        "student trains on that, and it is dropped. 0 stores none: a teacher in memory answers while the student trains.",
+        unit="bytes",
+        example="200GB",
+        shown="as much as the text takes",
+    )
     select: str = option(
         "",
         help="Train on the most useful blocks only: divergence:SHARE or coreset:SHARE; as many steps as on all.",

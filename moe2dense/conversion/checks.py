@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe2dense.common.http import check_url
-from moe2dense.common.units import parse_memory
+from moe2dense.common.units import parse_bytes, parse_memory
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import texts_of_folder
 from moe2dense.conversion.job import Text, load_split, split_source
@@ -47,6 +47,7 @@ def check_settings(settings: RunConfig) -> None:
         parse_memory(settings.teacher.memory, "--memory")
     if settings.teacher.gpu_memory != "auto":
         parse_memory(settings.teacher.gpu_memory, "--gpu-memory")
+    check_targets_disk(settings)
     for flag, value in (
         ("--tokens", settings.train.tokens),
         ("--lora", settings.train.lora),
@@ -111,6 +112,27 @@ def check_endpoint(settings: RunConfig) -> None:
         raise UserError(
             "--endpoint is asked for the teacher as it is served; leave out teacher.draws, teacher.top_k and --stages"
         )
+
+
+def check_targets_disk(settings: RunConfig) -> None:
+    """Raise UserError for a size that is none, and for what needs the targets of all text at once beside it."""
+    train = settings.train
+    if not train.targets_disk:
+        return
+    parse_bytes(train.targets_disk, "--targets-disk")
+    for name, value, whole in (
+        ("--targets", train.targets, bool(train.targets)),
+        ("--endpoint", settings.endpoint.url, bool(settings.endpoint.url)),
+        ("train.select", train.select, bool(train.select)),
+        ("train.token_weights", train.token_weights, bool(train.token_weights)),
+        ("train.temperature_schedule", train.temperature_schedule, train.temperature_schedule == "auto"),
+        ("teacher.draws", settings.teacher.draws, settings.teacher.draws > 1),
+    ):
+        if whole:
+            raise UserError(
+                f"--targets-disk keeps the targets of a part of the text at a time, {name} = {value!r} needs all of them; "
+                "leave one out"
+            )
 
 
 def check_draws(settings: RunConfig) -> None:

@@ -13,7 +13,15 @@ from moe2dense.families.resolve import ResolvedTeacher, resolve_teacher
 
 CONFIG = "moe2dense.toml"  # in a run folder its settings; in a teacher's folder defaults for its conversions
 # What may differ between a run and its resumption: none of it changes the result.
-FREE_KEYS = ("out", "teacher.memory", "teacher.gpu_memory", "teacher.device", "teacher.experts", "train.report_to")
+FREE_KEYS = (
+    "out",
+    "teacher.memory",
+    "teacher.gpu_memory",
+    "teacher.device",
+    "teacher.experts",
+    "train.report_to",
+    "train.targets_disk",
+)
 _TEXTS = ("path", "valid", "ood")
 _FILES = (*_TEXTS, "chat_template")  # of [data]
 

@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -23,6 +22,7 @@ from moe2dense.data.counts import TextCounts
 from moe2dense.data.frequency import count_tokens
 from moe2dense.data.load import load_blocks
 from moe2dense.data.options import DEFAULTS, TextOptions
+from moe2dense.data.records import is_single_file
 from moe2dense.distillation.targets.captured.rows import is_captured
 from moe2dense.distillation.targets.captured.targets import captured_text
 from moe2dense.evaluation.reference import Reference
@@ -159,7 +159,7 @@ def split_source(settings: RunConfig, split: str) -> tuple[str, str]:
     """
     data = settings.data
     own = {"train": "", "valid": data.valid, "ood": data.ood}[split]
-    return own or data.path or DEFAULT_CORPUS, "all" if own and Path(own).is_file() else split
+    return own or data.path or DEFAULT_CORPUS, "all" if own and is_single_file(own) else split
 
 
 def shortfall(text: Text, plan: Plan) -> str:

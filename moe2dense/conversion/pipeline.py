@@ -6,6 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
+from moe2dense.common.processes import from_first, join_processes
 from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion import progressive, report_stage, scoring, stages
@@ -30,14 +31,23 @@ from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash
 
 
 def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Result | Plan:
-    """Convert as resolved settings say. Raises UserError for bad input; a stopped run continues with resume=True."""
-    console = Console()
+    """Convert as resolved settings say. Raises UserError for bad input; a stopped run continues with resume=True.
+
+    Of several processes, started by torchrun, the first one writes the run folder and says what is done. All share the targets,
+    the training and the evaluation; the first one builds, reports and exports, while the others wait.
+    """
     check_settings(settings)
-    check_places(settings, resume)
+    with join_processes() as rank:
+        return _run(settings, resume, dry_run, Console(quiet=rank > 0))
+
+
+def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> Result | Plan:
+    """Convert, with whatever other processes have joined."""
+    from_first(lambda: check_places(settings, resume))
     settings, note = for_stack(settings)
     if note:
         console.print(note, highlight=False, markup=False)
-    plan = make_plan(settings)
+    plan = from_first(lambda: make_plan(settings))
     source = resolve_teacher(settings.model, settings.teacher.card)
     check_text(settings, source, plan.block)
     print_plan(plan, settings, console)
@@ -46,18 +56,23 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     with open_run(settings.out, settings, resume) as run, progress_for(console) as progress:
         options = settings.teacher
         teacher = load_teacher(
-            fetch(source), memory=options.memory, experts=options.experts, device=options.device, card=source.card,
+            from_first(lambda: fetch(source)),
+            memory=options.memory,
+            experts=options.experts,
+            device=options.device,
+            card=source.card,
             gpu_memory=options.gpu_memory,
-        )  # fmt: skip
+        )
         run.save(placement=plan.placement.to_dict())
         run.save(teacher={"remarks": teacher.remarks, "ignored_tensors": teacher.ignored})
         text = load_text(settings, plan, teacher.tokenizer(), run_day(run))
         check_report_settings(settings, text, teacher)
-        run.check_inputs(**_hashes(teacher, text))
+        hashes = from_first(lambda: _hashes(teacher, text))
+        run.check_inputs(**hashes)
         run.save(text={split: counts.to_dict() for split, counts in text.records.items()})
         for split, counts in text.records.items():
             console.print(f"{split} text: {counts.sentence()}", highlight=False, markup=False)
-        seen = _seen_in_training(text)
+        seen = from_first(lambda: _seen_in_training(text))
         run.save(seen_in_training=seen)
         for warning in (shortfall(text, plan), *(overlap_warning(share, name) for name, share in seen.items())):
             if warning:
@@ -101,10 +116,14 @@ def _stages(job: Job) -> Result:
         if job.settings.stages:
             rows["direct"] = scoring.score(job, progressive.direct(whole))
     rows |= scoring.score_baselines(job)
-    report = report_stage.write_report(job, student, rows, choice, last, control)
-    model = report_stage.export_model(job, student, report, choice)
+
+    def tell() -> tuple[Path, dict[str, Any]]:
+        report = report_stage.write_report(job, student, rows, choice, last, control)
+        return report_stage.export_model(job, student, report, choice), report["rows"]
+
+    model, table = from_first(tell)
     exported, gained = (choice.exported, choice.gained) if choice else (BUILT, None)
-    return Result(job.run.folder, model, job.run.folder / "report.html", report["rows"], exported, gained)
+    return Result(job.run.folder, model, job.run.folder / "report.html", table, exported, gained)
 
 
 def _trained(

@@ -7,7 +7,10 @@ progressive run and a direct one cost the same number of positions. Every stage 
 import shutil
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
+from moe2dense.common.processes import from_first
 from moe2dense.conversion import stages
 from moe2dense.conversion.choice import choose
 from moe2dense.conversion.configure import CONFIG
@@ -67,6 +70,19 @@ def _trained(stage: Job, built: Student) -> Student:
     return load_student(student_folder(str(stage.run.folder)))
 
 
+def _begun(folder: Path) -> bool:
+    """Return whether a stage's run was begun; what is no run is removed."""
+    begun = (folder / CONFIG).is_file()
+    if not begun:
+        shutil.rmtree(folder, ignore_errors=True)
+    return begun
+
+
+def _export(student: Student, folder: Path, tokenizer: str) -> None:
+    """Write a stage's student as the next stage's teacher."""
+    export(student, folder, tokenizer=tokenizer, dtype="float32", overwrite=True)
+
+
 def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_teacher: Teacher | None) -> Teacher:
     """One stage in a run folder of its own, finished parts read back; returns its student as a teacher.
 
@@ -75,9 +91,7 @@ def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_te
     folder, text = job.run.folder / "stages" / name, _text(job, rows)
     train = replace(job.settings.train, tokens=text.train.tokens if job.plan.tokens else 0)
     settings = replace(job.settings, to=target.to, out=str(folder), stages="", control=False, train=train)
-    begun = (folder / CONFIG).is_file()
-    if not begun:
-        shutil.rmtree(folder, ignore_errors=True)
+    begun = from_first(lambda: _begun(folder))
     with ExitStack() as stack:
         run = stack.enter_context(open_run(folder, settings, resume=begun))
         plan = replace(job.plan, target=target, tokens=train.tokens)
@@ -89,6 +103,7 @@ def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_te
             if train.tokens:
                 student = _trained(stage, student)
             with stage.timed("export"):
-                export(student, folder / "model", tokenizer=str(job.teacher.path), dtype="float32", overwrite=True)
+                tokenizer = str(job.teacher.path)
+                from_first(partial(_export, student, folder / "model", tokenizer))
     teacher = job.settings.teacher
     return load_teacher(folder / "model", memory=teacher.memory, device=teacher.device, gpu_memory=teacher.gpu_memory)

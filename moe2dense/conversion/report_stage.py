@@ -262,7 +262,7 @@ def export_model(job: Job, student: Student, report: Report, choice: Choice | No
             format=options.format,
             quantize=options.quantize or None,
             shard_size=options.shard_size,
-            text=job.text.train.input_ids[:64] if options.quantize else None,
+            text=job.text.train[:64].input_ids if options.quantize else None,
             score=score_quantized if options.quantize else None,
             overwrite=True,
         )

@@ -16,6 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from moe2dense.common.costs import Cost
 from moe2dense.common.files import atomic_write, content_errors, read_json_object
+from moe2dense.common.processes import from_first
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import differences, read_config, write_config
 from moe2dense.conversion.configure import CONFIG, FREE_KEYS
@@ -29,19 +30,19 @@ _REMEDY = "restore it, or convert again with another --out"
 class Run:
     """An open run folder. Use `open_run`; closing releases its lock."""
 
-    def __init__(self, folder: Path, config: RunConfig, lock: BaseFileLock):
-        self.folder, self.config, self._lock = folder, config, lock
-        manifest = folder / MANIFEST
+    def __init__(self, folder: Path, config: RunConfig, manifest: dict[str, Any], lock: BaseFileLock | None):
+        """Open a folder. lock: None for a process that leaves writing to the first one."""
+        self.folder, self.config, self.manifest, self._lock = folder, config, manifest, lock
         self.inner_costs: list[Cost] = []  # of each stage that is being measured: what stages inside it have cost
-        self.manifest: dict[str, Any] = _read_manifest(manifest) if manifest.exists() else {"stages": {}}
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Return the entry of a finished stage, or None."""
         return self.manifest["stages"].get(stage)
 
     def finish(self, stage: str, **entry: Any) -> None:
-        """Record that a stage's files are whole. `entry` must be JSON."""
-        self.manifest["stages"][stage] = {"finished": round(time.time(), 3), **entry}
+        """Record that a stage's files are whole. `entry` must be JSON; every process gets that of the first."""
+        entry = from_first(lambda: {"finished": round(time.time(), 3), **entry})
+        self.manifest["stages"][stage] = entry
         self.save()
 
     def cost(self) -> dict[str, Cost]:
@@ -56,7 +57,8 @@ class Run:
     def save(self, **fields: Any) -> None:
         """Write run.json, with more top-level fields where given."""
         self.manifest |= fields
-        atomic_write(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
+        if self._lock is not None:
+            atomic_write(self.folder / MANIFEST, json.dumps(self.manifest, indent=2) + "\n")
 
     def check_inputs(self, **hashes: str) -> None:
         """Note what the run is made from, or compare with what it was made from so far.
@@ -75,6 +77,8 @@ class Run:
 
     def close(self) -> None:
         """Let others use the folder."""
+        if self._lock is None:
+            return
         self._lock.release()
         with contextlib.suppress(OSError):
             (self.folder / _LOCK).unlink()
@@ -132,12 +136,35 @@ def check_out(folder: str | Path, resume: bool = False) -> None:
 def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Iterator[Run]:
     """Create a run folder, or reopen one with `resume`.
 
-    A run that is refused (UserError) before any stage has finished leaves no folder behind. Raises UserError as `check_out` does,
-    where the config differs from the run's (showing the difference), and where another run has the folder.
+    Of several processes the first one holds and writes it. A run that is refused (UserError) before any stage has finished leaves no
+    folder behind. Raises UserError as `check_out` does, where the config differs from the run's (showing the difference), and where
+    another run has the folder.
     """
     folder = Path(folder)
-    check_out(folder, resume)
+    own: list[Run] = []
     created = not folder.exists()
+
+    def begin() -> dict[str, Any]:
+        own.append(_begin(folder, config, resume, created))
+        return own[0].manifest
+
+    manifest = from_first(begin)
+    run = own[0] if own else Run(folder, config, manifest, None)
+    refused = False
+    try:
+        yield run
+    except UserError:
+        refused = True
+        raise
+    finally:
+        run.close()
+        if refused and own and not resume:
+            _remove_if_unused(folder, created)
+
+
+def _begin(folder: Path, config: RunConfig, resume: bool, created: bool) -> Run:
+    """Lock a run folder and read it, or write its config. Raises UserError, as `open_run`, leaving what was there."""
+    check_out(folder, resume)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -145,10 +172,9 @@ def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Ite
             f"--out {folder} cannot be created: {error.strerror}; choose a folder you can write to"
         ) from error
     lock = _lock(folder)
-    for path in folder.glob(".*.tmp"):  # of a process that was killed: the lock says that no other is at work
-        path.unlink(missing_ok=True)
-    run = refused = None
     try:
+        for path in folder.glob(".*.tmp"):  # of a process that was killed: the lock says that no other is at work
+            path.unlink(missing_ok=True)
         if resume:
             stored = read_config(folder / CONFIG)
             changed = [d for d in differences(stored, config) if d.split(":")[0] not in FREE_KEYS]
@@ -156,18 +182,16 @@ def open_run(folder: str | Path, config: RunConfig, resume: bool = False) -> Ite
                 raise UserError(f"--resume: the settings differ from the run in {folder}: {'; '.join(changed)}")
         else:
             atomic_write(folder / CONFIG, write_config(config))
-        run = Run(folder, config, lock)
-        yield run
-    except UserError as error:
-        refused = error
-        raise
-    finally:
-        if run is not None:
-            run.close()
-        else:
-            lock.release()
-        if refused is not None and not resume:
+        manifest = folder / MANIFEST
+        return Run(folder, config, _read_manifest(manifest) if manifest.exists() else {"stages": {}}, lock)
+    except UserError:
+        lock.release()
+        if not resume:
             _remove_if_unused(folder, created)
+        raise
+    except BaseException:
+        lock.release()
+        raise
 
 
 def _remove_if_unused(folder: Path, created: bool) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe2dense.common.files import atomic_write
+from moe2dense.common.processes import from_first
 from moe2dense.conversion.job import Job
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.baselines import open_baseline, row_names
@@ -34,7 +35,8 @@ def reference_for(job: Job, which: str) -> Reference:
 def write_token_counts(job: Job) -> None:
     """Keep in the run folder how often each token occurs in the training text, so that `eval` means the same rare tokens."""
     assert job.text.token_counts is not None, "a run counts the tokens of its training text"
-    atomic_write(job.run.folder / _COUNTS, save({"token_counts": job.text.token_counts}))
+    counts = save({"token_counts": job.text.token_counts})
+    from_first(lambda: atomic_write(job.run.folder / _COUNTS, counts))
 
 
 def read_token_counts(student: str | Path) -> Tensor | None:

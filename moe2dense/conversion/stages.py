@@ -1,9 +1,12 @@
 """The stages of a conversion. Each reads its result back from the run folder when the run already has it."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from moe2dense.common.processes import from_first, world
+from moe2dense.common.units import parse_bytes
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.conversion.choice import BEST, LAST, load_checkpoint
 from moe2dense.conversion.job import Job
@@ -16,14 +19,17 @@ from moe2dense.distillation.regimes.checks import brings_targets
 from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.regimes.mtp import keep_heads_of
 from moe2dense.distillation.regimes.registry import REGIMES
+from moe2dense.distillation.targets.formats import StoreOptions
 from moe2dense.distillation.targets.mixture import MixedTargets
 from moe2dense.distillation.targets.open import open_any_targets
 from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.distillation.targets.rolling import Order, RollingTargets, rolling_targets
 from moe2dense.distillation.targets.served.server import TeacherServer, connect
 from moe2dense.distillation.targets.served.write import write_served_targets
 from moe2dense.distillation.targets.store import MANIFEST, open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.feature_spec import teacher_features
+from moe2dense.modeling.hooks import feature_name
 from moe2dense.student.build.api import build_student, build_to_folder
 from moe2dense.student.fit_defaults import heal_passes
 from moe2dense.student.init_spec import base_and_steps
@@ -58,22 +64,24 @@ def build(job: Job) -> Student:
 
     settings = job.settings
     with job.timed("build") as entry:
-        build_to_folder(
-            training_teacher(job),
-            to=job.target,
-            data=job.text.build,
-            folder=folder / "student",
-            out=folder,
-            init=settings.build.init,
-            config=build_settings(job),
-            seed=settings.seed,
-            progress=progress,
+        from_first(
+            lambda: build_to_folder(
+                training_teacher(job),
+                to=job.target,
+                data=job.text.build,
+                folder=folder / "student",
+                out=folder,
+                init=settings.build.init,
+                config=build_settings(job),
+                seed=settings.seed,
+                progress=progress,
+            )
         )
         student = load_student(folder / "student")  # as a resumed run does, so that both train the same module
         if job.intermediate_teacher is not None:
             # Where the neurons of a dense intermediate teacher come from says nothing of the teacher's experts.
             student = replace(student, provenance=[None] * len(student.provenance), teacher_path=str(job.teacher.path))
-            save_student(student, folder / "student")
+            from_first(partial(save_student, student, folder / "student"))
         entry |= {"tokens": student.build_tokens, "history": student.history}
     return student
 
@@ -94,10 +102,11 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
 
     settings = job.settings
     with job.timed(stage) as entry:
+        targets = training_targets(job)
         result = distill(
             student,
             data=job.text.train,
-            targets=training_targets(job),
+            targets=targets,
             tokens=job.text.train.tokens,
             valid=job.text.valid,
             valid_targets=reference_for(job, "valid"),
@@ -110,7 +119,10 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
             progress=progress,
             token_counts=job.text.token_counts,
         )
-        save_student(student, final)
+        student = _whole(job, student, built or job.run.folder / "build" / "student", folder)
+        from_first(lambda: save_student(student, final))
+        if isinstance(targets, RollingTargets):
+            targets.finish()
         entry |= {
             "tokens": result.tokens,
             "steps": result.steps,
@@ -120,6 +132,15 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
         built = built or job.run.folder / "build" / "student"
         entry |= _keep_best(job, student, folder / "checkpoints", built, result.best_step, result.steps)
     return load_student(final)
+
+
+def _whole(job: Job, student: Student, built: Path, folder: Path) -> Student:
+    """Return the trained student with all its weights on every process, also where training left them spread."""
+    if not job.settings.train.shard or world()[1] == 1:
+        return student
+    whole = load_student(built)
+    Checkpoints(folder / "checkpoints").load_weights(whole.model)
+    return whole
 
 
 def _keep_best(
@@ -139,8 +160,12 @@ def _keep_best(
     kl[BEST] = float(score(job, best)["valid"].kl)
     if kl[BEST] >= kl[LAST]:
         return {"exported": LAST, "kl": kl}
-    save_student(best, checkpoints / "final")
-    keep_heads_of(folder.load(best_step)[0], checkpoints.parent)
+
+    def keep() -> None:
+        save_student(best, checkpoints / "final")
+        keep_heads_of(folder.load(best_step)[0], checkpoints.parent)
+
+    from_first(keep)
     return {"exported": BEST, "kl": kl, "last": plain_scores(job, last)}
 
 
@@ -153,16 +178,9 @@ def control(job: Job) -> tuple[Path, TextScores]:
     settings, folder = job.settings, job.run.folder / "control" / "build" / "student"
     if not _done(job, "build-control", folder / "student.json"):
         with job.timed("build-control") as entry:
-            student = build_student(
-                job.source,
-                to=job.target,
-                data=job.text.build,
-                init=control_init(settings.build.init),
-                config=build_settings(job),
-                seed=settings.seed,
-            )
-            save_student(student, folder)
-            entry |= {"history": student.history}
+            init = control_init(settings.build.init)
+            from_first(lambda: save_student(_built(job, init, settings.seed), folder))
+            entry |= {"history": load_student(folder).history}
     built = load_student(folder)
     scores = score(job, built)
     if not job.plan.tokens:
@@ -194,6 +212,8 @@ def training_targets(job: Job) -> Targets | None:
         return None
     if settings.targets:
         return open_any_targets(settings.targets, job.text.train, teacher=training_teacher(job, targets=True))
+    if settings.targets_disk and (rolling := _rolling(job)) is not None:
+        return rolling
     draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
     folder = job.run.folder / "targets"
     folders = [folder] if draws == 1 else [folder / f"draw-{draw}" for draw in range(draws)]
@@ -202,6 +222,23 @@ def training_targets(job: Job) -> Targets | None:
             _store_targets(job, folders)
     stores = [open_targets(place, job.text.train) for place in folders]
     return stores[0] if draws == 1 else MixedTargets([(1 / draws, store) for store in stores])
+
+
+def _rolling(job: Job) -> RollingTargets | None:
+    """Return targets that take no more disk than the settings allow; None where those of all text take no more."""
+    settings, target, text = job.settings.train, job.target, job.text.train
+    layers = target.config.num_hidden_layers, target.teacher.num_hidden_layers
+    features = tuple(feature_name(f) for f in teacher_features(features_to_store(settings, target), *layers))
+    options = StoreOptions(settings.target_format, settings.temperature, seed=job.settings.seed, features=features)
+    return rolling_targets(
+        training_teacher(job, targets=True),
+        text,
+        job.run.folder / "targets",
+        parse_bytes(settings.targets_disk, "--targets-disk"),
+        Order(len(text), max(1, settings.batch // job.plan.block), settings.epochs, job.settings.seed),
+        options,
+        job.progress,
+    )
 
 
 def _store_targets(job: Job, folders: list[Path]) -> None:
@@ -257,16 +294,15 @@ def second_student(job: Job) -> Student:
         return open_student(peer)
     if not _done(job, "peer", folder / "student.json"):
         with job.timed("peer"):
-            student = build_student(
-                job.source,
-                to=job.target,
-                data=job.text.build,
-                init=peer,
-                config=build_settings(job),
-                seed=settings.seed + 1,
-            )
-            save_student(student, folder)
+            from_first(lambda: save_student(_built(job, peer, settings.seed + 1), folder))
     return load_student(folder)
+
+
+def _built(job: Job, init: str, seed: int) -> Student:
+    """Return a student of the run's shape, built on its text in another way."""
+    return build_student(
+        job.source, to=job.target, data=job.text.build, init=init, config=build_settings(job), seed=seed
+    )
 
 
 def training_teacher(job: Job, targets: bool = False, draw: int = 0) -> Teacher:

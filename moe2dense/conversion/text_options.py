@@ -5,6 +5,7 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
+from moe2dense.common.processes import from_first
 from moe2dense.config.schema import DataConfig
 from moe2dense.config.toml import read_toml
 from moe2dense.conversion.configure import CONFIG
@@ -36,4 +37,4 @@ def run_day(run: Run) -> str:
 
     It is written with the first thing that is: a run that is refused before leaves no run.json.
     """
-    return str(run.manifest.setdefault("date", date.today().isoformat()))
+    return str(run.manifest.setdefault("date", from_first(lambda: date.today().isoformat())))

@@ -7,6 +7,7 @@ import torch
 
 from moe2dense.common.devices import moved_to
 from moe2dense.common.files import atomic_write
+from moe2dense.common.processes import from_first
 from moe2dense.config.schema import DEFAULT_CORPUS
 from moe2dense.conversion.job import Job
 from moe2dense.conversion.stages import training_targets
@@ -38,12 +39,16 @@ def _with_selected_blocks(job: Job, student: Student, selection: Selection) -> J
         "needs_targets says so for train.select, and check_text_settings refuses regimes without"
     )
     if not job.run.finished("select"):
-        with job.timed("select") as entry:
+
+        def select() -> dict[str, float]:
             with moved_to(student.model, job.source.device):
                 rows, divergence = select_blocks(student.model, targets, blocks, selection)
-            entry |= {"kept": len(rows), "of": len(blocks), "divergence": float(divergence[rows].mean())}
-            entry["divergence_of_all"] = float(divergence.mean())
             atomic_write(record, json.dumps({"rows": rows, "divergence": [round(float(d), 6) for d in divergence]}))
+            chosen, whole = float(divergence[rows].mean()), float(divergence.mean())
+            return {"kept": len(rows), "of": len(blocks), "divergence": chosen, "divergence_of_all": whole}
+
+        with job.timed("select") as entry:
+            entry |= from_first(select)
     rows = json.loads(record.read_text())["rows"]
     train = replace(job.settings.train, epochs=job.settings.train.epochs * len(blocks) / len(rows))
     return replace(job, text=replace(job.text, train=blocks[rows]), settings=replace(job.settings, train=train))
@@ -70,8 +75,9 @@ def written_text(job: Job) -> Blocks:
                 job.teacher, folder, source, settings.write, (wanted + 1) * block,
                 block=block, seed=settings.seed, tokenizer=tokenizer, progress=job.progress, options=job.text.options,
             )  # fmt: skip
-            entry |= summary(folder)
+            entry |= from_first(lambda: summary(folder))
     masks = settings.data.document_masks
     own = load_blocks(folder, tokenizer, block, "train", wanted * block, settings.seed, masks, options=job.text.options)
-    together = join_blocks([real[: len(real) - wanted], own]) if wanted < len(real) else own
-    return together[torch.randperm(len(together), generator=torch.Generator().manual_seed(settings.seed))]
+    parts = [real[: len(real) - wanted], own] if wanted < len(real) else [own]
+    order = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(settings.seed))
+    return join_blocks(parts, order)

@@ -65,6 +65,13 @@ class TextCounts:
         parts += [note if count == 1 else f"{note} ({count} times)" for note, count in self.notes.items()]
         return "; ".join(parts)
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "TextCounts":
+        """Return the counts that `to_dict` gave."""
+        reasons = values["reasons"]
+        by_reason = Counter({r["reason"]: r["count"] for r in reasons})
+        return cls(values["used"], by_reason, {r["reason"]: r["first"] for r in reasons}, Counter(values["notes"]))
+
     def to_dict(self) -> dict[str, Any]:
         """Return the counts as JSON: {"read", "used", "skipped", "reasons": [{"reason", "count", "first"}], "notes"}."""
         reasons = [{"reason": r, "count": n, "first": self.first[r]} for r, n in self.reasons.most_common()]

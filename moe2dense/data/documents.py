@@ -1,6 +1,6 @@
 """Turn passages into token ids: plain text with what the tokenizer puts before it, completions and chats with their answers marked."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, cast
@@ -25,12 +25,12 @@ class Document:
     `source`, "" where it names none.
     """
 
-    tokens: list[int]
-    learnt: list[bool] | None
+    tokens: Sequence[int]
+    learnt: Sequence[bool] | bytes | None
     domain: str = ""
     work: str = ""
     prefix: int = 0
-    calls: list[bool] | None = None
+    calls: Sequence[bool] | None = None
 
 
 class Documents:
@@ -47,7 +47,7 @@ class Documents:
         rows = iter(passages)
         while batch := list(islice(rows, _BATCH)):
             plain = [passage["text"] for _, passage in batch if "text" in passage]
-            texts = iter(self._tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else [])  # type: ignore[arg-type]
+            texts = iter(self._plain(plain) if plain else [])
             for where, passage in batch:
                 labels = str(passage.get("domain") or ""), str(passage.get("source") or "")
                 try:
@@ -63,6 +63,11 @@ class Documents:
                     continue
                 self._counts.used += 1
                 yield from documents
+
+    def _plain(self, texts: list[str]) -> list[list[int]]:
+        """Return the token ids of plain texts, by all of the tokenizer's threads."""
+        out = self._tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
+        return out["input_ids"]  # type: ignore[return-value]
 
     def _chat(self, passage: dict[str, Any], labels: tuple[str, str]) -> list[Document]:
         """Return one document for each sample of a conversation: as its template renders it, BOS included. Raises Unusable."""

@@ -57,8 +57,12 @@ def _data_files(folder: Path) -> list[Path]:
 
 def _of_split(folder: Path, split: str) -> list[Path]:
     """Return the files of a folder whose names begin with one of the split's."""
-    pattern = re.compile(rf"({'|'.join(SPLIT_NAMES[split])})(-|\.)")
-    return [p for p in _data_files(folder) if pattern.match(p.name)]
+    return [p for p in _data_files(folder) if split_pattern(split).match(p.name)]
+
+
+def split_pattern(split: str) -> re.Pattern[str]:
+    """Return what the names of a split's files begin with."""
+    return re.compile(rf"({'|'.join(SPLIT_NAMES[split])})(-|\.)")
 
 
 def open_plain(path: Path) -> IO[bytes]:

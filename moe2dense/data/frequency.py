@@ -12,9 +12,14 @@ GROUPS = 10
 
 def count_tokens(blocks: Blocks, size: int = 0) -> Tensor:
     """Return how often each token id occurs among the real tokens [V]; at least `size` ids."""
-    mask = blocks.attention_mask
-    ids = blocks.input_ids.flatten() if mask is None else blocks.input_ids[mask.bool()]
-    return torch.bincount(ids, minlength=size)
+    total = torch.zeros(size, dtype=torch.int64)
+    for part in blocks.in_parts():
+        mask = part.attention_mask
+        ids = part.input_ids.flatten() if mask is None else part.input_ids[mask.bool()]
+        counts = torch.bincount(ids, minlength=len(total))
+        counts[: len(total)] += total
+        total = counts
+    return total
 
 
 def frequency_deciles(labels: Tensor, counts: Tensor | None = None, groups: int = GROUPS) -> Tensor:

@@ -42,6 +42,15 @@ def hub_split(split: str, available: list[str]) -> tuple[str, bool]:
     return ("train", True) if "train" in available and not held_out else ("", False)
 
 
+def hub_revision(name: str) -> str:
+    """Return the name of a dataset with its present revision; the name alone where the hub cannot be asked."""
+    repository = name.partition(":")[0]
+    try:
+        return name if constants.HF_HUB_OFFLINE else f"{name}@{dataset_info(repository, timeout=10).sha}"
+    except Exception:  # no network, no such dataset, gated, ...: reading it says so
+        return name
+
+
 def hub_records(name: str, split: str, seed: int, remedy: str) -> tuple[Iterable[dict[str, Any]], bool]:
     """Return a streamed hub dataset, `owner/name` or `owner/name:configuration`, and whether it must be split by hash.
 

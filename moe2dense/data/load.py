@@ -8,12 +8,15 @@ from typing import Any, cast
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from moe2dense.common.progress import Report
 from moe2dense.data.blocks import Blocks, join_blocks
 from moe2dense.data.counts import TextCounts
 from moe2dense.data.documents import Documents
 from moe2dense.data.options import DEFAULTS, TextOptions
-from moe2dense.data.pack import Layout, packed
+from moe2dense.data.pack import packed
 from moe2dense.data.records import HOW, located_passages, usable
+from moe2dense.data.token_text import Layout
+from moe2dense.data.tokenise import is_large, mapped_blocks
 from moe2dense.errors import UserError
 
 
@@ -28,6 +31,7 @@ def load_blocks(
     spread: bool = False,
     options: TextOptions = DEFAULTS,
     counts: TextCounts | None = None,
+    progress: Report | None = None,
 ) -> Blocks:
     """Read blocks of exactly `block` tokens of one split, about `tokens` of them (None = all there is), in a seeded order.
 
@@ -38,6 +42,7 @@ def load_blocks(
     all forms. document_masks: on = tokens do not see the document before theirs; auto = on for chat only.
     spread: take few blocks of each of many passages, for text to judge on, and not all of the first passages.
     options: BOS, template and turns to learn. counts: takes in what was read and skipped; without it a warning says what was skipped.
+    A text of more than 16M tokens is tokenised once, into files below the user's cache folder, and mapped (data/tokenise.py).
     Raises UserError when the source is missing, unreadable, without text, or holds less than one block.
     """
     if document_masks not in ("auto", "on", "off"):
@@ -49,9 +54,9 @@ def load_blocks(
     seen = TextCounts()
     layout = Layout(block, document_masks, spread, options.fit == "whole")
     if isinstance(path, dict):
-        blocks = _mixture(path, tokenizer, layout, split, tokens, seed, options, seen)
+        blocks = _mixture(path, tokenizer, layout, split, tokens, seed, options, seen, progress)
     else:
-        blocks = _read(path, tokenizer, layout, split, tokens, seed, options, seen)
+        blocks = _read(path, tokenizer, layout, split, tokens, seed, options, seen, progress)
     if counts is not None:
         counts.add(seen)
     elif seen.skipped:
@@ -68,8 +73,13 @@ def _read(
     seed: int,
     options: TextOptions,
     counts: TextCounts,
+    progress: Report | None,
 ) -> Blocks:
     """Return the blocks of one source."""
+    if not layout.spread and is_large(path, split, tokens):
+        _check_tokenizer(tokenizer)
+        large = mapped_blocks(path, tokenizer, layout, split, tokens, seed, options, counts, progress)
+        return _filled(large, layout, _source_name(path, split), counts)
     rows = located_passages(path, split, seed, counts)
     return _blocks(rows, tokenizer, layout, _source_name(path, split), tokens, options, counts)
 
@@ -124,11 +134,21 @@ def _blocks(
     counts: TextCounts,
 ) -> Blocks:
     """Return the blocks of passages. Raises UserError where they fill none."""
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-text token (eos_token), which separates passages in a block")
+    _check_tokenizer(tokenizer)
     limit = None if tokens is None else max(1, tokens // layout.block)
     documents = Documents(tokenizer, layout.block, options, counts).of(passages)
     blocks = packed(documents, layout, limit, cast(int, tokenizer.eos_token_id))
+    return _filled(blocks, layout, what, counts)
+
+
+def _check_tokenizer(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise UserError for a tokenizer that cannot separate passages."""
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token (eos_token), which separates passages in a block")
+
+
+def _filled(blocks: Blocks | int, layout: Layout, what: str, counts: TextCounts) -> Blocks:
+    """Return blocks as they are. Raises UserError where a text's tokens fill none."""
     if isinstance(blocks, int):
         if not counts.used:
             seen = f": {counts.sentence()}" if counts.read else ""
@@ -172,6 +192,7 @@ def _mixture(
     seed: int,
     options: TextOptions,
     counts: TextCounts,
+    progress: Report | None,
 ) -> Blocks:
     """Return blocks of several sources, as many of each as its weight says, in one shuffled order."""
     total = sum(weights.values())
@@ -182,7 +203,7 @@ def _mixture(
     parts = []
     for path, weight in weights.items():
         share, seen = round(tokens * weight / total), TextCounts()
-        part = _read(path, tokenizer, layout, split, share, seed, options, seen)
+        part = _read(path, tokenizer, layout, split, share, seed, options, seen, progress)
         counts.add(seen)
         if len(part) < share // layout.block:
             raise UserError(
@@ -190,5 +211,5 @@ def _mixture(
                 "lower its weight or --tokens"
             )
         parts.append(part)
-    blocks = join_blocks(parts)
-    return blocks[torch.randperm(len(blocks), generator=torch.Generator().manual_seed(seed))]
+    order = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(seed))
+    return join_blocks(parts, order)

@@ -23,7 +23,7 @@ def seen_share(held_out: Blocks, training: Blocks, window: int = WINDOW) -> floa
     found = torch.zeros(len(wanted), dtype=torch.bool)
     ids = training.input_ids.flatten()
     for start in range(0, len(ids) - window + 1, _CHUNK):
-        hashes = _hashes(ids[start : start + _CHUNK + window - 1], factors)
+        hashes = _hashes(ids[start : start + _CHUNK + window - 1].long(), factors)
         at = torch.searchsorted(wanted, hashes).clamp(max=len(wanted) - 1)
         found[at[wanted[at] == hashes]] = True
     return float(found[place].float().mean())

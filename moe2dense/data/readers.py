@@ -9,7 +9,8 @@ import json
 import sys
 import tempfile
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any, Protocol
 
@@ -24,7 +25,8 @@ from moe2dense.errors import UserError, first_line
 
 _CHUNK = 2**24  # bytes that are searched for line ends at a time
 _PASSAGE = 2000  # characters gathered into one passage of a plain .txt file
-_TABLE_IN_MEMORY = 2**30  # bytes of a parquet file that are decoded into memory
+_IN_MEMORY = 2**26  # bytes of a parquet or .txt file that are held in memory; more is mapped from a temporary file
+_ROWS = 4096  # of a temporary file that are written at once
 _BOM = b"\xef\xbb\xbf"
 
 
@@ -100,8 +102,8 @@ def _as_record(value: Any) -> dict[str, Any]:
     return value
 
 
-class InMemory:
-    """Records that were read at once."""
+class Listed:
+    """Records of a list."""
 
     def __init__(self, records: Sequence[Any], places: Callable[[int], str], note: str = ""):
         self._records, self._places, self.note = records, places, note
@@ -184,7 +186,7 @@ def _json(path: Path, file: IO[bytes]) -> Records:
         value = lists[0] if len(lists) == 1 and not FIELDS & value.keys() else [value]
     if not isinstance(value, list):
         raise UserError(f"data {path} cannot be read as json: it holds no list of records")
-    return InMemory(value, lambda i: f"{path.name} record {i + 1}")
+    return Listed(value, lambda i: f"{path.name} record {i + 1}")
 
 
 def _csv(path: Path, file: IO[bytes]) -> Records:
@@ -205,35 +207,129 @@ def _csv(path: Path, file: IO[bytes]) -> Records:
             line = reader.line_num + 1
     except (csv.Error, UnicodeDecodeError) as error:
         raise UserError(f"data {path} cannot be read as csv: {first_line(error)}") from error
-    return InMemory(records, lambda i: f"{path.name} line {lines[i]}")
+    return Listed(records, lambda i: f"{path.name} line {lines[i]}")
 
 
 def _text(path: Path, file: IO[bytes]) -> Records:
     """Read a .txt file: paragraphs between blank lines, gathered into passages; without blank lines a document a line."""
+    large = file.seek(0, io.SEEK_END) > _IN_MEMORY
     try:
-        text = io.TextIOWrapper(file, "utf-8-sig").read()
+        parted = _has_blank_lines(file)
+        paragraphs = _paragraphs(_decoded(file))
+        first = list(islice(paragraphs, 2)) if parted else []
+        if len(first) > 1:
+            note = f"{path.name}: paragraphs between blank lines, gathered into passages of {_PASSAGE} characters"
+            passages = _numbered(_gathered(chain(first, paragraphs)))
+            return _texts(path, "passage", passages, note, large)
+        lines = _filled_lines(_decoded(file))
+        records = _texts(path, "line", lines, "", large)
     except UnicodeDecodeError as error:
         raise UserError(f"data {path} cannot be read as text: {first_line(error)}; save it as UTF-8") from error
-    paragraphs = [p for p in text.split("\n\n") if p]
-    if len(paragraphs) > 1:
-        passages = _gathered(paragraphs)
-        note = f"{path.name}: paragraphs between blank lines, gathered into passages of {_PASSAGE} characters"
-        return InMemory([{"text": p} for p in passages], lambda i: f"{path.name} passage {i + 1}", note)
-    lines = [(n, line) for n, line in enumerate(text.splitlines(), 1) if line.strip()]
-    note = f"{path.name}: a document a line, for it has no blank line" if len(lines) > 1 else ""
-    return InMemory([{"text": line} for _, line in lines], lambda i: f"{path.name} line {lines[i][0]}", note)
+    if len(records) > 1:
+        records.note = f"{path.name}: a document a line, for it has no blank line"
+    return records
 
 
-def _gathered(paragraphs: Sequence[str]) -> list[str]:
+def _has_blank_lines(file: IO[bytes]) -> bool:
+    """Return whether a blank line may stand in a file, whatever its line ends are; the whole file is never in memory."""
+    file.seek(0)
+    last = b""
+    while chunk := file.read(_CHUNK):
+        if any(ends in last + chunk for ends in (b"\n\n", b"\n\r\n", b"\r\r")):
+            return True
+        last = chunk[-2:]
+    return False
+
+
+def _decoded(file: IO[bytes]) -> Iterator[str]:
+    """Yield a file's lines as text, their ends made "\\n"; the file stays open. Raises UnicodeDecodeError."""
+    file.seek(0)
+    text = io.TextIOWrapper(file, "utf-8-sig")
+    yield from text
+    text.detach()
+
+
+def _paragraphs(text: Iterable[str]) -> Iterator[str]:
+    """Yield what stands between blank lines, empty paragraphs left out, as `split("\n\n")` parts it."""
+    rest = ""
+    for line in text:
+        rest += line
+        if line != "\n" or not rest.endswith("\n\n"):
+            continue
+        if rest != "\n\n":
+            yield rest[:-2]
+        rest = ""
+    if rest:
+        yield rest
+
+
+def _filled_lines(text: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """Yield the lines that are not blank with their numbers from 1, as `str.splitlines` parts them."""
+    lines = (part for line in text for part in line.splitlines())
+    return ((n, line) for n, line in enumerate(lines, 1) if line.strip())
+
+
+def _numbered(passages: Iterable[str]) -> Iterator[tuple[int, str]]:
+    return enumerate(passages, 1)
+
+
+def _texts(path: Path, unit: str, rows: Iterable[tuple[int, str]], note: str, large: bool) -> Listed:
+    """Return texts with their numbers as records; where there are many, they lie in a temporary file that is mapped."""
+    if not large:
+        numbers, texts = [], []
+        for number, text in rows:
+            numbers.append(number)
+            texts.append({"text": text})
+        return Listed(texts, lambda i: f"{path.name} {unit} {numbers[i]}", note)
+    table = _mapped_table(_row_batches(iter(rows)))
+    return Listed(_Texts(table), lambda i: f"{path.name} {unit} {table['number'][i]}", note)
+
+
+def _row_batches(rows: Iterator[tuple[int, str]]) -> Iterator[pa.RecordBatch]:
+    """Yield numbered texts as batches of a table."""
+    while part := list(islice(rows, _ROWS)):
+        yield pa.RecordBatch.from_pydict({"number": [n for n, _ in part], "text": [t for _, t in part]}, _TEXT_ROWS)
+
+
+_TEXT_ROWS = pa.schema([("number", pa.int64()), ("text", pa.large_string())])
+
+
+class _Texts(Sequence[dict[str, Any]]):
+    """The texts of a table as records, each made when it is asked for."""
+
+    def __init__(self, table: pa.Table):
+        self._table = table
+
+    def __len__(self) -> int:
+        return self._table.num_rows
+
+    def __getitem__(self, index: Any) -> Any:
+        return {"text": self._table["text"][index].as_py()}
+
+
+def _mapped_table(batches: Iterable[pa.RecordBatch]) -> pa.Table:
+    """Return batches of rows as a table that is mapped from a temporary file; there is at least one batch."""
+    with tempfile.NamedTemporaryFile() as place:  # the mapping outlives the name
+        rest = iter(batches)
+        first = next(rest)
+        with pa.ipc.new_file(place.name, first.schema) as writer:
+            for batch in chain([first], rest):
+                writer.write_batch(batch)
+        return pa.ipc.open_file(pa.memory_map(place.name)).read_all()
+
+
+def _gathered(paragraphs: Iterable[str]) -> Iterator[str]:
     """Gather consecutive paragraphs into passages, so that a block of plain text keeps its context."""
-    passages: list[str] = []
     part: list[str] = []
+    size = 0
     for paragraph in paragraphs:
         part.append(paragraph)
-        if sum(map(len, part)) >= _PASSAGE:
-            passages.append("\n\n".join(part))
-            part = []
-    return [*passages, "\n\n".join(part)] if part else passages
+        size += len(paragraph)
+        if size >= _PASSAGE:
+            yield "\n\n".join(part)
+            part, size = [], 0
+    if part:
+        yield "\n\n".join(part)
 
 
 def _parquet(path: Path, file: IO[bytes]) -> Records:
@@ -242,16 +338,9 @@ def _parquet(path: Path, file: IO[bytes]) -> Records:
     names = source.schema_arrow.names
     columns = [n for n in names if n in FIELDS] or names[:8]
     groups = source.metadata
-    if sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)) <= _TABLE_IN_MEMORY:
+    if sum(groups.row_group(i).total_byte_size for i in range(groups.num_row_groups)) <= _IN_MEMORY:
         return ArrowTable(path, source.read(columns=columns))
-    with tempfile.NamedTemporaryFile() as place:  # the mapping outlives the name
-        batches = source.iter_batches(columns=columns)
-        first = next(batches)
-        with pa.ipc.new_file(place.name, first.schema) as writer:
-            writer.write_batch(first)
-            for batch in batches:
-                writer.write_batch(batch)
-        return ArrowTable(path, pa.ipc.open_file(pa.memory_map(place.name)).read_all())
+    return ArrowTable(path, _mapped_table(source.iter_batches(columns=columns)))
 
 
 def _arrow(path: Path, file: IO[bytes]) -> Records:

@@ -5,7 +5,8 @@ What a passage is says fields.py. Local files are read as they are now: no cache
 
 import re
 from collections.abc import Iterable, Iterator
-from itertools import count
+from dataclasses import dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,21 @@ import xxhash
 from moe2dense.data.counts import TextCounts, Unusable
 from moe2dense.data.fields import passage_of, split_key
 from moe2dense.data.files import FORMATS, SPLIT_NAMES, file_format, split_files
-from moe2dense.data.hub import hub_records
+from moe2dense.data.hub import hub_records, hub_revision
 from moe2dense.data.readers import read_records
+from moe2dense.data.remote import is_url, remote_files, remote_is_file
 from moe2dense.errors import UserError
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")
 _BUCKETS = {0: "valid", 1: "test"}  # of 20, by hash of the passage; the rest is train
 HOW = "pass --data with a folder of {train,valid,test}.jsonl, one .jsonl/.txt/.parquet file, or a hub id"
+
+
+@dataclass
+class Cursor:
+    """position: how many records of a source were taken, in its order, whether they are of the split and of use or not."""
+
+    position: int = 0
 
 
 def passages(path: str | Path, split: str, seed: int, counts: TextCounts | None = None) -> Iterator[dict[str, Any]]:
@@ -30,15 +39,16 @@ def passages(path: str | Path, split: str, seed: int, counts: TextCounts | None 
 
 
 def located_passages(
-    path: str | Path, split: str, seed: int, counts: TextCounts | None = None
+    path: str | Path, split: str, seed: int, counts: TextCounts | None = None, cursor: Cursor | None = None
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return (where it stands, passage) of one split in a seeded order that is the same on every machine.
 
     A folder gives its `split` file; a single file, or a hub dataset that has only `train`, is split by a hash of
     each passage (90% train, 5% valid, 5% test); the split `all` is a single file as it stands. `counts` takes in what is read and
-    skipped. Raises UserError when the source is missing, empty, unreadable, or out of reach.
+    skipped. cursor: where reading goes on, and, once a passage is there, where it would go on after it.
+    Raises UserError when the source is missing, empty, unreadable, or out of reach.
     """
-    records, hashed = _located_records(path, split, seed, counts)
+    records, hashed = _located_records(path, split, seed, counts, cursor or Cursor())
     if hashed:
         records = ((where, record) for where, record in records if _in_split(record, split))
     return usable(records, counts or TextCounts())
@@ -60,24 +70,16 @@ def usable(
 
 
 def _located_records(
-    path: str | Path, split: str, seed: int, counts: TextCounts | None
+    path: str | Path, split: str, seed: int, counts: TextCounts | None, cursor: Cursor
 ) -> tuple[Iterable[tuple[str, dict[str, Any] | Unusable]], bool]:
     """Return records, those that cannot be parsed included, and whether they must be split by hash. Raises UserError."""
-    if split not in (*SPLIT_NAMES, "all"):
-        raise UserError(f"split must be one of {', '.join(SPLIT_NAMES)}, all; found {split!r}")
-    where = Path(path).expanduser()
-    if split == "all" and not where.is_file():
-        raise UserError(f"data {str(path)!r}: the split `all` needs a single file; {HOW}")
+    files = source_files(path, split)
     hashed = False
-    if where.is_dir():
-        rows = _local(split_files(where, split), seed, counts)
-    elif where.is_file():
-        rows, hashed = _local([where], seed, counts), split != "all"
-    elif _HUB_ID.match(str(path)) and file_format(where) is None:
-        streamed, hashed = hub_records(str(path), split, seed, HOW)
-        rows = zip((f"{path} record {n}" for n in count(1)), streamed, strict=False)
+    if files:
+        rows, hashed = _local(files, seed, counts, cursor), is_single_file(path) and split != "all"
     else:
-        raise UserError(f"data {str(path)!r} does not exist; {HOW}")
+        streamed, hashed = hub_records(str(path), split, seed, HOW)
+        rows = _counted(zip((f"{path} record {n}" for n in count(1)), streamed, strict=False), cursor)
     if hashed and split == "ood":
         raise UserError(
             f"data {str(path)!r} has no ood split: out-of-distribution text needs a file of its own (--ood)"
@@ -93,7 +95,49 @@ def _in_split(record: dict[str, Any] | Unusable, split: str) -> bool:
     return _BUCKETS.get(xxhash.xxh3_64_intdigest(key.encode(errors="replace")) % 20, "train") == split
 
 
-def _local(files: list[Path], seed: int, counts: TextCounts | None) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
+def is_single_file(path: str | Path) -> bool:
+    """Return whether a source is one file, here or behind a URL. Raises UserError where a store cannot be asked."""
+    return remote_is_file(str(path)) if is_url(path) else Path(path).expanduser().is_file()
+
+
+def source_files(path: str | Path, split: str) -> list[Path]:
+    """Return the local files that a split is read from, copies of those behind a URL; none for a dataset on the hub.
+
+    Raises UserError for a split that there is not, and a source that is neither.
+    """
+    if split not in (*SPLIT_NAMES, "all"):
+        raise UserError(f"split must be one of {', '.join(SPLIT_NAMES)}, all; found {split!r}")
+    if split == "all" and not is_single_file(path):
+        raise UserError(f"data {str(path)!r}: the split `all` needs a single file; {HOW}")
+    if is_url(path):
+        return remote_files(str(path), split)
+    where = Path(path).expanduser()
+    if where.is_dir():
+        return split_files(where, split)
+    if where.is_file():
+        return [where]
+    if _HUB_ID.match(str(path)) and file_format(where) is None:
+        return []
+    raise UserError(f"data {str(path)!r} does not exist; {HOW}")
+
+
+def source_revision(path: str | Path, split: str) -> str:
+    """Return what tells the version of a dataset on the hub: its name and revision; "" for local files."""
+    return "" if source_files(path, split) else hub_revision(str(path))
+
+
+def _counted(
+    rows: Iterable[tuple[str, dict[str, Any]]], cursor: Cursor
+) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
+    """Yield the records of a stream from where the cursor stands."""
+    for row in islice(rows, cursor.position, None):
+        cursor.position += 1
+        yield row
+
+
+def _local(
+    files: list[Path], seed: int, counts: TextCounts | None, cursor: Cursor
+) -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
     """Return the records of files of one format in a seeded order. Raises UserError where they cannot be read."""
     if file_format(files[0]) is None:
         raise UserError(
@@ -106,7 +150,10 @@ def _local(files: list[Path], seed: int, counts: TextCounts | None) -> Iterator[
         counts.notes[records.note] = 1
 
     def in_order() -> Iterator[tuple[str, dict[str, Any] | Unusable]]:
-        for index in np.random.default_rng(seed).permutation(len(records)).tolist():
+        order = np.random.default_rng(seed).permutation(len(records))
+        while cursor.position < len(order):
+            index = int(order[cursor.position])
+            cursor.position += 1
             try:
                 record: dict[str, Any] | Unusable = records.record(index)
             except Unusable as reason:

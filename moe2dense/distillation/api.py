@@ -76,7 +76,7 @@ def distill(
     _check_arguments(config, teacher, targets, out, regime)
     answers = None if targets is None else as_targets(targets, data)
     data = data if tokens is None else data[: tokens // block]
-    if not bool(data.loss_mask().any()):
+    if not any(bool(part.loss_mask().any()) for part in data.in_parts()):
         raise UserError("data: no token carries loss; the blocks are masked throughout")
     config = settle_features(config, student, answers, teacher, regime)
     config = dataclasses.replace(config, epochs=passes(config, data.tokens, model.num_parameters()))
@@ -166,9 +166,11 @@ def _token_weights(config: TrainConfig, targets: Targets | None, blocks: Blocks)
     name, calls = config.token_weights, blocks.call_positions() if config.call_weight != 1 else None
     if name and not isinstance(targets, RoutedTargets):
         raise UserError(f"token_weights={name!r} needs a streamed teacher, or targets stored with it")
+    if not name and calls is None:
+        return None
     weights = torch.ones(blocks.input_ids.shape)
     if name and isinstance(targets, RoutedTargets):
         weights = targets.token_weights(name)[: len(blocks)].float()
     if calls is not None:
         weights = torch.where(calls, weights * config.call_weight, weights)
-    return normalized(weights, blocks.loss_mask()) if name or calls is not None else None
+    return normalized(weights, blocks.loss_mask())

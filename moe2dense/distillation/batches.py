@@ -2,16 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
-from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.distillation.targets.protocols import SteppedTargets, Targets
 from moe2dense.losses.teacher_rows import TeacherRows
 from moe2dense.modeling.forward import model_inputs
+
+_BLOCKS = 256  # that are looked at at once
 
 
 @dataclass
@@ -28,24 +29,25 @@ class Batches:
     weights: Tensor | None = None
     source: str = ""
 
-    @cached_property
+    @property
     def mask(self) -> Tensor:
         """[N, S] bool: the positions that count."""
         return self.blocks.loss_mask()
 
-    @cached_property
-    def labels(self) -> Tensor:
-        """[N, S]: next tokens, -100 where there is none."""
-        return self.blocks.labels()
-
     def denominators(self, indices: Sequence[int]) -> dict[str, float]:
         """Return how many positions and labels of some blocks count."""
-        rows = list(indices)
-        counted = self.mask[rows]
-        return {
-            "denominator": float(counted.sum()),
-            "label_denominator": float((self.labels[rows][counted] >= 0).sum()),
-        }
+        rows, counted, labelled = list(indices), 0, 0
+        for start in range(0, len(rows), _BLOCKS):
+            blocks = self.blocks[rows[start : start + _BLOCKS]]
+            mask = blocks.loss_mask()
+            counted += int(mask.sum())
+            labelled += int((blocks.labels()[mask] >= 0).sum())
+        return {"denominator": float(counted), "label_denominator": float(labelled)}
+
+    def begin_step(self, step: int) -> None:
+        """Prepare targets that must know which step (from 0) asks; every process calls it."""
+        if isinstance(self.targets, SteppedTargets):
+            self.targets.begin_step(step)
 
     def part(
         self, indices: list[int], device: torch.device, labels: bool, spare: int = 0
@@ -55,16 +57,17 @@ class Batches:
         Without blocks it is a wholly masked copy of block `spare`, so that every process runs the same number of passes.
         """
         rows = indices or [spare]
-        mask = self.mask[rows].flatten() & bool(indices)
+        blocks = self.blocks[rows]
+        mask = blocks.loss_mask().flatten() & bool(indices)
         options: dict[str, Any] = {} if bool(mask.all()) else {"mask": mask.to(device)}
         if labels:
-            options["labels"] = self.labels[rows].flatten().to(device)
+            options["labels"] = blocks.labels().flatten().to(device)
         if self.watch is not None:
             options["watch"] = self.watch[rows].flatten().to(device)
         if self.weights is not None:
             options["weights"] = self.weights[rows].flatten().to(device)
         teacher = None if self.targets is None else self.targets.batch(rows)
-        return model_inputs(self.blocks[rows], device), _moved(teacher, device), options
+        return model_inputs(blocks, device), _moved(teacher, device), options
 
 
 def _moved(rows: TeacherRows | None, device: torch.device) -> TeacherRows | None:

@@ -4,12 +4,13 @@ import functools
 import math
 
 import torch
+from torch import Tensor
 
 
 @functools.lru_cache(maxsize=2)
-def _epoch(blocks: int, epoch: int, seed: int) -> list[int]:
+def _epoch(blocks: int, epoch: int, seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
-    return torch.randperm(blocks, generator=generator).tolist()
+    return torch.randperm(blocks, generator=generator)
 
 
 def total_steps(blocks: int, per_step: int, epochs: float) -> int:
@@ -20,7 +21,7 @@ def total_steps(blocks: int, per_step: int, epochs: float) -> int:
 def step_blocks(blocks: int, per_step: int, step: int, seed: int) -> list[int]:
     """Return the blocks of one optimiser step: the next ones in an endless row of shuffled passes over all blocks."""
     places = range(step * per_step, (step + 1) * per_step)
-    return [_epoch(blocks, p // blocks, seed)[p % blocks] for p in places]
+    return [int(_epoch(blocks, p // blocks, seed)[p % blocks]) for p in places]
 
 
 def micro_batches(indices: list[int], rank: int, world: int, size: int) -> list[list[int]]:

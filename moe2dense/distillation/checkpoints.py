@@ -1,34 +1,61 @@
 """Training checkpoints: whole or absent, in safetensors and JSON, so nothing is unpickled.
 
 A checkpoint is a folder `step-000050` with weights.safetensors (what trains), optimizer.safetensors and state.json. It
-is written under another name, synced and renamed.
+is written under another name, synced and renamed. What trains on a GPU is copied first and written by a thread, while training
+goes on. Of a sharded training each process writes its own part: weights/ and optimizer/ are folders then (weights/sharded.py).
 """
 
+import contextlib
 import json
 import re
 import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
-from moe2dense.common.files import whole_folder
+from moe2dense.common.files import place_errors, put_folder, whole_folder
 from moe2dense.distillation.fsdp import full_tensor, shard_like
 from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.errors import UserError
+from moe2dense.weights.sharded import load_into, load_sharded, save_sharded, sharded_sizes
 
 _NAME = re.compile(r"^step-(\d+)$")
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """Return the optimiser's state as `parameter/field` tensors."""
-    tensors = {}
-    for parameter, state in optimizer.state.items():
-        for key, value in state.items():
-            tensors[f"{names[parameter]}/{key}"] = full_tensor(torch.as_tensor(value)).cpu()
-    return tensors
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, names: dict[Tensor, str], keep: bool = True
+) -> dict[str, Tensor]:
+    """Return the optimiser's state as `parameter/field` tensors, see `on_cpu`."""
+    return on_cpu(optimizer_fields(optimizer, names), keep)
+
+
+def optimizer_fields(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """Return the optimiser's state as `parameter/field` tensors where they are, spread or not."""
+    return {
+        f"{names[parameter]}/{key}": torch.as_tensor(value)
+        for parameter, state in optimizer.state.items()
+        for key, value in state.items()
+    }
+
+
+def on_cpu(tensors: dict[str, Tensor], keep: bool = True) -> dict[str, Tensor]:
+    """Return tensors as they are on the CPU, gathered one after the other where they are spread over processes.
+
+    keep: False for a process that only helps to gather: it gets none, and holds one whole tensor at a time.
+    """
+    values = {}
+    for name, value in tensors.items():
+        if keep or isinstance(value, DTensor):
+            whole = full_tensor(value.detach())
+            if keep:
+                values[name] = whole.cpu()
+    return values
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str], saved: dict[str, Tensor]) -> None:
@@ -50,11 +77,38 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, names: dict[Tensor, str]
             }
 
 
+def _number(name: str, value: Tensor) -> Tensor:
+    """Return an optimiser's count of steps without the dimension that it was written with."""
+    return value.reshape(()) if name.endswith("/step") else value
+
+
+def load_shards(folder: Path, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """Fill the parameters `names` with this process's part of a sharded checkpoint; return its part of the optimiser's state.
+
+    Every process calls it.
+    """
+    parameters = {name: p.detach() for p, name in names.items()}
+    load_into(dict(parameters), folder / "weights")
+    state: dict[str, Tensor] = {}
+    for key, (size, dtype) in sharded_sizes(folder / "optimizer").items():
+        like = parameters.get(key.rpartition("/")[0])
+        spread = like is not None and size == like.shape
+        state[key] = torch.zeros_like(like, dtype=dtype) if spread else torch.zeros(size, dtype=dtype)  # type: ignore[arg-type]
+    load_into(state, folder / "optimizer")
+    return {key: _number(key, value) for key, value in state.items()}
+
+
+def written_behind(device: torch.device) -> bool:
+    """Return whether checkpoints are written while training goes on: from a GPU, whose tensors are copied to be written anyway."""
+    return device.type != "cpu"
+
+
 class Checkpoints:
     """The checkpoints of one run in a folder; keeps the last and the best."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._writer: Future[None] | None = None
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, ascending."""
@@ -73,6 +127,68 @@ class Checkpoints:
             save_file({k: v.contiguous() for k, v in optimizer.items()}, temporary / "optimizer.safetensors")
             (temporary / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
 
+    def save_shards(
+        self,
+        step: int,
+        parts: dict[str, dict[str, Tensor]],
+        state: dict[str, Any],
+        first: bool,
+        wait: Callable[[], None],
+    ) -> None:
+        """Write a checkpoint of which each process has a part; all call it. first: whether this process makes and renames the folder.
+
+        parts: tensors by name, for each folder of the checkpoint. wait: returns once every process has come there.
+        """
+        place = self.folder / f".{self.path(step).name}.partial-0-shards"
+        with place_errors(self.folder):
+            if first:
+                shutil.rmtree(place, ignore_errors=True)
+                place.mkdir(parents=True)
+            wait()
+            for name, tensors in parts.items():
+                save_sharded(tensors, place / name)
+            wait()
+            if first:
+                (place / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+                put_folder(place, self.path(step))
+            wait()
+
+    def is_sharded(self, step: int) -> bool:
+        """Return whether a checkpoint was written in parts."""
+        return (self.path(step) / "weights").is_dir()
+
+    def save_last(
+        self,
+        step: int,
+        weights: dict[str, Tensor],
+        optimizer: dict[str, Tensor],
+        state: dict[str, Any],
+        best: int | None,
+        behind: bool,
+    ) -> None:
+        """Write a checkpoint as `save` does, and then remove all but it and that of step `best`.
+
+        behind: in a thread; tensors must not change meanwhile. Raises UserError where it, or the one before it, could not be written.
+        """
+        self.wait()
+
+        def write() -> None:
+            self.save(step, weights, optimizer, state)
+            self.keep(step, best)
+
+        if not behind:
+            write()
+            return
+        pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._writer = pool.submit(write)
+        pool.shutdown(wait=False)
+
+    def wait(self) -> None:
+        """Return once what is being written is written. Raises UserError where it could not be."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.result()
+
     def keep(self, *steps: int | None) -> None:
         """Remove all checkpoints but these."""
         for step in set(self.steps()) - set(steps):
@@ -86,15 +202,27 @@ class Checkpoints:
                 parameter.copy_(weights[name])
 
     def state(self, step: int) -> dict[str, Any]:
-        """Read the plain values of a checkpoint."""
-        return json.loads((self.path(step) / "state.json").read_text())
+        """Read the plain values of a checkpoint. Raises UserError where they cannot be read."""
+        with self._read_errors(step):
+            return json.loads((self.path(step) / "state.json").read_text())
 
     def load(self, step: int) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Any]]:
-        """Read weights, optimizer and state. Raises UserError naming the file that cannot be read."""
+        """Read weights, optimizer and state, all whole. Raises UserError naming the file that cannot be read."""
+        folder = self.path(step)
+        with self._read_errors(step):
+            if self.is_sharded(step):
+                weights = load_sharded(folder / "weights")
+                optimizer = {n: _number(n, v) for n, v in load_sharded(folder / "optimizer").items()}
+            else:
+                weights = load_file(folder / "weights.safetensors")
+                optimizer = load_file(folder / "optimizer.safetensors")
+        return weights, optimizer, self.state(step)
+
+    @contextlib.contextmanager
+    def _read_errors(self, step: int) -> Iterator[None]:
+        """Turn whatever reading a checkpoint raises into one UserError."""
         try:
-            weights = load_file(self.path(step) / "weights.safetensors")
-            optimizer = load_file(self.path(step) / "optimizer.safetensors")
-            return weights, optimizer, self.state(step)
+            yield
         except Exception as error:
             raise UserError(
                 f"checkpoint {self.path(step)} cannot be read ({error}); remove that folder to go on from an earlier one"

@@ -12,6 +12,7 @@ from moe2dense.distillation.objective import Objective
 def shard(objective: Objective, device: torch.device) -> nn.Module:
     """Spread an `Objective` over all processes, layer by layer: each gathers one layer at a time.
 
+    The objective may be on the CPU: layer by layer it is moved to the device and spread, so that no device ever holds all of it.
     On a GPU layers compute in bf16 and reduce gradients in float32. The optimiser must be made afterwards.
     """
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
@@ -32,8 +33,13 @@ def full_tensor(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def own_part(tensor: Tensor) -> Tensor:
+    """Return the part of a tensor that this process holds: all of it, where it is not spread."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def shard_like(value: Tensor, model: Tensor) -> Tensor:
     """Spread a whole tensor the way `model` is spread."""
-    if not isinstance(model, DTensor):
+    if not isinstance(model, DTensor) or isinstance(value, DTensor):
         return value
     return distribute_tensor(value.to(model.device), model.device_mesh, model.placements)

@@ -45,15 +45,18 @@ class MetricsFile:
 
 
 class Interrupts:
-    """Within the context Ctrl-C asks for a stop after the present step; a second one stops at once."""
+    """Within the context Ctrl-C, or SIGTERM, asks for a stop after the present step; a second one stops at once.
+
+    SIGTERM is what schedulers send before they take a machine away.
+    """
 
     def __init__(self) -> None:
         self.asked = False
-        self._before: Any = None
+        self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "Interrupts":
         if threading.current_thread() is threading.main_thread():
-            self._before = signal.signal(signal.SIGINT, self._ask)
+            self._before = {number: signal.signal(number, self._ask) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
     def _ask(self, *_: Any) -> None:
@@ -63,8 +66,8 @@ class Interrupts:
         print("stopping after this step; once more to stop at once", file=sys.stderr)
 
     def __exit__(self, *_: Any) -> None:
-        if self._before is not None:
-            signal.signal(signal.SIGINT, self._before)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
 def memory_bytes() -> int:

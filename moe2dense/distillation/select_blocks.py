@@ -59,15 +59,16 @@ def block_divergence(model: PreTrainedModel, targets: Targets, blocks: Blocks, b
     """
     device = next(model.parameters()).device
     divergences = torch.zeros(len(blocks))
-    mask = blocks.loss_mask()
     for start in range(0, len(blocks), batch):
         rows = list(range(start, min(start + batch, len(blocks))))
+        part = blocks[rows]
         with evaluation_mode(model):
-            hidden = final_hidden(model, model_inputs(blocks[rows], device)).flatten(0, 1)
+            hidden = final_hidden(model, model_inputs(part, device)).flatten(0, 1)
         teacher = targets.batch(rows).to(device)
+        mask = part.loss_mask()
         length = mask.shape[1]
         for k, row in enumerate(rows):
-            counted = (mask[row].nonzero()[:, 0] + k * length).to(device)
+            counted = (mask[k].nonzero()[:, 0] + k * length).to(device)
             if len(counted):
                 temperature = written_temperature(teacher) or 1.0
                 rows_counted = teacher.select(counted)
@@ -82,13 +83,13 @@ def block_features(targets: Targets, blocks: Blocks) -> Tensor:
     Raises UserError for targets that hold no hidden states.
     """
     rows = []
-    mask = blocks.loss_mask()
     for i in range(len(blocks)):
+        mask = blocks[[i]].loss_mask()[0]
         answers = targets.batch([i])
         if not isinstance(answers, HiddenRows):
             raise UserError('train.select coreset needs `hidden` targets; use train.target_format = "hidden"')
         hidden = answers.hidden
-        rows.append(hidden[mask[i]].float().mean(0) if bool(mask[i].any()) else hidden.float().mean(0))
+        rows.append(hidden[mask].float().mean(0) if bool(mask.any()) else hidden.float().mean(0))
     features = torch.stack(rows)
     return normalize(features - features.mean(0), dim=-1)
 

@@ -18,6 +18,7 @@ from moe2dense.common.processes import launched
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.targets.formats import written_temperature
+from moe2dense.distillation.targets.protocols import SteppedTargets
 from moe2dense.distillation.trainer import Trainer
 from moe2dense.errors import UserError
 
@@ -45,6 +46,10 @@ def choose_temperature(
     """
     if held_out is None:
         raise UserError("temperature auto needs validation text (valid=) with the teacher's answers")
+    if isinstance(batches.targets, SteppedTargets):
+        raise UserError(
+            "temperature auto needs the targets of all blocks at once; leave --targets-disk out, or set one"
+        )
     if batches.targets is None or written_temperature(batches.targets.batch([0])) is not None:
         raise UserError("temperature auto needs `hidden` or `full` targets; sampled and topk hold one temperature only")
     per_step = max(1, config.batch // batches.blocks.input_ids.shape[1])

@@ -1,9 +1,10 @@
 """One distillation run: steps, validation, checkpoints and their resumption."""
 
+import contextlib
 import math
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,12 +16,21 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from moe2dense.common.processes import joined
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.adapters import merge_adapters
 from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import total_steps
-from moe2dense.distillation.checkpoints import Checkpoints, optimizer_tensors, restore_optimizer
-from moe2dense.distillation.fsdp import full_tensor, shard, shard_like
+from moe2dense.distillation.checkpoints import (
+    Checkpoints,
+    load_shards,
+    on_cpu,
+    optimizer_fields,
+    optimizer_tensors,
+    restore_optimizer,
+    written_behind,
+)
+from moe2dense.distillation.fsdp import own_part, shard, shard_like
 from moe2dense.distillation.log import Interrupts, MetricsFile, memory_bytes
 from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.optimizers import make_optimizer, muon_matrices
@@ -42,8 +52,10 @@ from moe2dense.weights.finite import all_finite
 
 # settings that may change between a run and its continuation
 _FREE_SETTINGS = (
-    "save_every", "eval_every", "report_to", "targets", "tokens", "gradient_checkpointing", "shard", "fit_memory", "compile",
+    "save_every", "eval_every", "report_to", "targets", "targets_disk", "tokens", "gradient_checkpointing", "shard", "fit_memory",
+    "compile",
 )  # fmt: skip
+_RNG = "rng/state"  # name of the random state in a checkpoint
 _REGIME = "regime/"  # prefix of a regime's tensors in a checkpoint
 
 
@@ -89,6 +101,7 @@ class Trainer:
         check_documents(model, batches.blocks)
         check_head(model, batches.blocks)
         self.was_training, self.start_device = model.training, next(model.parameters()).device
+        self.joined_before = joined()
         self.accelerator = accelerator or make_accelerator(config, out, device)
         torch.manual_seed(seed)  # of new adapters and dropout
         self.model = prepare_model(model, config)
@@ -97,8 +110,9 @@ class Trainer:
         if match is not None:
             match.to(next(model.parameters()).dtype)
         objective = Objective(self.model, match, self.regime.extra_loss(self.model))
-        if config.shard and self.accelerator.num_processes > 1:
-            self.objective = shard(objective.to(self.accelerator.device), self.accelerator.device)
+        self.sharded = config.shard and self.accelerator.num_processes > 1
+        if self.sharded:
+            self.objective = shard(objective, self.accelerator.device)
             self.optimizer = self.accelerator.prepare(make_optimizer(objective, config))
         else:
             optimizer = make_optimizer(objective, config, muon_matrices(self.model, config))
@@ -115,6 +129,7 @@ class Trainer:
         self.best: tuple[float, int] | None = None
         self.first_kl: float | None = None
         self.step = 0
+        self._saving: int | None = None  # step of the checkpoint that is being written
         folder = None if out is None else Path(out)
         self.regime.begin(
             RunView(self.model, batches, self.steps, self.per_step, seed, self.accelerator, config, folder)
@@ -139,12 +154,13 @@ class Trainer:
         begin = time.perf_counter()
         self._start(resume)
         retried = False
-        with Interrupts() as interrupts:
+        with Interrupts() as interrupts, self._saves():
             if self.step == 0:
                 self._before_training()
             while self.step < self.steps:
                 clock = time.perf_counter()
                 plan = plan_step(self.config, len(self.batches.blocks), self.per_step, self.step, self.steps, self.seed)
+                self.batches.begin_step(self.step)
                 batches, plan = self.regime.batches_for(self.step, self.batches, plan)
                 try:
                     record = train_step(
@@ -155,6 +171,8 @@ class Trainer:
                     if retried or self.checkpoints is None:
                         raise UserError(self._blame(str(error), batches, plan, retried)) from None
                     retried = True
+                    self.checkpoints.wait()
+                    self.accelerator.wait_for_everyone()
                     self._load(self.checkpoints.steps()[-1])
                     self.metrics.truncate(self.step)
                     continue
@@ -162,10 +180,18 @@ class Trainer:
                 self.step += 1
                 seconds = time.perf_counter() - clock
                 self._after_step(record, seconds, time.perf_counter() - begin, progress)
-                if interrupts.asked and self.step < self.steps:
+                if self._stopping(interrupts.asked) and self.step < self.steps:
                     self._save()
                     raise KeyboardInterrupt
         return self._finish(time.perf_counter() - begin, quiet)
+
+    def _stopping(self, asked: bool) -> bool:
+        """Return whether any process was asked to stop, so that all stop after the same step."""
+        if self.accelerator.num_processes == 1:
+            return asked
+        return bool(
+            torch.as_tensor(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)))
+        )
 
     def _start(self, resume: bool) -> None:
         """Continue at the last checkpoint, where there is one. Raises UserError where that was not asked for."""
@@ -234,19 +260,55 @@ class Trainer:
 
     def _save(self) -> None:
         """Write a checkpoint of this step and drop all but it and the best. Raises UserError for weights that are not finite."""
-        weights = {n: full_tensor(p.detach()) for p, n in self.names.items()}
-        self._check_weights(weights)
-        if self.checkpoints is not None:
-            weights = {n: w.cpu() for n, w in weights.items()}
-            state = optimizer_tensors(self.optimizer.optimizer, self.names) | {"rng/state": torch.get_rng_state()}
-            state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
-            metadata = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
-            if self.accelerator.is_main_process:
-                self.checkpoints.save(self.step, weights, state, metadata)
-                self.checkpoints.keep(self.step, self.best[1] if self.best else None)
+        self._check_weights({n: own_part(p.detach()) for p, n in self.names.items()})
+        if self.checkpoints is None:
+            return
+        main = self.accelerator.is_main_process
+        metadata = {"best": self.best, "first_kl": self.first_kl, "run": self._identity()}
+        best = self.best[1] if self.best else None
+        if self.sharded:
+            self._save_shards(metadata, best)
+            return
+        behind = written_behind(self.accelerator.device)
+        weights = on_cpu({n: p for p, n in self.names.items()}, main)
+        state = optimizer_tensors(self.optimizer.optimizer, self.names, main) | {_RNG: torch.get_rng_state()}
+        state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
+        self._settle_saved()
+        if main:
+            self.checkpoints.save_last(self.step, weights, state, metadata, best, behind)
+        self._saving = self.step
+        if not behind:
+            self._settle_saved()
+
+    def _save_shards(self, metadata: dict[str, Any], best: int | None) -> None:
+        """Write this process's part of a checkpoint."""
+        assert self.checkpoints is not None
+        weights = {n: p.detach() for p, n in self.names.items()}
+        state = optimizer_fields(self.optimizer.optimizer, self.names) | {_RNG: torch.get_rng_state()}
+        parts, main = {"weights": weights, "optimizer": state}, self.accelerator.is_main_process
+        self.checkpoints.save_shards(self.step, parts, metadata, main, self.accelerator.wait_for_everyone)
+        if main:
+            self.checkpoints.keep(self.step, best)
+
+    @contextlib.contextmanager
+    def _saves(self) -> Iterator[None]:
+        """Wait, when the context ends, for what is being written, whatever ends it."""
+        try:
+            yield
+        except BaseException:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
+            raise
+        self._settle_saved()
+
+    def _settle_saved(self) -> None:
+        """Wait until the checkpoint that is being written is there, and tell the regime."""
+        if self.checkpoints is None or self._saving is None:
+            return
+        self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
-        if self.checkpoints is not None:
-            self.regime.saved(self.step)
+        saved, self._saving = self._saving, None
+        self.regime.saved(saved)
 
     def _check_weights(self, weights: dict[str, Tensor]) -> None:
         """Raise UserError where training has left NaN or infinity among the weights: after the last step no loss would show it."""
@@ -268,7 +330,7 @@ class Trainer:
     def _load(self, step: int) -> None:
         """Go to the state of a checkpoint. Raises UserError for one of other settings or text."""
         assert self.checkpoints is not None
-        weights, state, metadata = self.checkpoints.load(step)
+        metadata = self.checkpoints.state(step)
         saved, now = metadata["run"], self._identity()
         changed = next((k for k, v in saved.items() if now.get(k) != v), None)
         if changed is not None:
@@ -276,10 +338,14 @@ class Trainer:
                 f"checkpoint {self.checkpoints.path(step)} was made with {changed}={saved[changed]} (now "
                 f"{now.get(changed)}); use the same settings, or another --out"
             )
-        with torch.no_grad():
-            for parameter, name in self.names.items():
-                parameter.copy_(shard_like(weights[name], parameter))
-        torch.set_rng_state(state.pop("rng/state"))
+        if self.sharded and self.checkpoints.is_sharded(step):
+            state = load_shards(self.checkpoints.path(step), self.names)
+        else:
+            weights, state, _ = self.checkpoints.load(step)
+            with torch.no_grad():
+                for parameter, name in self.names.items():
+                    parameter.copy_(shard_like(weights[name], parameter))
+        torch.set_rng_state(state.pop(_RNG))
         regime_keys = [k for k in state if k.startswith(_REGIME)]
         self.regime.load_state({k.removeprefix(_REGIME): state.pop(k) for k in regime_keys})
         restore_optimizer(self.optimizer.optimizer, self.names, state)
@@ -311,7 +377,10 @@ class Trainer:
     def _finish(self, seconds: float, quiet: bool) -> TrainResult:
         """Leave the student whole, warn where it got worse, and return the result."""
         self.regime.finish(self.checkpoints.folder.parent if self.checkpoints is not None else None)
-        self.accelerator.end_training()
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        if not self.joined_before:  # else whoever joined the processes has more for them to do
+            self.accelerator.end_training()
         if self.config.compile:
             release_layers(self.model)
         model = merge_adapters(self.model) if self.config.lora else self.model

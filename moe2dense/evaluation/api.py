@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe2dense.common.devices import moved_to
+from moe2dense.common.processes import gather_objects, my_share, world
 from moe2dense.common.progress import Report
 from moe2dense.data.blocks import Blocks
 from moe2dense.errors import UserError
@@ -52,7 +53,8 @@ def evaluate(
     targets of these blocks in its place. token_counts [V]: how often each id occurs in the training text, for rare tokens and the deciles of
     token frequency (`data.frequency.count_tokens`); by default counted on `data`, which `Scores.rare_by` then says.
     bootstrap: resamples of works or passages, else of blocks, for the intervals; 0 = none.
-    progress: called as progress(stage, done, total) after every `batch` blocks.
+    progress: called as progress(stage, done, total) after every `batch` blocks. Processes that have joined must all call it; they
+    share the blocks.
     Raises UserError where there is nothing to judge or no teacher.
     """
     truth = _reference_of(teacher, data, targets, batch)
@@ -60,10 +62,12 @@ def evaluate(
     keep = scored_positions(blocks)
     if not keep.any():
         raise UserError("data: no position to judge; every block needs at least two real tokens of one document")
+    starts = range(0, len(blocks), batch)
+    shared = len(starts) >= world()[1] > 1
     parts, teacher_head = [], in_float32(truth.head)
     with _on_accelerator(student, teacher_head.weight.device):
         head, hidden_of = _student_answers(student, blocks, batch)
-        for i in range(0, len(blocks), batch):
+        for i in starts[my_share(len(starts))] if shared else starts:
             rows = slice(i, i + batch)
             judged = keep[rows]
             teacher_hidden, student_hidden = truth.hidden[rows, :-1][judged], hidden_of(rows)[:, :-1][judged]
@@ -71,6 +75,8 @@ def evaluate(
             parts.append(score_tokens(teacher_hidden, teacher_head, student_hidden, head, labels))
             if progress:
                 progress("evaluate", min(i + batch, len(blocks)), len(blocks))
+    if shared:
+        parts = [part for own in gather_objects(parts) for part in own]
     values = {k: torch.cat([p[k] for p in parts if p]) for k in next(p for p in parts if p)}
     clusters = clusters_of(blocks)
     return summarise(values, blocks, keep, clusters, Bootstrap(clusters.count, bootstrap, seed), token_counts)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe2dense.common.processes import over_processes
 from moe2dense.data.blocks import Blocks
 from moe2dense.modeling.forward import evaluation_mode, final_hidden, model_inputs
 from moe2dense.modeling.head import OutputHead, output_head
@@ -30,16 +31,23 @@ class Reference:
 def reference(model: AnyModel | Reference, blocks: Blocks, batch: int = 8) -> Reference:
     """Run a model once over `blocks`, `batch` of them at a time; a Reference is returned as it is.
 
-    A streamed teacher reads its layers once for all blocks.
+    A streamed teacher reads its layers once for all blocks. Processes that have joined share the blocks, and each gets all answers.
     """
     if isinstance(model, Reference):
         return model
     if isinstance(model, Teacher):
-        output = model.run(blocks.input_ids, blocks.attention_mask, blocks.document_ids, logits=False)
-        return Reference(blocks, output.hidden_states, model.head)
+        return Reference(blocks, over_processes(len(blocks), lambda rows: _streamed(model, blocks[rows])), model.head)
     causal = language_model(model)
     head = output_head(causal)
-    return Reference(blocks, hidden_states(causal, blocks, batch, head.weight.device), head)
+    device = head.weight.device
+    hidden = over_processes(len(blocks), lambda rows: hidden_states(causal, blocks[rows], batch, device))
+    return Reference(blocks, hidden, head)
+
+
+def _streamed(teacher: Teacher, blocks: Blocks) -> Tensor:
+    """Return a streamed teacher's final hidden states [N, S, H]."""
+    output = teacher.run(blocks.input_ids, blocks.attention_mask, blocks.document_ids, logits=False)
+    return output.hidden_states
 
 
 def hidden_states(model: PreTrainedModel, blocks: Blocks, batch: int, device: torch.device) -> Tensor:

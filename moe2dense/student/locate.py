@@ -9,7 +9,8 @@ from moe2dense.weights.files import refuse_adapter
 
 def is_training_checkpoint(folder: Path) -> bool:
     """Return whether this is a step of a run's training (RUN/checkpoints/step-000050)."""
-    return (folder / "weights.safetensors").is_file() and (folder / "state.json").is_file()
+    weights = (folder / "weights.safetensors").is_file() or (folder / "weights").is_dir()  # whole, or in parts
+    return weights and (folder / "state.json").is_file()
 
 
 def is_run(folder: Path) -> bool:

@@ -12,6 +12,7 @@ from moe2dense.student.locate import is_training_checkpoint, student_folder
 from moe2dense.student.store import load_student
 from moe2dense.student.types import Student
 from moe2dense.weights.finite import refuse_not_finite
+from moe2dense.weights.sharded import load_sharded
 from moe2dense.weights.tensors import read_tensors
 
 
@@ -42,7 +43,8 @@ def open_intermediate(folder: Path) -> Student:
             f"{folder} is a training checkpoint outside its run; pass it inside the run folder it came from"
         )
     student = load_student(run / "build" / "student")
-    weights = read_tensors(folder / "weights.safetensors", "take another step")
+    parts, file = folder / "weights", folder / "weights.safetensors"
+    weights = load_sharded(parts) if parts.is_dir() else read_tensors(file, "take another step")
     parameters = dict(student.model.named_parameters())
     for name, value in weights.items():
         if name not in parameters:

@@ -4,6 +4,7 @@ import csv
 import gzip
 import json
 import os
+import random
 import shutil
 from pathlib import Path
 
@@ -203,7 +204,7 @@ def test_a_cloned_dataset(tmp_path, tokenizer):
 def test_large_parquet_goes_through_a_file(tmp_path, monkeypatch):
     rows = [{"text": f"row {i}", "messages": [{"role": "user", "extra": None}]} for i in range(500)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "train.parquet", row_group_size=64)
-    monkeypatch.setattr("moe2dense.data.readers._TABLE_IN_MEMORY", 0)
+    monkeypatch.setattr("moe2dense.data.readers._IN_MEMORY", 0)
     mapped = list(passages(tmp_path, "train", 3))
     monkeypatch.undo()
     assert len(mapped) == 500 and mapped == list(passages(tmp_path, "train", 3))
@@ -216,3 +217,34 @@ def test_lines_are_found_across_the_pieces_of_a_file(tmp_path, monkeypatch):
     for size in (7, 64, 2**24):
         monkeypatch.setattr("moe2dense.data.readers._CHUNK", size)
         assert texts(tmp_path) == sorted(r["text"] for r in rows)
+
+
+def _plain(text):
+    """What a .txt file is by its definition: paragraphs gathered into passages, or the lines of a file without blank lines."""
+    paragraphs = [p for p in text.split("\n\n") if p]
+    if len(paragraphs) < 2:
+        return [line for line in text.splitlines() if line.strip()]
+    passages, part = [], []
+    for paragraph in paragraphs:
+        part.append(paragraph)
+        if sum(map(len, part)) >= 40:
+            passages.append("\n\n".join(part))
+            part = []
+    return [*passages, "\n\n".join(part)] if part else passages
+
+
+@pytest.mark.parametrize("in_memory", [0, 2**26])
+def test_txt_of_any_line_ends_is_read_in_pieces(tmp_path, monkeypatch, in_memory):
+    monkeypatch.setattr("moe2dense.data.readers._IN_MEMORY", in_memory)
+    monkeypatch.setattr("moe2dense.data.readers._PASSAGE", 40)
+    monkeypatch.setattr("moe2dense.data.readers._CHUNK", 5)
+    monkeypatch.setattr("moe2dense.data.readers._ROWS", 3)
+    draw = random.Random(0)
+    for blank in (True, False):
+        for _ in range(30):
+            pieces = ["a word ", "\n", "\r\n", "naïve", "\u2028", " "] + ["\n\n", "\r\n\r\n", "\n\n\n"] * blank
+            raw = "x" + "".join(draw.choice(pieces) for _ in range(draw.randint(1, 60)))
+            path = tmp_path / "train.txt"
+            path.write_bytes(raw.encode())
+            expected = _plain(raw.replace("\r\n", "\n"))
+            assert texts(tmp_path) == sorted(t for t in expected if t.strip()), raw

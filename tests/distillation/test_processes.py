@@ -109,6 +109,11 @@ def test_sharded_training_equals_one_process(tmp_path):
     one = train(1, tmp_path / "one", **options)
     options["config"] = dataclasses.replace(options["config"], shard=True)
     shards, kls = train(2, tmp_path / "two", **options)
+    checkpoints = Checkpoints(tmp_path / "two/checkpoints")
+    parts = sorted((checkpoints.path(checkpoints.steps()[-1]) / "weights").iterdir())
+    assert len(parts) == 2, "each process writes its own part"
+    whole = sum(v.nbytes for v in one[0].values())
+    assert all(0.3 * whole < p.stat().st_size < 0.7 * whole for p in parts)
     assert kls == pytest.approx(one[1], rel=1e-9)
     assert any(v.numel() < one[0][k].numel() for k, v in shards.items())
     model = make_student(torch.float64)

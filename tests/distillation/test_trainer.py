@@ -18,6 +18,7 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.batching import step_blocks
+from moe2dense.distillation.checkpoints import Checkpoints, on_cpu
 from moe2dense.distillation.setup import default_learning_rate
 from moe2dense.distillation.targets.memory import HiddenTargets, ResidentTargets, hidden_targets
 from moe2dense.distillation.targets.store import open_targets
@@ -178,20 +179,55 @@ def test_resumed_run_is_bit_exact(straight, teacher, tmp_path, stop_at):
     assert same(weights(again), expected)
 
 
-def test_ctrl_c_finishes_the_step_and_saves(straight, teacher, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_finish_the_step_and_save(straight, teacher, tmp_path, number):
     def interrupt(stage, done, total, **numbers):
         if done == 4:
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), number)
 
     options = dict(valid=make_blocks(5, seed=9), config=settings(epochs=2.0), seed=3, out=tmp_path)
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     with pytest.raises(KeyboardInterrupt):
         distill(make_student(), teacher, make_blocks(), progress=interrupt, **options)
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
     assert (tmp_path / "checkpoints/step-000004").is_dir()
     student = make_student()
     distill(student, teacher, make_blocks(), resume=True, **options)
     assert same(weights(student), straight[1])
+
+
+def test_checkpoints_written_behind_are_those_written_at_once(straight, teacher, tmp_path, monkeypatch):
+    """As on a GPU: a thread writes copies while the next steps change the weights; an error of the disk stops the run."""
+    monkeypatch.setattr("moe2dense.distillation.trainer.written_behind", lambda device: True)
+    own = on_cpu
+    monkeypatch.setattr("moe2dense.distillation.trainer.on_cpu", lambda *a: {k: v.clone() for k, v in own(*a).items()})
+    monkeypatch.setattr(
+        "moe2dense.distillation.checkpoints.on_cpu", lambda *a: {k: v.clone() for k, v in own(*a).items()}
+    )
+    save = Checkpoints.save
+
+    def slow(self, *arguments):
+        time.sleep(0.05)
+        save(self, *arguments)
+
+    monkeypatch.setattr(Checkpoints, "save", slow)
+    folder, expected, _ = straight
+    student = make_student()
+    options = dict(valid=make_blocks(5, seed=9), config=settings(epochs=2.0), seed=3)
+    distill(student, teacher, make_blocks(), out=tmp_path / "behind", **options)
+    assert same(weights(student), expected)
+    ours, theirs = Checkpoints(tmp_path / "behind/checkpoints"), Checkpoints(folder / "checkpoints")
+    assert ours.steps() == theirs.steps()
+    for step in ours.steps():
+        for mine, other in zip(ours.load(step)[:2], theirs.load(step)[:2], strict=True):
+            assert same(mine, other)
+
+    def full(self, *arguments):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(Checkpoints, "save", full)
+    with pytest.raises(UserError, match="the disk is full"):
+        distill(make_student(), teacher, make_blocks(), out=tmp_path / "full", **options)
 
 
 def train_to_the_end(out, final, started):

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from moe2dense.cli.actions.distill_request import DistillRequest
 from moe2dense.cli.actions.distill_sources import Material, Setting, gather
 from moe2dense.common.devices import moved_to, pick_device
+from moe2dense.common.processes import from_first, join_processes, world
 from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.training import TrainConfig
@@ -31,10 +32,19 @@ from moe2dense.student.types import Student
 
 
 def run_distillation(request: DistillRequest) -> None:
-    """Train the student, export it to OUT/model, and print what was done. Raises UserError for bad input."""
+    """Train the student, export it to OUT/model, and print what was done. Raises UserError for bad input.
+
+    Under torchrun all processes train; the first one writes and prints.
+    """
+    with join_processes() as rank:
+        _run(request, Console(quiet=rank > 0))
+
+
+def _run(request: DistillRequest, console: Console) -> None:
+    """Train with whatever other processes have joined."""
     student = open_student(request.student)
     tokenizer = student.teacher_path or str(student_folder(request.student))
-    console, device = Console(), pick_device(request.settings.teacher.device)
+    device = pick_device(request.settings.teacher.device)
     with progress_for(console) as progress:
         material = gather(Setting(request, student, tokenizer, console, progress))
         if material.valid is not None and (warning := overlap_warning(seen_share(material.valid, material.data))):
@@ -56,9 +66,12 @@ def run_distillation(request: DistillRequest) -> None:
             regime=_regime(request.settings, material),
             device=device,
         )
+    if material.train.shard and world()[1] > 1:
+        student = open_student(request.student)
+        Checkpoints(request.out / "checkpoints").load_weights(student.model)
     student, step = _closest(request, student, result, material.train)
-    exported = export(student, request.out / "model", tokenizer=tokenizer, overwrite=request.resume)
-    copy_heads(request.out, exported.path)
+    exported = from_first(lambda: export(student, request.out / "model", tokenizer=tokenizer, overwrite=request.resume))
+    from_first(lambda: copy_heads(request.out, exported.path))
     if before is not None and material.answers is not None:
         after = _answer_nll(student.model, material.answers, device)
         console.print(
@@ -74,7 +87,7 @@ def _closest(
     folder, best = Checkpoints(request.out / "checkpoints"), result.best_step
     if best is None or best == result.steps or best not in folder.steps():
         return student, result.steps
-    keep_heads_of(folder.load(best)[0], request.out)
+    from_first(lambda: keep_heads_of(folder.load(best)[0], request.out))
     return load_checkpoint(student, folder.folder, best, Path(request.student), config), best
 
 

@@ -10,6 +10,7 @@ from moe2dense.cli.actions.common import open_teacher, print_skipped
 from moe2dense.cli.actions.distill_request import DistillRequest
 from moe2dense.cli.actions.served_targets import server_of
 from moe2dense.common.progress import Report
+from moe2dense.common.units import parse_bytes
 from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.text_options import text_options_for
 from moe2dense.data.blocks import Blocks
@@ -17,12 +18,15 @@ from moe2dense.data.counts import TextCounts
 from moe2dense.data.load import load_blocks
 from moe2dense.data.options import TextOptions
 from moe2dense.data.vocabulary import compare_vocabularies
+from moe2dense.distillation.auto_features import settle_features
 from moe2dense.distillation.regimes.checks import brings_targets
 from moe2dense.distillation.regimes.registry import writes_text
 from moe2dense.distillation.targets.captured.rows import is_captured
 from moe2dense.distillation.targets.captured.targets import captured_text, open_captured
 from moe2dense.distillation.targets.cross_tokenizer import cross_targets
+from moe2dense.distillation.targets.formats import StoreOptions
 from moe2dense.distillation.targets.protocols import Targets
+from moe2dense.distillation.targets.rolling import Order, RollingTargets, rolling_targets
 from moe2dense.distillation.targets.served.server import TeacherServer
 from moe2dense.distillation.targets.served.write import write_served_targets
 from moe2dense.distillation.targets.store import open_targets
@@ -32,6 +36,8 @@ from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.generation.completions import answer_blocks, ask_endpoint, read_completions
 from moe2dense.generation.dataset import write_text
 from moe2dense.generation.endpoint import Endpoint
+from moe2dense.losses.feature_spec import teacher_features
+from moe2dense.modeling.hooks import feature_name
 from moe2dense.student.types import Student
 from moe2dense.teacher.model import Teacher
 
@@ -227,7 +233,26 @@ def _from_teacher(setting: Setting, train: Blocks) -> Material:
         spread=True,
         options=setting.text_options,
     )
-    return Material(train, settings.train, teacher=teacher, valid=valid, valid_targets=reference(teacher, valid))
+    held_out = reference(teacher, valid)
+    if settings.train.targets_disk:
+        config, targets = _rolling(setting, teacher, train)
+        if targets is not None:
+            return Material(train, config, targets=targets, valid=valid, valid_targets=held_out)
+    return Material(train, settings.train, teacher=teacher, valid=valid, valid_targets=held_out)
+
+
+def _rolling(setting: Setting, teacher: Teacher, train: Blocks) -> tuple[TrainConfig, RollingTargets | None]:
+    """Return settings with their features settled, and targets that take no more than --targets-disk; None where all fit."""
+    settings, student = setting.request.settings, setting.student
+    config = settle_features(settings.train, student, None, teacher, None)
+    layers = (m.get_text_config().num_hidden_layers for m in (student.model.config, teacher.config))
+    features = tuple(feature_name(f) for f in teacher_features(config.features, *layers))
+    order = Order(len(train), max(1, config.batch // setting.block), config.epochs, settings.seed)
+    options = StoreOptions(config.target_format, float(config.temperature), seed=settings.seed, features=features)
+    room = parse_bytes(config.targets_disk, "--targets-disk")
+    return config, rolling_targets(
+        teacher, train, setting.request.out / "targets", room, order, options, setting.progress
+    )
 
 
 def _across_tokenizers(setting: Setting, teacher: Teacher, train: Blocks, difference: str) -> Material:

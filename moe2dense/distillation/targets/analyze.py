@@ -60,16 +60,16 @@ def analyze_targets(
     """
     sums: dict[str, dict[str, float]] = {}
     widest: list[tuple[float, int, int]] = []
-    labels = blocks.labels()
     for i in range(len(blocks)):
-        labelled = (labels[i] >= 0).nonzero()[:, 0]
+        labels = blocks[[i]].labels()[0]
+        labelled = (labels >= 0).nonzero()[:, 0]
         if not len(labelled):
             continue
         rows = targets.batch([i]).select(labelled)
         step = max(1, _CHUNK // (rows.vocabulary or 1))
         for start in range(0, len(labelled), step):
             part = slice(start, start + step)
-            numbers = soft_label_numbers(_logits(rows, part), labels[i][labelled[part]])
+            numbers = soft_label_numbers(_logits(rows, part), labels[labelled[part]])
             for group in ("", blocks.domains[i] or "(none)"):
                 group_sums = sums.setdefault(group, dict.fromkeys([*numbers, "tokens"], 0.0))
                 for name, values in numbers.items():
@@ -96,8 +96,8 @@ def _example(
     """Return one position with the text before it and the tokens that the teacher expects."""
     rows = targets.batch([block]).select(torch.tensor([place]))
     top = _logits(rows, slice(None))[0].softmax(-1).topk(5)
-    before = blocks.input_ids[block, max(0, place - 15) : place + 1].tolist()
-    label = int(blocks.input_ids[block, place + 1])
+    ids = blocks[[block]].input_ids[0]
+    before, label = ids[max(0, place - 15) : place + 1].tolist(), int(ids[place + 1])
 
     def show(ids: list[int]) -> str | list[int]:
         return ids if decode is None else decode(ids)

@@ -43,6 +43,15 @@ class FeatureTargets(Targets, Protocol):
 
 
 @runtime_checkable
+class SteppedTargets(Targets, Protocol):
+    """Targets that must know which step asks."""
+
+    def begin_step(self, step: int) -> None:
+        """Prepare for step `step` (from 0); every process calls it."""
+        ...
+
+
+@runtime_checkable
 class RoutedTargets(Targets, Protocol):
     """Targets of a teacher whose routing was recorded."""
 
