@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import xxhash
 from torch import Tensor
 
 from moe2dense.data.blocks import Blocks
@@ -33,6 +34,15 @@ class Batches:
     def mask(self) -> Tensor:
         """[N, S] bool: the positions that count."""
         return self.blocks.loss_mask()
+
+    def counted_hash(self) -> str:
+        """Return a hash of which positions count, and of their labels."""
+        digest = xxhash.xxh3_128()
+        for part in self.blocks.in_parts():
+            digest.update(part.loss_mask().numpy().tobytes())
+        for part in self.blocks.in_parts():
+            digest.update(part.labels().numpy().tobytes())
+        return digest.hexdigest()
 
     def denominators(self, indices: Sequence[int]) -> dict[str, float]:
         """Return how many positions and labels of some blocks count."""

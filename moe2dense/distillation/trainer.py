@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -248,8 +247,7 @@ class Trainer:
     @cached_property
     def _text(self) -> tuple[str, str]:
         """Hashes of the blocks and of which of their positions count."""
-        counted = self.batches.mask.numpy().tobytes() + self.batches.labels.numpy().tobytes()
-        return text_hash(self.batches.blocks), xxhash.xxh3_128_hexdigest(counted)
+        return text_hash(self.batches.blocks), self.batches.counted_hash()
 
     def _identity(self) -> dict[str, Any]:
         """Return what must not change between a run and its continuation."""
