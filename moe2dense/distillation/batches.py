@@ -35,6 +35,11 @@ class Batches:
         """[N, S] bool: the positions that count."""
         return self.blocks.loss_mask()
 
+    def name_of(self, index: int) -> str:
+        """Return how a message names a block."""
+        block = self.blocks[[index]]
+        return f"block {index} (domain {block.domains[0]!r}, key {block.keys()[0]})"
+
     def counted_hash(self) -> str:
         """Return a hash of which positions count, and of their labels."""
         digest = xxhash.xxh3_128()

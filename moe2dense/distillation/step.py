@@ -63,6 +63,13 @@ def inner_optimizer(optimizer: torch.optim.Optimizer) -> TensorwiseOptimizer:
     return inner
 
 
+def asked_anywhere(accelerator: Accelerator, asked: bool) -> bool:
+    """Return whether any process was asked to stop, so that all stop after the same step."""
+    if accelerator.num_processes == 1:
+        return asked
+    return bool(torch.as_tensor(accelerator.reduce(torch.tensor(float(asked), device=accelerator.device))))
+
+
 def train_step(
     accelerator: Accelerator,
     objective: nn.Module,

@@ -42,7 +42,7 @@ from moe2dense.distillation.setup import (
     prepare_model,
     release_layers,
 )
-from moe2dense.distillation.step import StepPlan, plan_step, train_step, validate
+from moe2dense.distillation.step import StepPlan, asked_anywhere, plan_step, train_step, validate
 from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
@@ -179,18 +179,10 @@ class Trainer:
                 self.step += 1
                 seconds = time.perf_counter() - clock
                 self._after_step(record, seconds, time.perf_counter() - begin, progress)
-                if self._stopping(interrupts.asked) and self.step < self.steps:
+                if asked_anywhere(self.accelerator, interrupts.asked) and self.step < self.steps:
                     self._save()
                     raise KeyboardInterrupt
         return self._finish(time.perf_counter() - begin, quiet)
-
-    def _stopping(self, asked: bool) -> bool:
-        """Return whether any process was asked to stop, so that all stop after the same step."""
-        if self.accelerator.num_processes == 1:
-            return asked
-        return bool(
-            torch.as_tensor(self.accelerator.reduce(torch.tensor(float(asked), device=self.accelerator.device)))
-        )
 
     def _start(self, resume: bool) -> None:
         """Continue at the last checkpoint, where there is one. Raises UserError where that was not asked for."""
@@ -355,7 +347,7 @@ class Trainer:
     def _blame(self, error: str, batches: Batches, plan: StepPlan, retried: bool) -> str:
         """Return the sentence that stops a run whose numbers are not finite, naming the block where one can be named."""
         where = next(
-            (_named(batches, i) for i in plan.indices if not self._finite(batches, i, plan)), f"blocks {plan.indices}"
+            (batches.name_of(i) for i in plan.indices if not self._finite(batches, i, plan)), f"blocks {plan.indices}"
         )
         again = ", also after going back to the last checkpoint" if retried else ""
         return (
@@ -404,9 +396,3 @@ class Trainer:
             best_step=self.best[1] if self.best else None,
             seconds=seconds,
         )
-
-
-def _named(batches: Batches, index: int) -> str:
-    """Return how a message names a block."""
-    block = batches.blocks[[index]]
-    return f"block {index} (domain {block.domains[0]!r}, key {block.keys()[0]})"
