@@ -590,7 +590,7 @@ def test_another_temperature_must_be_better_by_a_hundredth(teacher, monkeypatch,
     from moe2dense.distillation.trainer import TrainResult
 
     class Measured:
-        def __init__(self, model, batches, held_out, config, *_):
+        def __init__(self, model, batches, held_out, config, *_, **__):
             self.kl = reached[config.temperature]
 
         def run(self, *_, quiet):
