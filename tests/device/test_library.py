@@ -154,3 +154,13 @@ def test_waits_of_the_host_are_few(tmp_path):
         teacher.run(text(16).input_ids, logits=False)
     layers = len(teacher.body.layers)
     assert sum(counts.waits.values()) <= 4 * layers + 4, counts.waits
+
+
+def test_training_leaves_the_gpu_alone_where_the_cpu_is_asked_for(tmp_path):
+    make("mixtral", tmp_path)
+    data = text(4)
+    with PretendedCuda() as counts:
+        teacher = load_teacher(tmp_path, device="cpu")
+        student = build_student(teacher, target_for(teacher, 24), data, init="random")
+        distill(student, teacher, data, config=TrainConfig(batch=24, epochs=1, lr=1e-3), device=teacher.device)
+    assert counts.on("cuda") == 0 and counts.on("cpu") > 0
