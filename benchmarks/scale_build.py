@@ -5,11 +5,12 @@
     python benchmarks/scale_build.py --tokens 3      # three times as many tokens, which is more than there are neurons
 
 Both are run in turn, `--repeat` times. elimination: of a pool with its Gram matrix, against working on matrices of tokens where these
-are fewer. refit: three ridges tried on held-out tokens, each solved in float64 for all outputs, against what `refit_by_held_out` does.
+are fewer. refit: the same search for a ridge, each solved in float64 for all outputs, against what `refit_by_held_out` does.
 The layer's inputs have a spectrum that falls as 1/i, so that its Gram matrices are as badly conditioned as those of trained models.
 """
 
 import argparse
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -22,7 +23,7 @@ from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.ffn.obs import eliminate, eliminate_by_tokens
 from moe2dense.student.ffn.randomized import random_ffn
-from moe2dense.student.ffn.refit import grams, refit_by_held_out
+from moe2dense.student.ffn.refit import FIRST_RIDGE, choose_ridge, grams, refit_by_held_out
 
 HIDDEN, WIDTH, POOL, TOKENS = 4096, 14336, 20_000, 6000
 
@@ -50,14 +51,16 @@ def by_tokens(ffn: DenseFFN, x: Tensor, target: Tensor, width: int, step: int) -
 
 
 def in_double(ffn: DenseFFN, x: Tensor, target: Tensor, held_out: Tensor) -> DenseFFN:
-    """Refit with each of three ridges in float64 and return the best on held-out tokens."""
+    """Refit with the ridge that is best on held-out tokens, sought as a build seeks it, each solved in float64 for all outputs."""
     products = grams(ffn, x[~held_out], target[~held_out])
-    tried = []
-    for strength in (1e-2, 1e-1, 1e-3):
+
+    @functools.cache
+    def fitted(strength: float) -> DenseFFN:
         down = ridge._solve_double(*products, ffn.down.T, strength).T.contiguous()
-        fitted = DenseFFN(ffn.gate, ffn.up, down, gating=ffn.gating)
-        tried.append((relative_error(fitted, x[held_out], target[held_out]), len(tried), fitted))
-    return min(tried)[2]
+        return DenseFFN(ffn.gate, ffn.up, down, gating=ffn.gating)
+
+    best, _ = choose_ridge(lambda r: relative_error(fitted(r), x[held_out], target[held_out]), FIRST_RIDGE)
+    return fitted(best)
 
 
 def ours(ffn: DenseFFN, x: Tensor, target: Tensor, held_out: Tensor) -> DenseFFN:
