@@ -95,7 +95,8 @@ class CopiedTensors:
 
     def _read(self, name: str, source: str) -> Tensor:
         shape = self._tensor(name).shape
-        table = shape[:1] == (self.target.config.vocab_size,) and not self.in_layer(name)
+        rows = shape[0] if len(shape) == 2 else 0  # a norm may be as long as the vocabulary
+        table = rows == self.target.config.vocab_size and not self.in_layer(name)
         value = self.teacher.tensor(source).to(CPU if table else self.device, torch.float32)
         if self.cut:
             value = self.cut.tensor(source, value, shape)
