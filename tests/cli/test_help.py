@@ -46,12 +46,18 @@ def problems(text, flags):
     return wrong
 
 
-def flags_of(found):
-    parameters = inspect.signature(found).parameters.values()
-    return [
-        "--" + p.name.replace("_", "-") if p.kind is p.KEYWORD_ONLY else p.name.upper().replace("_", "-")
-        for p in parameters
-    ]
+def flags_of(action):
+    return [flag_of(p) for p in inspect.signature(action).parameters.values()]
+
+
+def flag_of(parameter):
+    """Return what a user types for a parameter: a flag of another name (--for, which Python keeps to itself) says so."""
+    notes = [note for note in getattr(parameter.annotation, "__metadata__", ()) if isinstance(note, Parameter)]
+    if names := [name for note in notes for name in note.name or ()]:
+        return names[0]
+    if parameter.kind is parameter.KEYWORD_ONLY:
+        return "--" + parameter.name.replace("_", "-")
+    return parameter.name.upper().replace("_", "-")
 
 
 @pytest.mark.parametrize("command", NAMES)
@@ -84,9 +90,10 @@ def test_a_page_that_lacks_something_is_noticed():
 @pytest.mark.parametrize("command", NAMES)
 def test_flags_bear_the_names_that_errors_use(command):
     """An error about an option names the flag that sets it."""
+    parameters = inspect.signature(function(command)).parameters
     for name, key in option_flags(function(command)).items():
         if key != "model":
-            assert option_entries()[key].flag == "--" + name.replace("_", "-"), key
+            assert option_entries()[key].flag == flag_of(parameters[name]), key
 
 
 def test_a_flag_of_an_option_that_there_is_not():
