@@ -85,6 +85,7 @@ def flag(key: str, *, group: str = "", default: str = "") -> Flag:
         choices=tuple(choice for choice in entry.option.choices if choice) or None,
         metavar=_metavar(entry),
         negative_iterable=(),
+        name=entry.option.flag or None,
     )
 
 
