@@ -9,6 +9,7 @@ from moe2dense.cli.list import catalogue
 from moe2dense.distillation.regimes.registry import REGIMES
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.families.cards import student_cards, teacher_cards
+from moe2dense.families.machines import machine_names
 from moe2dense.losses.registry import DIVERGENCES, FEATURE_KINDS, LAYER_MAPS
 from moe2dense.student.ffn.methods import METHODS, RECIPES
 from moe2dense.student.init_spec import STEPS
@@ -25,6 +26,7 @@ def test_everything_is_listed():
         "features": {*FEATURE_KINDS, *LAYER_MAPS},
         "regimes": set(REGIMES),
         "targets": set(TARGET_FORMATS),
+        "machines": set(machine_names()),
     }
     assert all(row["help"] for title in ("methods", "losses", "features", "regimes", "targets") for row in lists[title])
 

@@ -147,13 +147,13 @@ def test_embedding_rows_are_sent_once(tmp_path):
 
 
 def test_waits_of_the_host_are_few(tmp_path):
-    """A layer's pass waits for its routing and its hidden states, not for every expert or every chunk's values."""
+    """A layer's pass waits for its routing, its block's factor and its hidden states, not for every expert or every chunk's values."""
     make("mixtral", tmp_path)
     with PretendedCuda() as counts:
         teacher = load_teacher(tmp_path, device="cuda")
         teacher.run(text(16).input_ids, logits=False)
     layers = len(teacher.body.layers)
-    assert sum(counts.waits.values()) <= 4 * layers + 4, counts.waits
+    assert sum(counts.waits.values()) <= 5 * layers + 4, counts.waits
 
 
 def test_training_leaves_the_gpu_alone_where_the_cpu_is_asked_for(tmp_path):

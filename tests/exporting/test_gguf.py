@@ -163,7 +163,7 @@ def test_biases_that_llama_cpp_has_no_place_for_are_refused_before_writing(tmp_p
                 refused.add((host, field))
     assert refused == {
         ("cohere2", "attention_bias"), ("ernie4_5", "use_bias"), ("hunyuan_v1_dense", "attention_bias"), ("lfm2", "conv_bias"),
-        ("olmo2", "attention_bias"), ("qwen3", "attention_bias"),
+        ("olmo2", "attention_bias"), ("qwen3", "attention_bias"), ("youtu", "attention_bias"),
     }  # fmt: skip
     with pytest.raises(
         UserError, match=r"llama\.cpp's qwen3 has no biases in q_proj, the student has \(model\.layers\.0"

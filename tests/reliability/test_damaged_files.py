@@ -9,7 +9,8 @@ from transformers import MistralConfig, MistralForCausalLM
 from moe2dense.__main__ import main
 from moe2dense.common.files import content_errors, read_json_object
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.run import MANIFEST, Run, check_out, open_run
+from moe2dense.config.toml import write_config
+from moe2dense.conversion.run import CONFIG, MANIFEST, check_out, open_run
 from moe2dense.data.counts import TextCounts, Unusable
 from moe2dense.data.fields import passage_of
 from moe2dense.distillation.targets import store
@@ -176,9 +177,10 @@ def test_a_shard_outside_the_store_is_refused(tmp_path):
     ],
 )
 def test_a_damaged_run_is_refused(tmp_path, text):
+    (tmp_path / CONFIG).write_text(write_config(RunConfig()))
     (tmp_path / MANIFEST).write_text(text)
-    with pytest.raises(UserError, match=r"run\.json"):
-        Run(tmp_path, RunConfig(), None)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"run\.json"), open_run(tmp_path, RunConfig(), resume=True):
+        pass
 
 
 def test_a_run_killed_before_its_settings_were_written_can_be_started_again(tmp_path):

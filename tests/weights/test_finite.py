@@ -150,7 +150,7 @@ def test_held_out_targets_of_nan_stop_a_run_before_its_first_step():
 @pytest.mark.parametrize("saved", [True, False])
 def test_a_last_step_that_overflows_is_noticed(tmp_path, saved):
     """No loss comes after the last step to show it."""
-    options = dict(lr=1e38, weight_decay=1e5, epochs=1.0, batch=24 * 12, save_every=1000)
+    options = dict(optimizer="adamw", lr=1e38, weight_decay=1e5, epochs=1.0, batch=24 * 12, save_every=1000)
     with pytest.raises(
         UserError, match="training stopped after step 1 of 1: it left NaN or infinity in .*; lower --lr"
     ) as caught:

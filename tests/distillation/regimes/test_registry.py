@@ -47,7 +47,6 @@ def test_rows_and_checks_load_no_torch():
     modules = (
         "moe2dense.distillation",
         "moe2dense.distillation.checks",
-        "moe2dense.distillation.cost",
         "moe2dense.distillation.regimes",
         "moe2dense.distillation.regimes.checks",
         "moe2dense.distillation.regimes.registry",
