@@ -100,9 +100,8 @@ def _sent(reader: _Reader) -> Iterator[tuple[int, ExpertWeights]]:
             e, expert, buffer, sent, arrived = ahead
             current = torch.cuda.current_stream(reader.experts.device)
             current.wait_event(arrived)
-            for (
-                tensor
-            ) in sent.tensors():  # its memory is of the other stream, and must outlive what is computed with it
+            for tensor in sent.tensors():
+                # Its memory is of the other stream, and must outlive what is computed with it.
                 tensor.record_stream(current)
             yield e, sent
             arrived.synchronize()
