@@ -79,7 +79,9 @@ def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> 
                 console.print(f"[yellow]warning:[/] {warning}")
         passed = passes(settings.train, text.train.tokens, plan.target.parameters)
         settings = replace(settings, train=replace(settings.train, epochs=passed))
-        result = _stages(Job(run, settings, plan, teacher, text, progress))
+        job = Job(run, settings, plan, teacher, text, progress)
+        stages.check_targets_disk(job)
+        result = _stages(job)
     report_stage.show_result(run.folder, console)
     return result
 

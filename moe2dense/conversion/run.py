@@ -194,10 +194,15 @@ def _begin(folder: Path, config: RunConfig, resume: bool, created: bool) -> Run:
         raise
 
 
+def _without_stages(file: Path) -> bool:
+    """Return whether a file is the manifest of a run that has finished no stage."""
+    return file.name == MANIFEST and not _read_manifest(file)["stages"]
+
+
 def _remove_if_unused(folder: Path, created: bool) -> None:
     """Leave no trace of a run that was refused before it did anything: the corrected command may use the same --out."""
     files = list(folder.iterdir())
-    if all(p.name == CONFIG or _left_over(p) for p in files):
+    if all(p.name == CONFIG or _left_over(p) or _without_stages(p) for p in files):
         for path in files:
             path.unlink(missing_ok=True)
         if created:

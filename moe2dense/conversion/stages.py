@@ -224,6 +224,13 @@ def training_targets(job: Job) -> Targets | None:
     return stores[0] if draws == 1 else MixedTargets([(1 / draws, store) for store in stores])
 
 
+def check_targets_disk(job: Job) -> None:
+    """Raise UserError where --targets-disk has no room for one step's targets, before anything is computed."""
+    settings = job.settings.train
+    if settings.targets_disk and needs_targets(job.settings):
+        _rolling(job)
+
+
 def _rolling(job: Job) -> RollingTargets | None:
     """Return targets that take no more disk than the settings allow; None where those of all text take no more."""
     settings, target, text = job.settings.train, job.target, job.text.train

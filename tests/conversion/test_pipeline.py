@@ -344,3 +344,10 @@ def test_killed_and_resumed_gives_the_same_weights(tiny, tmp_path, stage):
     assert expected.keys() == found.keys()
     for name in expected:
         assert torch.equal(expected[name], found[name]), name
+
+
+def test_targets_that_have_no_room_are_refused_before_the_build(tiny, tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(m2d.UserError, match="--targets-disk 5 kB holds less than one step's targets"):
+        m2d.convert(str(tiny), to="3.2m", out=out, config=quick(tmp_path), targets_disk="5kB")
+    assert not out.exists()
