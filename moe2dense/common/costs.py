@@ -1,6 +1,7 @@
 """What a stage of a run takes: as counted while it ran, or as planned. No torch here, so that plans and reports need none."""
 
-from dataclasses import asdict, dataclass, field, replace
+import math
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 
@@ -47,3 +48,13 @@ class Cost:
     def to_dict(self) -> dict[str, Any]:
         """Return plain values, as run.json has them."""
         return asdict(self)
+
+    @classmethod
+    def from_dict(cls, entry: dict[str, Any]) -> "Cost":
+        """Return what `to_dict` wrote. Raises TypeError or ValueError for anything else."""
+        cost = cls(**entry)
+        flops, *numbers = (getattr(cost, f.name) for f in fields(cls))
+        for number in (*flops.values(), *numbers):
+            if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
+                raise ValueError(f"{number!r} is no number")
+        return cost

@@ -47,7 +47,7 @@ class Run:
 
     def cost(self) -> dict[str, Cost]:
         """Return what each stage has cost so far, over all starts of the run."""
-        return {stage: Cost(**entry) for stage, entry in self.manifest.get("cost", {}).items()}
+        return {stage: Cost.from_dict(entry) for stage, entry in self.manifest.get("cost", {}).items()}
 
     def spend(self, stage: str, cost: Cost) -> None:
         """Add what was spent on a stage, finished or not."""
@@ -96,6 +96,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
                 entry.get("kl", {}), dict
             ):
                 raise ValueError(f"the record of stage {stage!r} is not as it is written")
+        for entry in manifest.get("cost", {}).values():
+            Cost.from_dict(entry)
     return manifest
 
 

@@ -19,7 +19,7 @@ COST_HELP = (
 
 def cost_rows(report: Report) -> list[dict[str, str]]:
     """Return {"stage", "time", "flops", "rate", "read", "bus", "memory"} of each stage, and of the whole run; [] where unknown."""
-    stages = {name: Cost(**entry) for name, entry in (report["run"].get("cost") or {}).items()}
+    stages = {name: Cost.from_dict(entry) for name, entry in (report["run"].get("cost") or {}).items()}
     if not stages:
         return []
     whole = sum(stages.values(), Cost())

@@ -174,6 +174,11 @@ def test_a_shard_outside_the_store_is_refused(tmp_path):
         "{}",
         '{"stages": {"build": {"history": 3}}}',
         '{"stages": {"build": {"kl": []}}}',
+        '{"stages": {}, "cost": []}',
+        '{"stages": {}, "cost": {"build": 3}}',
+        '{"stages": {}, "cost": {"build": {"memory": "1"}}}',
+        '{"stages": {}, "cost": {"build": {"flops": {"cpu": null}}}}',
+        '{"stages": {}, "cost": {"build": {"flops": [1.0]}}}',
     ],
 )
 def test_a_damaged_run_is_refused(tmp_path, text):
