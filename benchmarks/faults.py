@@ -15,20 +15,19 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from fault_inputs import KINDS, damage, make_inputs
+from forked import finish, start_forked
 
 MEMORY = 6 << 30  # bytes of address space that a try may add
 SUCCESS, SENTENCE, TRACEBACK, HANG, MEMORY_OUT, HALF, UNCLEAR = OUTCOMES = (
@@ -49,44 +48,13 @@ class Ended:
 
 def start(arguments: list[str], log: Path, memory: int = MEMORY) -> int:
     """Fork a process that runs one command and writes what it prints to `log`; return its id."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if pid := os.fork():
-        return pid
-    code = 70
-    try:
-        os.setsid()
-        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        os.dup2(out, 1)
-        os.dup2(out, 2)
-        used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        resource.setrlimit(resource.RLIMIT_AS, (used + memory, used + memory))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+
+    def command() -> int:
         from moe2dense.__main__ import main
 
-        code = main(arguments)
-    except SystemExit as error:
-        code = error.code if isinstance(error.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        return main(arguments)
 
-
-def finish(pid: int, timeout: float) -> int | None:
-    """Wait for a process; return its exit code, or None where it had to be ended."""
-    deadline = time.monotonic() + timeout
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-        time.sleep(0.01)
+    return start_forked(command, log, memory)
 
 
 def run(arguments: list[str], log: Path, timeout: float = 60) -> Ended:

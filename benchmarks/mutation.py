@@ -14,15 +14,15 @@ import argparse
 import difflib
 import os
 import random
-import resource
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from forked import finish, start_forked
 
 ROOT = Path(__file__).resolve().parent.parent
 MEMORY = 6 << 30  # bytes of address space that a mutant may add
@@ -101,8 +101,8 @@ def places(source: str, operator: str) -> int:
     from cosmic_ray.ast import ast_nodes, get_ast
     from cosmic_ray.plugins import get_operator
 
-    made = get_operator(operator)()
-    return sum(len(list(made.mutation_positions(node))) for node in ast_nodes(get_ast(source)))
+    mutation = get_operator(operator)()
+    return sum(len(list(mutation.mutation_positions(node))) for node in ast_nodes(get_ast(source)))
 
 
 def mutated(mutant: Mutant) -> tuple[str, str]:
@@ -133,43 +133,25 @@ def make_copy(folder: Path) -> Path:
 
 def run_tests(folder: Path, tests: tuple[str, ...], log: Path, seconds: float) -> int | None:
     """Run test files in a forked process; return its exit code, or None where it took longer than `seconds`."""
-    pid = os.fork()
-    if pid == 0:
-        code = 70
-        try:
-            os.setsid()
-            out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-            os.dup2(out, 1)
-            os.dup2(out, 2)
-            used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-            resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
-            os.chdir(folder)
-            sys.path.insert(0, str(folder))
-            import pytest
 
-            options = [
-                "-q",
-                "-x",
-                "--no-header",
-                "-p",
-                "no:cacheprovider",
-                "-m",
-                "not slow and not gpu",
-                f"--rootdir={folder}",
-            ]
-            code = int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
-        finally:
-            os._exit(code)
-    deadline = time.monotonic() + seconds
-    while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        if time.monotonic() > deadline:
-            os.killpg(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-            return None
-        time.sleep(0.02)
+    def run_pytest() -> int:
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+        import pytest
+
+        options = [
+            "-q",
+            "-x",
+            "--no-header",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not slow and not gpu",
+            f"--rootdir={folder}",
+        ]
+        return int(pytest.main([*options, f"--basetemp={folder / 'tmp'}", *tests]))
+
+    return finish(start_forked(run_pytest, log, MEMORY), seconds)
 
 
 def load_libraries() -> None:
