@@ -202,13 +202,18 @@ def needs_targets(settings: RunConfig) -> bool:
     return train.alpha < 1 or bool(train.alpha_schedule or train.wanted_features or train.select)
 
 
+def _reads_targets(settings: RunConfig) -> bool:
+    """Return whether training reads targets on its text: some regimes bring their own."""
+    return needs_targets(settings) and not brings_targets(settings.train.regime, settings.regime)
+
+
 def training_targets(job: Job) -> Targets | None:
     """Return the teacher's targets on the training text; None where training reads none.
 
     They are the store that the user names, else one that is written to the run folder: by the teacher, or by a server that runs it.
     """
     settings = job.settings.train
-    if not needs_targets(job.settings) or brings_targets(settings.regime, job.settings.regime):
+    if not _reads_targets(job.settings):
         return None
     if settings.targets:
         return open_any_targets(settings.targets, job.text.train, teacher=training_teacher(job, targets=True))
@@ -226,8 +231,7 @@ def training_targets(job: Job) -> Targets | None:
 
 def check_targets_disk(job: Job) -> None:
     """Raise UserError where --targets-disk has no room for one step's targets, before anything is computed."""
-    settings = job.settings.train
-    if settings.targets_disk and needs_targets(job.settings):
+    if job.settings.train.targets_disk and _reads_targets(job.settings):
         _rolling(job)
 
 
