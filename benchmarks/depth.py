@@ -145,10 +145,10 @@ def show(row: dict[str, Any]) -> None:
     place = f"width {row['width']:4d} seed {row['seed']} trained {row['trained']:6d} tokens {row['tokens']:6d}"
     print(f"{row['start']:16s} {place}  {numbers}  s {row['seconds']:.0f}  GB {row['GB']:.2f}", flush=True)
     if row.get("errors"):
-        kept = f"  {row['fits that kept step 0']} of {row['fits']} fits kept step 0" if row["fits"] else ""
+        unmoved = f"  {row['fits that kept step 0']} of {row['fits']} fits kept step 0" if row["fits"] else ""
         errors = " ".join(f"{e:.3g}" for e in row["errors"])
         print(
-            f"    errors by layer: median {statistics.median(row['errors']):.3f}, last {row['errors'][-1]:.3f}{kept}: {errors}"
+            f"    errors by layer: median {statistics.median(row['errors']):.3f}, last {row['errors'][-1]:.3f}{unmoved}: {errors}"
         )
 
 

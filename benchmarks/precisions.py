@@ -55,8 +55,8 @@ def difference(layout: Layout, folder: Path) -> tuple[float, str]:
     checkpoint = Checkpoint(folder)
     (weight,) = find_packed(checkpoint.tensors, settings).weights.values()
     weight.check(checkpoint)
-    values, theirs = weight.read(checkpoint), library_values(stored, settings)
-    expected, whose = (formula.float(), "formula") if theirs is None else (theirs, "compressed-tensors")
+    values, by_library = weight.read(checkpoint), library_values(stored, settings)
+    expected, whose = (formula.float(), "formula") if by_library is None else (by_library, "compressed-tensors")
     return float((values.to(expected.dtype) - expected).abs().max()), whose
 
 

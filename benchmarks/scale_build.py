@@ -103,12 +103,12 @@ def main() -> None:
     print(f"{'':12s} {'direct':>11s} {'ours':>11s} {'ratio':>9s}")
     keep = torch.arange(width)
     if len(x) < 0.7 * ffn.width:
-        seconds, kept = timed(
+        seconds, neurons = timed(
             lambda: whole(ffn, x, target, width, step),
             lambda: by_tokens(ffn, x, target, width, step),
             repeat=options.repeat,
         )
-        first, second = (set(k.tolist()) for k in kept)  # type: ignore[attr-defined]
+        first, second = (set(k.tolist()) for k in neurons)  # type: ignore[attr-defined]
         keep = torch.tensor(sorted(second))
         show("elimination", seconds, f"{len(first & second) / width:.2%} of the neurons are the same")
     narrow = dense(ffn, rows=keep)

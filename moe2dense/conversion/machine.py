@@ -80,8 +80,8 @@ def calibrate(path: Path | None, seconds: float = 2.0, device: str = "auto") -> 
         threads = torch.get_num_threads()
         own = replace(own, title=f"this machine's CPU ({threads} thread{'s' if threads > 1 else ''})")
     own = replace(own, single=single, measured=("products",))
-    found = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path else []
-    files = sorted(found, key=lambda p: -p.stat().st_size)
+    weights = [*path.glob("*.safetensors"), *path.glob("*.gguf")] if path else []
+    files = sorted(weights, key=lambda p: -p.stat().st_size)
     if not files:
         return own
     return replace(own, disk=_measure_reads(files[0], seconds / 2), measured=("products", "disk"))

@@ -58,15 +58,15 @@ def remote_files(url: str, split: str) -> list[Path]:
         if files.isfile(place):
             names = [place]
         elif files.isdir(place):
-            found = [
+            listed = [
                 n
                 for folder in (place, f"{place.rstrip('/')}/data")
                 if files.isdir(folder)
                 for n in _listed(files, folder)
             ]
-            names = [n for n in found if split_pattern(split).match(PurePosixPath(n).name)]
+            names = [n for n in listed if split_pattern(split).match(PurePosixPath(n).name)]
             if not names:
-                names_there = ", ".join(PurePosixPath(n).name for n in found[:5]) or "no data files"
+                names_there = ", ".join(PurePosixPath(n).name for n in listed[:5]) or "no data files"
                 raise UserError(
                     f"data folder {url} has no {split} file (found {names_there}); add {split}.jsonl or name a file"
                 )

@@ -59,8 +59,8 @@ class _Tiled(torch.autograd.Function):
         d_weight = torch.zeros(weight.shape, dtype=dtype, device=weight.device) if wants[1] else None
         d_bias = torch.zeros(len(weight), dtype=dtype, device=weight.device) if wants[2] else None
         sums: Tensor | None = None
-        made = 1 + (d_hidden is not None) + (d_weight is not None)
-        count_flops(made * product_flops(len(hidden), hidden.shape[1], len(weight)), hidden.device.type)
+        products = 1 + (d_hidden is not None) + (d_weight is not None)
+        count_flops(products * product_flops(len(hidden), hidden.shape[1], len(weight)), hidden.device.type)
         for rows in _slices(len(hidden), size):
             logits = product(hidden[rows], weight.T, dtype)
             if bias is not None:
