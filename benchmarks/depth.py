@@ -7,7 +7,8 @@
 examples/carve_moe.py makes a deep teacher of a dense model; `--dense` is that model, whose row says what a dense student could
 reach. Each row runs in a process of its own, so that its peak memory is its own. Teacher tokens count every position that the
 teacher was run on, the build's included. Text is judged in one block from each passage. An error of a layer is its squared
-error over the squared change that the teacher's layer makes: 1 is no better than leaving the layer out.
+error over the squared change that the teacher's layer makes: 1 is no better than leaving the layer out. Seconds are those of
+the build and of the training; the teacher's answers that training follows take the same time for every row and are left out.
 
 What was measured with it: docs/results.md.
 """
@@ -30,13 +31,14 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.frequency import count_tokens
 from moe2dense.data.load import load_blocks
-from moe2dense.distillation.targets.memory import hidden_targets
+from moe2dense.distillation.targets.memory import HiddenTargets, hidden_targets
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.reference import AnyModel, Reference, reference
 from moe2dense.evaluation.skill_probes import Probe, fact_probes, text_probes, tokenised
 from moe2dense.evaluation.skills import measure_skills
 from moe2dense.modeling.shape import teacher_geometry
 from moe2dense.student.build.api import build_student
+from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.model import Teacher
 
@@ -84,6 +86,19 @@ def scores(teacher: Teacher, model: AnyModel, args: argparse.Namespace, text: Bl
     return numbers | {"skills": statistics.fmean(retained) if retained else float("nan")}
 
 
+def stored_answers(teacher: Teacher, data: Blocks, args: argparse.Namespace, seed: int) -> HiddenTargets:
+    """Return the teacher's answers on a text, which all rows of a seed share; with `--work` they are computed once."""
+    path = Path(args.work) / f"answers-{seed}-{data.tokens}.pt" if args.work else None
+    if path is None or not path.is_file():
+        answers = hidden_targets(teacher, data, dtype=torch.bfloat16, features=states_read(teacher))
+        if path is None:
+            return answers
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save((answers.hidden, answers.features, answers.layers), path)
+    hidden, features, layers = torch.load(path, mmap=True)
+    return HiddenTargets(hidden, teacher.head, features, layers)
+
+
 def layer_errors(history: list[dict[str, Any]]) -> list[float]:
     """Return the error of every layer of a build, first to last."""
     return [round(record["error"], 4) for record in history if "layer" in record and "error" in record]
@@ -94,8 +109,8 @@ def peak_gigabytes() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def one_row(args: argparse.Namespace, start: str, width: int, seed: int, budget: int) -> dict[str, Any]:
-    """Build one student, train it on `budget` teacher tokens (0: not at all), and return its row."""
+def one_start(args: argparse.Namespace, start: str, width: int, seed: int, budget: int) -> list[dict[str, Any]]:
+    """Build one student, train it on `budget` teacher tokens (0: not at all), and return its rows: built, and trained."""
     torch.set_num_threads(args.threads)
     teacher = load_teacher(args.teacher)
     text, begun = build_text(teacher, args, seed), time.monotonic()
@@ -103,27 +118,34 @@ def one_row(args: argparse.Namespace, start: str, width: int, seed: int, budget:
     student = build_student(
         teacher, width_target(teacher, width), build, init=start, config=build_config(args.set), seed=seed
     )
-    tokens = 0 if start == "random" else build.tokens
-    if budget:
-        data = text[: budget // args.block]
-        targets = hidden_targets(teacher, data, features=states_read(teacher))
-        train(student, data, targets, budget, TrainConfig(epochs=args.epochs), seed)
-        tokens = max(tokens, budget)
-    seconds, memory = time.monotonic() - begun, peak_gigabytes()
-    row = {"start": start, "width": width, "seed": seed, "trained": budget, "tokens": tokens}
+    seconds = time.monotonic() - begun
+    known = {"start": start, "width": width, "seed": seed}
+    built = known | {"trained": 0, "tokens": 0 if start == "random" else build.tokens, "seconds": seconds}
+    built |= {"GB": peak_gigabytes()} | scores(teacher, student, args, text) | fits_of(student)
+    if not budget:
+        return [built]
+    data = text[: budget // args.block]
+    targets, begun = stored_answers(teacher, data, args, seed), time.monotonic()
+    train(student, data, targets, budget, TrainConfig(epochs=args.epochs), seed)
+    trained = known | {"trained": budget, "tokens": max(built["tokens"], budget)}
+    trained |= {"seconds": seconds + time.monotonic() - begun, "GB": peak_gigabytes()}
+    return [built, trained | scores(teacher, student, args, text)]
+
+
+def fits_of(student: Student) -> dict[str, Any]:
+    """Return the layers' errors, how many fits a build had and how many of them learnt nothing."""
     fits = [record for record in student.history if "heal_best_step" in record or "local_best_step" in record]
     unmoved = sum(0 in (record.get("heal_best_step"), record.get("local_best_step")) for record in fits)
-    row |= scores(teacher, student, args, text) | {"seconds": seconds, "GB": memory}
-    return row | {"errors": layer_errors(student.history), "fits": len(fits), "fits that kept step 0": unmoved}
+    return {"errors": layer_errors(student.history), "fits": len(fits), "fits that kept step 0": unmoved}
 
 
-def whole_model_row(args: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Return the row of the teacher itself, or of the dense model that it was carved from."""
+def whole_model_row(args: argparse.Namespace, name: str) -> list[dict[str, Any]]:
+    """Return one row, that of the teacher itself, or of the dense model that it was carved from."""
     torch.set_num_threads(args.threads)
     teacher = load_teacher(args.teacher)
     model: AnyModel = teacher if name == "teacher" else dense_original(Path(args.dense))
     row = {"start": name, "width": 0, "seed": 0, "trained": 0, "tokens": 0}
-    return row | scores(teacher, model, args, build_text(teacher, args, 0)) | {"seconds": 0.0, "GB": peak_gigabytes()}
+    return [row | scores(teacher, model, args, build_text(teacher, args, 0)) | {"seconds": 0.0, "GB": peak_gigabytes()}]
 
 
 def dense_original(path: Path) -> PreTrainedModel:
@@ -133,7 +155,7 @@ def dense_original(path: Path) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(path.parent if gguf else path, dtype=torch.float32, **options)
 
 
-def in_own_process(function: Any, *arguments: Any) -> dict[str, Any]:
+def in_own_process(function: Any, *arguments: Any) -> list[dict[str, Any]]:
     """Call a function in a new process and return its result."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         return pool.submit(function, *arguments).result()
@@ -163,11 +185,14 @@ def run(args: argparse.Namespace) -> None:
     starts = [name for name in args.starts.split(",") if name]
 
     def add(key: tuple[str, int, int, int], function: Any, *arguments: Any) -> None:
-        if key not in known:
-            rows.append(in_own_process(function, args, *arguments))
-            show(rows[-1])
-            if out:
-                out.write_text(json.dumps(rows, indent=1) + "\n")
+        if key in known:
+            return
+        for row in in_own_process(function, args, *arguments):
+            if (row["start"], row["width"], row["seed"], row["trained"]) not in known:
+                rows.append(row)
+                show(row)
+        if out:
+            out.write_text(json.dumps(rows, indent=1) + "\n")
 
     for name in ("teacher", "dense") if args.dense else ("teacher",):
         add((name, 0, 0, 0), whole_model_row, name)
@@ -175,7 +200,7 @@ def run(args: argparse.Namespace) -> None:
         for width in widths:
             for number, start in enumerate(starts):
                 budget = budgets[number] if len(budgets) > 1 else budgets[0]
-                add((start, width, seed, budget), one_row, start, width, seed, budget)
+                add((start, width, seed, budget), one_start, start, width, seed, budget)
 
 
 def main() -> None:
@@ -194,6 +219,7 @@ def main() -> None:
     parser.add_argument("--judged", type=int, default=24, help="blocks that are judged, of each text")
     parser.add_argument("--skills", type=int, default=20, help="tasks of each skill")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--work", default="", help="keep the teacher's answers in this folder, for all rows")
     parser.add_argument("--out", default="", help="write the rows as JSON; rows that it holds are not measured again")
     run(parser.parse_args())
 
