@@ -83,7 +83,13 @@ class DataConfig:
         example="2026-11-28",
         shown="the day the run began",
     )
-    eval_blocks: int = option(96, help="How much held-out text is scored.", unit="blocks", example="32")
+    eval_blocks: int = option(
+        0,
+        help="How much held-out text is scored.",
+        shown="96, or a quarter of the training text if that is less, but 24 blocks and 24,576 tokens",
+        unit="blocks",
+        example="32",
+    )
 
 
 @dataclass(frozen=True)

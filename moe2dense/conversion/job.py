@@ -107,7 +107,7 @@ def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBas
         return load_split(settings, split, tokenizer, plan.block, tokens, options, records[split])
 
     wanted = max(plan.tokens, plan.build_tokens)
-    scored = settings.data.eval_blocks * plan.block
+    scored = plan.held_out * plan.block
     train = _captured(settings, plan.block, wanted) or load("train", wanted)
     valid = load("valid", scored)
     ood = load("ood", scored) if settings.data.ood else None

@@ -55,6 +55,15 @@ def block_length(config: RunConfig, max_positions: int) -> int:
     return config.data.block or min(2048, max_positions)
 
 
+def held_out_blocks(wanted: int, block: int, tokens: int) -> int:
+    """Return how many held-out blocks are scored: those wanted or, for 0, by the text that the student is made from.
+
+    Scoring is not to cost more than what it scores: 96 blocks, but no more than a quarter of `tokens`, with 24 blocks and
+    24,576 tokens as the least.
+    """
+    return wanted or min(96, max(24, 24_576 // block, tokens // (4 * block)))
+
+
 def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     """Plan a resolved run; `machine` is what it is for, this one measured where none is given.
 
@@ -75,7 +84,8 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     split = split_for(shape, budget, placement.memory if placement.gpu_memory else 0)
     sizes = Sizes(
         config, shape, target, student_products(config, target), machine, block,
-        blocks=max(1, tokens // block) if tokens else 0, build=max(1, build // block), held_out=config.data.eval_blocks,
+        blocks=max(1, tokens // block) if tokens else 0, build=max(1, build // block),
+        held_out=held_out_blocks(config.data.eval_blocks, block, max(tokens, build)),
         texts=1 + bool(config.data.ood), checkpoint=checkpoint_bytes(teacher, shape), resident=split.resident,
         batch=split.macro_batch, budget=budget,
         passes=config.build.sweeps + scored(target.geometry, config.build.depth),
@@ -107,6 +117,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         build_tokens=build,
         passes=passes(config.train, tokens, target.parameters),
         block=block,
+        held_out=sizes.held_out,
         data=config.data.path or DEFAULT_CORPUS,
         out=out,
         memory_budget=budget,

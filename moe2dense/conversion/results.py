@@ -47,6 +47,7 @@ class Plan:
     tokens: int
     build_tokens: int
     block: int
+    held_out: int  # blocks that are scored, of each text
     data: str
     out: str
     memory_budget: int

@@ -151,7 +151,7 @@ def _sentences(plan: Plan) -> list[str]:
         texts.append(f"out-of-distribution text of the report: {_text_name(plan, 'ood', plan.ood)}")
     disk = ", ".join(f"{part} {show_bytes(size)}" for part, size in plan.disk.items() if size)
     lines = [
-        f"{tokens} (in blocks of {plan.block})",
+        f"{tokens} (in blocks of {plan.block}); {plan.held_out} blocks of each held-out text are scored",
         *texts,
         f"out: {plan.out}, with {show_bytes(sum(plan.disk.values()))} in the end ({disk})",
         f"teacher: its {show_bytes(plan.checkpoint_bytes)} are read {plan.reads} times for build and targets; "

@@ -8,7 +8,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
 from moe2dense.conversion.configure import default_out
 from moe2dense.conversion.machine import calibrate
-from moe2dense.conversion.planning import block_length, make_plan
+from moe2dense.conversion.planning import block_length, held_out_blocks, make_plan
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.errors import UserError
 from moe2dense.families.machines import CPU, Machine, described_machine
@@ -102,6 +102,15 @@ def test_the_remedy_for_few_calibration_tokens_works():
 def test_a_build_that_does_not_fit_is_said():
     large = planned(build__max_tokens=10**9, build__min_tokens=10**8, train__tokens=10**9)
     assert any("memory: the build takes" in w and "build.max_tokens" in w for w in large.warnings)
+
+
+def test_scoring_takes_no_more_text_than_a_quarter_of_the_training():
+    assert held_out_blocks(0, 256, 200_000) == 96
+    assert held_out_blocks(0, 2048, 100_000) == 24
+    assert held_out_blocks(0, 2048, 400_000) == 48
+    assert held_out_blocks(0, 2048, 50_000_000) == 96
+    assert held_out_blocks(0, 64, 2_000) == 96
+    assert held_out_blocks(7, 2048, 100_000) == 7
 
 
 def test_block_length():
