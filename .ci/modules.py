@@ -11,7 +11,7 @@ BETWEEN = re.compile(r"(<!-- modules -->\n).*(<!-- end of modules -->)", re.DOTA
 # the layers from the top, then what stands beside them
 PACKAGES = (
     "cli", "conversion", "reporting", "distillation", "evaluation", "student", "generation", "teacher", "losses",
-    "exporting", "modeling", "config", "data", "families", "weights", "common",
+    "exporting", "optimizers", "modeling", "config", "data", "families", "weights", "common",
 )  # fmt: skip
 
 

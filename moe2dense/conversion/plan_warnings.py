@@ -11,7 +11,7 @@ from moe2dense.conversion.results import StagePlan
 from moe2dense.families.machines import CPU
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.build.cost import TOKENS_PER_NEURON, heal_asked
-from moe2dense.student.footprint import heal_bytes
+from moe2dense.student.build.heal_memory import least_heal_bytes
 from moe2dense.student.target.resolve import Target
 
 TOKENS_PER_PARAMETER = 20
@@ -79,9 +79,7 @@ def text_warnings(config: RunConfig, shape: Geometry, target: Target, tokens: in
     return warnings
 
 
-def memory_warnings(
-    sizes: Sizes, stages: Mapping[str, StagePlan], training: TrainingFit | None, heal: bool
-) -> list[str]:
+def memory_warnings(sizes: Sizes, stages: Mapping[str, StagePlan], training: TrainingFit | None) -> list[str]:
     """Return sentences where the build, its end-to-end fit or training takes more memory than there is."""
     config, total = sizes.config, sizes.machine.memory
     warnings, have = [], f"{sizes.machine.title} has {show_bytes(total)}"
@@ -99,9 +97,10 @@ def memory_warnings(
     for name, remedy in _SMALLER.items():
         if name in stages and stages[name].memory > total:
             warnings.append(f"memory: {name} takes {show_bytes(stages[name].memory)} and {have}; {remedy}")
-    if heal_asked(config, sizes.target) and not heal:
+    if heal_asked(config, sizes.target) and sizes.heal is None:
+        least = least_heal_bytes(config.build, sizes.target, sizes.length, sizes.machine.device != CPU)
         warnings.append(
-            f"the build ends without its end-to-end fit, which takes {show_bytes(heal_bytes(sizes.target.parameters))}; "
+            f"the build ends without its end-to-end fit, which takes at least {show_bytes(least)}; "
             f"{'--memory' if sizes.machine.device == CPU else '--gpu-memory'} is {show_bytes(sizes.budget)}"
         )
     return warnings

@@ -7,11 +7,13 @@ from moe2dense.common.units import show_bytes
 from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.planned_stages import Sizes
 from moe2dense.distillation.cost import stored_states
-from moe2dense.distillation.memory_ladder import changed, in_words, rungs
-from moe2dense.distillation.rehearsal import rehearse, standing_bytes
+from moe2dense.distillation.rehearsal import rehearse
 from moe2dense.evaluation.token_metrics import CHUNK
 from moe2dense.families.machines import CPU
+from moe2dense.optimizers.footprint import standing_bytes
+from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
 from moe2dense.student.build.cost import build_bytes
+from moe2dense.student.build.heal_memory import heal_bytes, heal_changes
 from moe2dense.teacher.cost import HIDDEN_COPIES, resident_bytes, resident_layer_bytes
 
 _FLOAT = 4
@@ -32,7 +34,9 @@ class TrainingFit:
 
 def stage_memory(sizes: Sizes, training: TrainingFit | None) -> dict[str, float]:
     """Return the bytes of every stage."""
-    build = float(build_bytes(sizes.config, sizes.shape, sizes.target, sizes.build * sizes.length, sizes.budget))
+    healing = heal_bytes(sizes.heal, sizes.target, sizes.length, sizes.machine.device != CPU) if sizes.heal else 0
+    build_tokens = sizes.build * sizes.length
+    build = float(build_bytes(sizes.config, sizes.shape, sizes.target, build_tokens, sizes.budget, sizes.heal, healing))
     streaming = _streaming(sizes, max(sizes.held_out, 1))
     trained = float(training.bytes) if training else 0.0
     return {
@@ -99,6 +103,15 @@ def _rehearsed(sizes: Sizes, config: TrainConfig) -> int:
     peak = rehearse(target.config, sizes.shape, config, sizes.length, matched, half).peak
     # a GPU's backward pass gives each tensor's gradient and copies back; states rest in main memory
     return peak - (3 * _FLOAT * target.parameters if config.offload and half else 0)
+
+
+def healing_sentence(sizes: Sizes) -> str:
+    """Say what is changed so that the build's end-to-end fit fits; '' where nothing is."""
+    changes = heal_changes(sizes.heal) if sizes.heal is not None else {}
+    if sizes.heal is None or not changes:
+        return ""
+    need = heal_bytes(sizes.heal, sizes.target, sizes.length, sizes.machine.device != CPU)
+    return f"to fit {show_bytes(sizes.budget)}, where it takes {show_bytes(need)}, {in_words(changes, named=False)}"
 
 
 def _sentence(sizes: Sizes, changes: dict[str, Any], need: int) -> str:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from moe2dense.common.flops import product
 from moe2dense.common.units import parse_bytes
 from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.results import StagePlan
 from moe2dense.distillation.cost import TrainingSteps, stored_states, training_flops, training_steps
 from moe2dense.evaluation.cost import head_flops, scoring_flops, skill_tokens, transfer_flops
@@ -30,7 +31,7 @@ class Sizes:
 
     body: the products of the student's layers. blocks, build, held_out: of text, of `length` tokens each; texts: how many held-out
     texts are scored. checkpoint: bytes of the teacher, `resident` where it stays in memory; batch: tokens that share a reading.
-    trained: parameters that train. budget: bytes for the build.
+    budget: bytes for the build. heal: how the build's end-to-end fit makes its steps, if it is made.
     """
 
     config: RunConfig
@@ -49,6 +50,7 @@ class Sizes:
     budget: int
     passes: int
     recompute: bool
+    heal: TrainConfig | None = None
 
     @property
     def student(self) -> int:
@@ -107,7 +109,7 @@ def _added(*parts: tuple[str, float]) -> dict[str, float]:
 
 def _build(sizes: Sizes) -> StagePlan:
     config, blocks = sizes.config, sizes.build
-    fits = build_flops(config, sizes.shape, sizes.target, sizes.body, blocks, sizes.length, sizes.budget)
+    fits = build_flops(config, sizes.shape, sizes.target, sizes.body, blocks, sizes.length, sizes.budget, sizes.heal)
     passes = sizes.passes * pass_flops(sizes.shape, blocks, sizes.length)
     reads = sizes.parts(blocks) * (sizes.passes - 1 + build_reads(config, sizes.shape, sizes.budget))
     read = (1 if sizes.resident else reads) * sizes.checkpoint + _copied(sizes)
@@ -115,7 +117,8 @@ def _build(sizes: Sizes) -> StagePlan:
     if sizes.target.checkpoint and not config.build.graft:
         return StagePlan({}, read=sizes.student, written=sizes.student)
     fast = "single" if sizes.machine.device == CPU else "tf32"
-    flops = _added((_half(sizes), passes), (fast, fits.layers + fits.heal), ("single", fits.exact))
+    healing = _half(sizes) if sizes.heal is not None and sizes.heal.weights == "bfloat16" else fast
+    flops = _added((_half(sizes), passes), (fast, fits.layers), (healing, fits.heal), ("single", fits.exact))
     return StagePlan(flops, read + sizes.student, sizes.bus(reads), written)
 
 

@@ -14,6 +14,7 @@ from moe2dense.common.devices import pick_device
 from moe2dense.common.files import free_bytes
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.checks import check_architecture
 from moe2dense.conversion.configure import default_out, stage_sizes, texts_of_folder
 from moe2dense.conversion.machine import calibrate
@@ -26,23 +27,24 @@ from moe2dense.conversion.plan_warnings import (
     memory_warnings,
     text_warnings,
 )
-from moe2dense.conversion.planned_memory import fit_training, stage_memory
+from moe2dense.conversion.planned_memory import fit_training, healing_sentence, stage_memory
 from moe2dense.conversion.planned_stages import Sizes, plan_stages, target_bytes
 from moe2dense.conversion.results import Plan
 from moe2dense.conversion.teacher_folder import checked_teacher
 from moe2dense.distillation.adapters import add_adapters
 from moe2dense.distillation.cost import passes
-from moe2dense.distillation.memory_ladder import changed
 from moe2dense.errors import UserError
 from moe2dense.families.machines import CPU, Machine
 from moe2dense.modeling.empty import empty_model
 from moe2dense.modeling.products import Products, body_products
 from moe2dense.modeling.shape import teacher_geometry
-from moe2dense.student.build.cost import build_tokens, heal_runs
+from moe2dense.optimizers.memory_ladder import changed
+from moe2dense.student.build.cost import build_tokens, heal_asked
+from moe2dense.student.build.heal_memory import heal_room, heal_settings
 from moe2dense.student.target.host_check import check_host
 from moe2dense.student.target.pruned import scored
 from moe2dense.student.target.resolve import Target, resolve_target
-from moe2dense.teacher.cost import checkpoint_bytes, split_for
+from moe2dense.teacher.cost import checkpoint_bytes, resident_bytes, split_for
 
 
 def block_length(config: RunConfig, max_positions: int) -> int:
@@ -91,6 +93,8 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         passes=config.build.sweeps + scored(target.geometry, config.build.depth),
         recompute=config.train.gradient_checkpointing,
     )  # fmt: skip
+    if heal_asked(config, target):
+        sizes = replace(sizes, heal=_healing(sizes))
     training = fit_training(sizes) if sizes.blocks else None
     if training is not None:
         train = changed(config.train, training.changes)
@@ -98,12 +102,11 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     memory = stage_memory(sizes, training)
     stages = {name: replace(stage, memory=memory[name]) for name, stage in plan_stages(sizes).items()}
     disk, out = _disk(sizes), config.out or default_out(teacher.name, config.to)
-    heal = heal_runs(config, target, budget)
     warnings = [
         *remarks,
         capacity_warning(shape, target),
         *text_warnings(config, shape, target, tokens, build),
-        *memory_warnings(sizes, stages, training, heal),
+        *memory_warnings(sizes, stages, training),
         host_warning(target),
         disk_warning(sum(disk.values()), free_bytes(out), out) if own else "",
     ]
@@ -132,12 +135,20 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         machine=machine,
         placement=placement,
         training=training.said if training else "",
+        healing=healing_sentence(sizes),
         memory_settings=training.changes if training else {},
         warnings=tuple(filter(None, warnings)),
         depth=config.build.depth,
         ood=config.data.ood,
         folder_texts=texts_of_folder(config, teacher),
     )
+
+
+def _healing(sizes: Sizes) -> TrainConfig | None:
+    """Return how the build's end-to-end fit makes its steps; None where it does not fit."""
+    on_gpu = sizes.machine.device != CPU
+    room = heal_room(sizes.budget, resident_bytes(sizes.shape, 2) if sizes.resident else 0, on_gpu)
+    return heal_settings(sizes.config.build, sizes.target, sizes.length, room, on_gpu)
 
 
 def _free_memory(config: RunConfig, machine: Machine, own: bool) -> tuple[int, int | None]:

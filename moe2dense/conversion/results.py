@@ -36,7 +36,8 @@ class StagePlan:
 class Plan:
     """All that `moe2dense plan` prints. Sizes in bytes, counts in parameters and tokens, times in seconds.
 
-    stages: by name, as run.json has them. disk: what stays in the run folder, by part. training: how training fits, in words.
+    stages: by name, as run.json has them. disk: what stays in the run folder, by part. training, healing: how training and the
+    build's end-to-end fit are made to fit, in words.
     """
 
     teacher: str
@@ -60,6 +61,7 @@ class Plan:
     machine: Machine
     placement: Placement
     training: str = ""
+    healing: str = ""
     memory_settings: dict[str, Any] = field(default_factory=dict)  # of [train], changed so that it fits
     command: str = ""
     warnings: tuple[str, ...] = field(default=())

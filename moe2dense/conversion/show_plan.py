@@ -160,6 +160,7 @@ def _sentences(plan: Plan) -> list[str]:
         f"From {show_count(plan.break_even_batch)} tokens on, computing takes longer than reading",
         plan.placement.sentence(),
     ]
+    lines += [f"heal: {plan.healing}"] if plan.healing else []
     lines += [f"training: {plan.training}"] if plan.training else []
     lines.append(
         f"compute: {spent:.2g} FLOPs, {share_text(spent / from_scratch)} of training this student from scratch ({from_scratch:.2g})"

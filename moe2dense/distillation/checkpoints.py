@@ -21,8 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from moe2dense.common.files import place_errors, put_folder, whole_folder
 from moe2dense.distillation.fsdp import full_tensor, shard_like
-from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.errors import UserError
+from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
 from moe2dense.weights.sharded import load_into, load_sharded, save_sharded, sharded_sizes
 
 _NAME = re.compile(r"^step-(\d+)$")

@@ -13,8 +13,8 @@ from transformers import PreTrainedModel
 
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.cost import uses_muon
-from moe2dense.distillation.tensorwise import holds_less, tensorwise_optimizer
 from moe2dense.modeling.decoder import decoder_layers
+from moe2dense.optimizers.tensorwise import holds_less, tensorwise_optimizer
 
 BETAS = (0.9, 0.95)
 RATE = "rate"  # of a group of parameters: what the run's learning rate is multiplied with

@@ -22,11 +22,12 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.optimizers import make_optimizer, muon_matrices
 from moe2dense.distillation.setup import prepare_model
-from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.losses.teacher_rows import HiddenRows
 from moe2dense.modeling.empty import count_parameters, empty_model
 from moe2dense.modeling.head import Head
 from moe2dense.modeling.shape import Geometry
+from moe2dense.optimizers.footprint import activation_bytes, standing_bytes
+from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
 
 _FEW, _MORE = 2, 4  # layers of a rehearsal
 _STANDARD = TrainConfig()
@@ -181,18 +182,10 @@ def _counted(student: PreTrainedConfig, config: TrainConfig, tokens: int, matche
     weights, parameters = sum(p.nbytes for p in model.parameters()), count_parameters(model)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     layers, hidden = student.num_hidden_layers, student.hidden_size
-    inside = tokens * (16 * hidden + 7 * (parameters // (3 * hidden * layers))) * 4
-    activations = inside + layers * tokens * hidden * 4 if config.gradient_checkpointing else layers * inside
+    width = parameters // (3 * hidden * layers)
+    activations = activation_bytes(config, tokens, layers, hidden, width)
     states = matched * _COPIES * tokens * hidden * 4
     return Rehearsal(weights, standing_bytes(config, parameters, trained) + activations + states)
-
-
-def standing_bytes(config: TrainConfig, parameters: int, trained: int) -> int:
-    """Return the bytes on the device of weights, gradients and moments alone, of so many parameters, `trained` of which train."""
-    number = 2 if config.weights == "bfloat16" else 4
-    moments = 0 if config.offload else {"adamw-8bit": 2, "adafactor": 0}.get(config.optimizer, 8)
-    gradients = 0 if config.step_in_backward else number
-    return number * parameters + (moments + gradients) * trained
 
 
 def _without_looking(optimizer: TensorwiseOptimizer, config: TrainConfig) -> None:

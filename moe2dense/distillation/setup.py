@@ -1,6 +1,5 @@
 """Make the parts of a training run, accelerator and optimiser; check the student's head."""
 
-import warnings
 from dataclasses import asdict
 from pathlib import Path
 
@@ -16,6 +15,7 @@ from moe2dense.errors import UserError
 from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.documents import understands_positions
 from moe2dense.modeling.forward import model_inputs
+from moe2dense.optimizers.prepare import prepare_weights
 
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
 
@@ -52,15 +52,9 @@ def default_learning_rate(hidden_size: int, lora: bool = False) -> float:
 
 def prepare_model(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """Return a model as it trains: in the precision of config.weights (float64 stays), with adapters and activation checkpointing."""
-    wanted, dtype = getattr(torch, config.weights), next(model.parameters()).dtype
-    if dtype not in (wanted, torch.float64):
-        model.to(wanted)
-    if config.gradient_checkpointing:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)  # its name changes in transformers 6
-            model.gradient_checkpointing_enable()
-        if config.lora:
-            model.enable_input_require_grads()
+    prepare_weights(model, config)
+    if config.gradient_checkpointing and config.lora:
+        model.enable_input_require_grads()
     return add_adapters(model, config) if config.lora else model
 
 

@@ -19,8 +19,8 @@ from moe2dense.distillation.batching import micro_batches, step_blocks
 from moe2dense.distillation.fsdp import full_tensor
 from moe2dense.distillation.optimizers import RATE
 from moe2dense.distillation.targets.formats import written_temperature
-from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.losses.feature_spec import feature_weights
+from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
 
 # N blocks, S block length, n = N S tokens
 

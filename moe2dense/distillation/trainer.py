@@ -43,9 +43,10 @@ from moe2dense.distillation.setup import (
     release_layers,
 )
 from moe2dense.distillation.step import StepPlan, asked_anywhere, plan_step, train_step, validate
-from moe2dense.distillation.tensorwise import TensorwiseOptimizer
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
+from moe2dense.modeling.precision import cast_weights
+from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
 from moe2dense.weights.fingerprint import text_hash
 from moe2dense.weights.finite import all_finite
 
@@ -378,7 +379,7 @@ class Trainer:
         if not self.config.shard:
             nn.Module.to(model, self.start_device)
             if self.config.weights != "float32":
-                nn.Module.to(model, torch.float32)
+                cast_weights(model, torch.float32)
         history = self.metrics.records
         final = next((r["valid_kl"] for r in reversed(history) if "valid_kl" in r), None)
         if not quiet and final is not None and self.first_kl is not None and not final <= self.first_kl:

@@ -5,7 +5,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from moe2dense.optimizers.prepare import take_step
 
 CHECKS = 6  # of the held-out loss, beside that at the start
 
@@ -40,19 +42,23 @@ def fit(
     checks: int = CHECKS,
     clip: float = 0.0,
     warmup: float = 0.0,
+    optimizer: torch.optim.Optimizer | None = None,
+    best_rest: torch.device | None = None,
 ) -> Fit:
     """Run Adam on `parameters`, its rate a cosine to zero, and keep the values of lowest held-out loss.
 
     The result is never worse than the start. `loss(index)` is the loss on training rows `index`, each of `rows` once per
     epoch in seeded order. `held_out_loss()` is measured at the start and `checks` times. A step whose loss is not finite
-    ends the fit at the best values so far.
+    ends the fit at the best values so far. optimizer: another one over the parameters. best_rest: where the best values rest, by
+    default where the parameters are.
     """
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.requires_grad_(True)
-    optimizer = torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
+    optimizer = optimizer or torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), weight_decay=weight_decay)
     first = best = held_out_loss()
-    best_values, best_step = [p.detach().clone() for p in parameters], 0
+    best_values = [p.detach().to(best_rest or p.device, copy=True) for p in parameters]
+    best_step = 0
     order = torch.randperm(rows, generator=generator)
     every = max(1, steps // checks)
     for step in range(steps):
@@ -66,9 +72,7 @@ def fit(
             break
         optimizer.zero_grad(set_to_none=True)
         value.backward()
-        if clip:
-            nn.utils.clip_grad_norm_(parameters, clip)
-        optimizer.step()
+        take_step(optimizer, parameters, clip)
         if (step + 1) % every == 0 or step + 1 == steps:
             now = held_out_loss()
             if now < best:

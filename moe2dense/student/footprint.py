@@ -9,11 +9,6 @@ FIT_COPIES = 5  # weights, gradients, two Adam moments, the best values so far
 STATE_COPIES = 5
 
 
-def heal_bytes(parameters: int) -> int:
-    """Return the memory of fitting a whole student of so many parameters end to end."""
-    return FP32 * FIT_COPIES * parameters
-
-
 def hint_layers(layers: int, each: int, budget: int) -> range:
     """Return the layers whose teacher states, of `each` bytes, the heal follows: all but the last, or evenly spaced ones that fit."""
     most = min(layers - 1, budget // max(each, 1))

@@ -8,12 +8,12 @@ from torch import nn
 
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.api import distill
-from moe2dense.distillation.memory_ladder import changed, in_words, rungs
 from moe2dense.distillation.optimizers import make_optimizer
-from moe2dense.distillation.packed_state import pack, unpack
-from moe2dense.distillation.rounding import round_at_random
-from moe2dense.distillation.tensorwise import BETAS, TensorwiseOptimizer
 from moe2dense.errors import UserError
+from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
+from moe2dense.optimizers.packed_state import pack, unpack
+from moe2dense.optimizers.rounding import round_at_random
+from moe2dense.optimizers.tensorwise import BETAS, TensorwiseOptimizer
 from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
 
 

@@ -16,11 +16,13 @@ from torch import Tensor, nn
 from moe2dense.common.devices import CPU, fast_products
 from moe2dense.common.units import show_bytes
 from moe2dense.config.schema import BuildConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.hooks import feature_name
 from moe2dense.student.build.assemble import CopiedTensors, empty_student, fill_constants, unload
 from moe2dense.student.build.heal import heal
+from moe2dense.student.build.heal_memory import heal_room, heal_settings, least_heal_bytes
 from moe2dense.student.build.layer import build_layer, choose_held_out
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.layer_store import LayerStore
@@ -30,7 +32,7 @@ from moe2dense.student.build.sweeps import sweep
 from moe2dense.student.dense_teacher import dense_target, single_expert
 from moe2dense.student.ffn.methods import parse_method
 from moe2dense.student.fit_defaults import heal_passes, settle_fits
-from moe2dense.student.footprint import FP32, STATE_COPIES, heal_bytes, hint_layers
+from moe2dense.student.footprint import FP32, STATE_COPIES, hint_layers
 from moe2dense.student.init_spec import steps_of
 from moe2dense.student.memory import eager_release, release_freed_memory
 from moe2dense.student.prune.cut import cut_for
@@ -97,7 +99,7 @@ def build_to_folder(
     if target.checkpoint:
         return save_student(pretrained_sibling(target, teacher, data, init, config, seed, progress), folder)
     state = _build(teacher, target, data, init, out, config, seed, (), progress)
-    if heals(state.steps, config) and _heal_fits(state):
+    if _will_heal(state):
         return save_student(_finish_in_memory(state, init, data, progress), folder)
     state.history += _unhealed(state)
     student = Student(
@@ -136,17 +138,18 @@ def _resolve(teacher: Teacher, to: str | Target, data: "Blocks", init: str, conf
 
 
 def _heal_room(teacher: Teacher) -> int:
-    """Return the bytes that the end-to-end fit may take; on a GPU a teacher that stays there leaves less."""
-    on_gpu = teacher.device.type == "cuda"
-    return teacher.budget - (teacher.plan.total_bytes if on_gpu and teacher.resident else 0)
+    """Return the bytes that the end-to-end fit may take."""
+    return heal_room(teacher.budget, teacher.plan.total_bytes if teacher.resident else 0, teacher.device != CPU)
 
 
-def _heal_fits(state: StudentBuild) -> bool:
-    return heal_bytes(state.target.parameters) <= _heal_room(state.teacher)
+def _healing(state: StudentBuild) -> TrainConfig | None:
+    """Return how the end-to-end fit makes its steps; None where it does not fit."""
+    block, on_gpu = state.runner.ids.shape[1], state.teacher.device != CPU
+    return heal_settings(state.config, state.target, block, _heal_room(state.teacher), on_gpu)
 
 
 def _will_heal(state: StudentBuild) -> bool:
-    return heals(state.steps, state.config) and _heal_fits(state)
+    return heals(state.steps, state.config) and _healing(state) is not None
 
 
 def _hinted_layers(state: StudentBuild) -> Sequence[int]:
@@ -162,8 +165,10 @@ def _unhealed(state: StudentBuild) -> list[dict[str, Any]]:
     if not heals(state.steps, state.config):
         return []
     option = "--memory" if state.teacher.device.type == "cpu" else "--gpu-memory"
-    need, have = show_bytes(heal_bytes(state.target.parameters)), show_bytes(_heal_room(state.teacher))
-    return [{"heal_skipped": f"training the student end to end takes {need}, {option} is {have}"}]
+    block, on_gpu = state.runner.ids.shape[1], state.teacher.device != CPU
+    need = show_bytes(least_heal_bytes(state.config, state.target, block, on_gpu))
+    have = show_bytes(_heal_room(state.teacher))
+    return [{"heal_skipped": f"training the student end to end takes at least {need}, {option} is {have}"}]
 
 
 def _start(
@@ -210,7 +215,7 @@ def _build(
 ) -> StudentBuild:
     """Build every layer. Afterwards the layers of a build with a store are on disk and not in memory."""
     state = _start(teacher, target, data, init, out, config, seed)
-    with eager_release(not _heal_fits(state)), fast_products():
+    with eager_release(_healing(state) is None), fast_products():
         _build_layers(state, data, observers, progress)
         for number in range(2, config.sweeps + 1):
             sweep(state, data, number, progress)
@@ -289,8 +294,9 @@ def _finish_in_memory(state: StudentBuild, init: str, data: "Blocks", progress: 
     state.copied.fill_missing()
     model.tie_weights()
     nn.Module.to(model, CPU)
-    if state.teacher_final is not None:
-        state.history.append(heal(model, state, state.teacher_final, state.hints, progress))
+    healing = _healing(state)
+    if state.teacher_final is not None and healing is not None:
+        state.history.append(heal(model, state, state.teacher_final, state.hints, healing, progress))
     else:
         state.history += _unhealed(state)
     missing = [name for name, p in model.named_parameters() if p.is_meta]

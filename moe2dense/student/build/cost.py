@@ -16,13 +16,14 @@ from moe2dense.common.flops import (
     trained_ffn,
 )
 from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.modeling.products import Products
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.ffn.obs import FEW_TOKENS
 from moe2dense.student.ffn.ridge import EXACT_WIDTH
 from moe2dense.student.fit import CHECKS
 from moe2dense.student.fit_defaults import heal_passes, settle_fits
-from moe2dense.student.footprint import STATE_COPIES, heal_bytes, hint_layers, layer_bytes, pool_limit, refit_limit
+from moe2dense.student.footprint import STATE_COPIES, hint_layers, layer_bytes, pool_limit, refit_limit
 from moe2dense.student.init_spec import base_and_steps, steps_of
 from moe2dense.teacher.cost import EXPERT_CACHE, HIDDEN_COPIES, WORK_BYTES, resident_layer_bytes
 
@@ -60,13 +61,10 @@ def _heal_passes(config: RunConfig) -> float:
     return heal_passes(config.build.heal_epochs, trained=config.train.tokens > 0)
 
 
-def heal_runs(config: RunConfig, target: "Target", budget: int) -> bool:
-    """Return whether the student is healed: where it fits in `budget` bytes with its optimiser."""
-    return heal_asked(config, target) and heal_bytes(target.parameters) <= budget
-
-
-def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int, budget: int) -> int:
-    """Return the most memory of the build, apart from the program's own.
+def build_bytes(
+    config: RunConfig, shape: Geometry, target: "Target", build: int, budget: int, heal: TrainConfig | None, healing: int
+) -> int:  # fmt: skip
+    """Return the most memory of the build, apart from the program's own. heal: how the student is healed, within `healing` bytes.
 
     These are the teacher's layer and buffers, and the largest of the teacher's pass over a layer, the building of the
     student's layer and the heal. The pass counts with the most that its slices may take, so for models of a few megabytes a
@@ -80,10 +78,10 @@ def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int
     buffers = min(4 * HIDDEN_COPIES * shape.hidden_size * build, max(budget - weights, budget // 8))
     statistics = 8 * len(shape.moe_layers) * shape.num_experts * (shape.expert_width + shape.hidden_size)
     table, states = 4 * sizes.vocab_size * hidden, 4 * hidden * build
-    building = STATE_COPIES * states + _layer_bytes(config, shape, target, build, budget)
-    healing = hints = 0
-    if heal_runs(config, target, budget):
-        healing = heal_bytes(target.parameters) + 2 * table + states
+    building = STATE_COPIES * states + _layer_bytes(config, shape, target, build, budget, heal is not None)
+    hints = 0
+    if heal is not None:
+        healing += table + states
         if config.build.heal_hints:
             hints = len(hint_layers(sizes.num_hidden_layers, states // 2, budget // 4)) * states // 2
     building = buffers + max(table + states, WORK_BYTES + states, building)
@@ -91,10 +89,10 @@ def build_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int
     return most if not target.checkpoint else 4 * target.parameters + (most if config.build.graft else 0)
 
 
-def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int, budget: int) -> int:
+def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", build: int, budget: int, healed: bool) -> int:
     """Return the most memory of building one of the student's layers, by the steps that --init has."""
     c, hidden, layers = config.build, target.config.hidden_size, target.config.num_hidden_layers
-    steps = steps_of(c.init, heal_runs(config, target, budget), target.card.join)
+    steps = steps_of(c.init, healed, target.card.join)
     local, layer_fit = (n if s in steps else 0 for n, s in ((c.local_batch, "local"), (c.layer_batch, "layer")))
     tables = target.config.vocab_size * hidden * (1 if target.config.tie_word_embeddings else 2)
     layer, ffn = (target.parameters - tables) // layers, 3 * hidden * target.width
@@ -113,13 +111,21 @@ class BuildFlops:
 
 
 def build_flops(
-    config: RunConfig, shape: Geometry, target: "Target", body: Products, blocks: int, length: int, budget: int
+    config: RunConfig,
+    shape: Geometry,
+    target: "Target",
+    body: Products,
+    blocks: int,
+    length: int,
+    budget: int,
+    healing: TrainConfig | None,
 ) -> BuildFlops:
     """Return what a build computes on [blocks, length] tokens of text, teacher's passes apart.
 
-    body: the products of the student's layers. Where data decide (how many ridges are tried) the usual number is taken.
+    body: the products of the student's layers. healing: how the student is healed, if it is. Where data decide (how many ridges are
+    tried) the usual number is taken.
     """
-    layers, heal = target.config.num_hidden_layers, heal_runs(config, target, budget)
+    layers, heal = target.config.num_hidden_layers, healing is not None
     trains, tokens = config.train.tokens > 0, blocks * length
     c = settle_fits(config.build, target.config.hidden_size, tokens, heal, trains)
     config = replace(config, build=c)
@@ -128,9 +134,9 @@ def build_flops(
     layer = Products(body.weights // layers, body.weights // layers, body.pairs // layers)
     each = _passes(layer, target, blocks, length) + _fits(config, target, layer, steps, held, length)
     exact = layers * _choice(config, shape, target, (blocks - held) * length, held * length, budget)
-    return BuildFlops(
-        c.sweeps * layers * each, exact, _heal(config, target, body, blocks, held, length) if heal else 0.0
-    )
+    again = healing is not None and healing.gradient_checkpointing
+    healed = _heal(config, target, body, blocks, held, length, again) if heal else 0.0
+    return BuildFlops(c.sweeps * layers * each, exact, healed)
 
 
 def build_reads(config: RunConfig, shape: Geometry, budget: int) -> float:
@@ -185,8 +191,10 @@ def _fits(config: RunConfig, target: "Target", layer: Products, steps: Sequence[
     return total
 
 
-def _heal(config: RunConfig, target: "Target", body: Products, blocks: int, held: int, length: int) -> float:
-    """Return the FLOPs of the end-to-end fit, the teacher's logits included."""
+def _heal(
+    config: RunConfig, target: "Target", body: Products, blocks: int, held: int, length: int, again: bool
+) -> float:
+    """Return the FLOPs of the end-to-end fit, the teacher's logits included. again: activations are computed again."""
     c, sizes, rows = config.build, target.config, blocks - held
     if not held:
         return 0.0
@@ -195,7 +203,7 @@ def _heal(config: RunConfig, target: "Target", body: Products, blocks: int, held
     batch = min(batch, rows)
     heads = head_loss(batch * length, sizes.hidden_size, sizes.vocab_size)
     heads += product(batch * length, target.teacher.hidden_size, sizes.vocab_size)
-    step = replace(body, trained=body.weights).step(batch, length)
+    step = replace(body, trained=body.weights).step(batch, length, again)
     check = body.forward(held, length) + product(held * length, sizes.hidden_size, sizes.vocab_size)
     check += product(held * length, target.teacher.hidden_size, sizes.vocab_size)
     return steps * (step + heads) + checks_of(steps) * check

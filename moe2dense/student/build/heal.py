@@ -13,16 +13,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe2dense.common.devices import CPU, device_with_room, fast_products
+from moe2dense.config.training import TrainConfig
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.hidden_states import token_mse
 from moe2dense.losses.teacher_rows import HiddenRows
 from moe2dense.modeling.forward import final_hidden
 from moe2dense.modeling.head import Head, OutputHead, model_head
 from moe2dense.modeling.hooks import captured
+from moe2dense.optimizers.memory_ladder import in_words
+from moe2dense.optimizers.prepare import optimizer_of, prepared
+from moe2dense.student.build.heal_memory import CLIP, heal_blocks, heal_bytes, heal_changes
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.state import BuildState, Progress
 from moe2dense.student.fit import Fit, fit, fit_at_a_rate_that_helps
-from moe2dense.student.footprint import heal_bytes
 
 if TYPE_CHECKING:
     from moe2dense.teacher.model import Teacher
@@ -68,11 +71,12 @@ def mean_kl(
     targets: Tensor,
     blocks: Tensor,
     real: Tensor,
+    at_once: int = _CHECK_BLOCKS,
 ) -> float:
     """Return the mean KL of `blocks`, computed for some of them at a time; arguments as of `kl_of`."""
     total = 0.0
     with torch.no_grad():
-        for part in blocks.split(_CHECK_BLOCKS):
+        for part in blocks.split(at_once):
             total += float(kl_of(model, runner, head, teacher_head, targets, part, real)) * float(real[part].sum())
     return total / float(real[blocks].sum().clamp_min(1))
 
@@ -93,24 +97,26 @@ def heal(
     state: BuildState,
     targets: Tensor,
     hints: dict[str, Tensor],
+    train: TrainConfig,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Train all weights with forward KL for `heal_epochs` over the build's blocks; keep the values best on held-out ones.
 
     targets [N, S, H]: the teacher's final hidden states. hints: {"hidden-0": [N, S, H], ...} its states after layers of the
-    student, which count with weight `heal_hints`. Return a record: held-out KL before and after, the step kept, seconds.
+    student, which count with weight `heal_hints`. train: how steps are made to fit memory (`heal_settings`). Return a record:
+    held-out KL before and after, the step kept, seconds.
     """
     begun, config, runner = time.monotonic(), state.config, state.runner
     rows, held_out = torch.nonzero(~state.held_out).flatten(), torch.nonzero(state.held_out).flatten()
     if len(held_out) == 0 or len(rows) == 0:
         return {"heal_best_step": 0}
     real = state.real_tokens.view(runner.ids.shape)
-    device = device_with_room(runner.device, heal_bytes(sum(p.numel() for p in model.parameters())))
-    nn.Module.to(model, device)
-    model.tie_weights()
-    head, batch = model_head(model), max(1, config.heal_batch // runner.ids.shape[1])
+    block = runner.ids.shape[1]
+    device = device_with_room(runner.device, heal_bytes(train, state.target, block, on_gpu=runner.device != CPU))
+    batch = heal_blocks(config, block)
     steps = max(1, round(config.heal_epochs * len(rows) / batch))
     steps_taken, teacher_head = 0, float32_head(state.teacher, device)
+    changes = heal_changes(train)
 
     def loss(pick: Tensor) -> Tensor:
         nonlocal steps_taken
@@ -119,24 +125,31 @@ def heal(
             progress("heal", steps_taken, steps)
         blocks = rows[pick]
         with captured(model, tuple(hints)) as states:
-            kl = kl_of(model, runner, head, teacher_head, targets, blocks, real)
+            kl = kl_of(model, runner, model_head(model), teacher_head, targets, blocks, real)
         return kl + config.heal_hints * hint_loss(states, hints, blocks, real) if hints else kl
 
     def held_out_kl() -> float:
-        return mean_kl(model, runner, head, teacher_head, targets, held_out, real)
-
-    parameters: list[Tensor] = list(model.parameters())
+        at_once = min(_CHECK_BLOCKS, batch) if changes else _CHECK_BLOCKS
+        return mean_kl(model, runner, model_head(model), teacher_head, targets, held_out, real, at_once)
 
     def run(rate: float) -> Fit:
         nonlocal steps_taken
         steps_taken = 0
-        return fit(parameters, loss, held_out_kl, len(rows), steps, rate, batch, state.seed, clip=1.0, warmup=0.03)
+        with optimizer_of(parameters, train, rate) as optimizer:
+            return fit(
+                parameters, loss, held_out_kl, len(rows), steps, rate, batch, state.seed, clip=CLIP, warmup=0.03,
+                optimizer=optimizer, best_rest=CPU,
+            )  # fmt: skip
 
-    with fast_products():
+    with prepared(model, train, state.seed), fast_products():
+        nn.Module.to(model, device)
+        model.tie_weights()
+        parameters: list[Tensor] = list(model.parameters())
         result, rate = fit_at_a_rate_that_helps(run, config.heal_lr, tries=2)
-    nn.Module.to(model, CPU)
-    model.tie_weights()
-    return {
+        nn.Module.to(model, CPU)
+        model.tie_weights()
+    record = {"heal_memory": in_words(changes, named=False)} if changes else {}
+    return record | {
         "heal_kl_before": round(result.before, 6),
         "heal_kl_after": round(result.after, 6),
         "heal_best_step": result.best_step,

@@ -14,7 +14,8 @@ from moe2dense.modeling.empty import count_parameters, empty_model
 from moe2dense.modeling.shape import teacher_geometry
 from moe2dense.student.build import api as build
 from moe2dense.student.build.api import build_student, build_to_folder
-from moe2dense.student.footprint import heal_bytes, layer_bytes, pool_bytes
+from moe2dense.student.build.heal_memory import least_heal_bytes
+from moe2dense.student.footprint import layer_bytes, pool_bytes
 from moe2dense.student.memory import _glibc, eager_release, release_freed_memory
 from moe2dense.student.store import load_student
 from moe2dense.student.target.dense_config import dense_config
@@ -41,7 +42,8 @@ def test_the_student_on_disk_is_the_one_in_memory(family, room, tmp_path, monkey
     model = make(family, tmp_path / "t")
     teacher, ids = load_teacher(tmp_path / "t", experts="streamed"), blocks(model)
     target = target_for(teacher)
-    monkeypatch.setattr(teacher, "budget", heal_bytes(target.parameters) - (not room))
+    least = least_heal_bytes(SHORT, target, ids.shape[1], on_gpu=False)
+    monkeypatch.setattr(teacher, "budget", least - (not room))
     want = build_student(teacher, target, Blocks(ids), config=SHORT, seed=2)
     folder = build_to_folder(
         teacher, target, Blocks(ids), tmp_path / "build" / "student", tmp_path / "build", config=SHORT, seed=2

@@ -51,11 +51,12 @@ def changed(config: TrainConfig, changes: dict[str, Any]) -> TrainConfig:
     return replace(config, **changes)
 
 
-def in_words(changes: dict[str, Any]) -> str:
-    """Say what was changed: "activations are ...; AdamW's moments ...", with the settings in brackets."""
+def in_words(changes: dict[str, Any], named: bool = True) -> str:
+    """Say what was changed: "activations are ...; AdamW's moments ...", with the settings in brackets where `named`."""
     parts = []
     for key, value in changes.items():
         words = _WORDS[key]
         text = words[value] if isinstance(words, dict) else words
-        parts.append(f"{text} (train.{key} = {str(value).lower() if isinstance(value, bool) else value})")
+        setting = f" (train.{key} = {str(value).lower() if isinstance(value, bool) else value})"
+        parts.append(text + setting * named)
     return "; ".join(parts)

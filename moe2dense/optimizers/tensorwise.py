@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from moe2dense.config.training import TrainConfig
-from moe2dense.distillation.packed_state import pack, unpack
-from moe2dense.distillation.rounding import round_at_random
+from moe2dense.optimizers.packed_state import pack, unpack
+from moe2dense.optimizers.rounding import round_at_random
 
 BETAS = (0.9, 0.95)
 MASTER = "master"  # the float32 copy of weights that are kept in main memory
@@ -61,6 +62,7 @@ class TensorwiseOptimizer(torch.optim.Optimizer):
         self.packed, self.offload = packed, offload
         self._squares: list[Tensor] = []
         self._clip = 0.0
+        self._hooks: list[RemovableHandle] = []
 
     def home(self, parameter: Tensor) -> torch.device:
         """Return where a parameter's state rests."""
@@ -109,7 +111,18 @@ class TensorwiseOptimizer(torch.optim.Optimizer):
         self._clip = clip
         for group in self.param_groups:
             for parameter in group["params"]:
-                parameter.register_post_accumulate_grad_hook(self._stepper(group))
+                self._hooks.append(parameter.register_post_accumulate_grad_hook(self._stepper(group)))
+
+    @property
+    def steps_in_backward(self) -> bool:
+        """Return whether backward passes make the steps."""
+        return bool(self._hooks)
+
+    def leave_backward(self) -> None:
+        """Let later backward passes step nothing."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
     def _stepper(self, group: dict[str, Any]) -> Callable[[Tensor], None]:
         def step(parameter: Tensor) -> None:
