@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 from accelerate.state import AcceleratorState
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
@@ -133,7 +134,7 @@ class _Operations(TorchDispatchMode):
             kwargs["device"] = _CPU
         if not pretended and not onto:
             output = operation(*args, **kwargs)
-            if not any(t.is_meta for t in tensors):
+            if not any(t.is_meta or isinstance(t, FakeTensor) for t in tensors):  # neither computes anything
                 self.counts.add_product("cpu", packet, args, kwargs, output)
             return output
         if any(t.is_meta and not isinstance(t, PretendedTensor) for t in tensors):

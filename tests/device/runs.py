@@ -14,7 +14,8 @@ import tomlkit
 import moe2dense as m2d
 import moe2dense.conversion.planning as planning
 import moe2dense.teacher.model as teacher_model
-from moe2dense.conversion.results import Machine, Result
+from moe2dense.conversion.results import Result
+from moe2dense.families.machines import Machine
 from tests.device.counts import Counts
 from tests.device.pretend import PretendedCuda
 from tests.teacher.families import FAMILIES, make
@@ -28,7 +29,7 @@ WIDTHS = (
 SHORT: dict[str, dict[str, Any]] = {
     "data": {"eval_blocks": 2},
     "build": {"min_tokens": 256, "local_steps": 2, "layer_steps": 2, "heal_epochs": 1.0},
-    "train": {"batch": 64, "save_every": 100000, "eval_every": 100000},
+    "train": {"epochs": 1.0, "batch": 512, "save_every": 100000, "eval_every": 100000},
     "evaluate": {"samples": 1, "prompt_tokens": 8, "sample_tokens": 3, "skills": 0},
 }
 
@@ -67,12 +68,13 @@ def convert(teacher: Path, folder: Path, where: str = "gpu", more: str = "", **o
     settings, tables = folder / "settings.toml", tomllib.loads(more)
     merged = {name: SHORT.get(name, {}) | tables.get(name, {}) for name in (*SHORT, *tables)}
     settings.write_text(tomlkit.dumps(merged))
-    machine = Machine(1e12, 1e9, "a pretended GPU")
+    rates = {"half": 4e14, "tf32": 2e14, "single": 5e13, "double": 2e13}
+    machine = Machine("a pretended GPU", disk=3e9, memory=80e9, host_memory=100e9, bus=5e10, device="cuda", **rates)
     given = {
         "to": "90%",
         "data": str(TEXT),
-        "tokens": "1k",
-        "block": 32,
+        "tokens": "4k",
+        "block": 128,
         "memory": "500MB",
         "control": False,
     } | options
