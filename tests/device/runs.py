@@ -12,9 +12,11 @@ from unittest import mock
 import tomlkit
 
 import moe2dense as m2d
+import moe2dense.conversion.planned_memory as planned_memory
 import moe2dense.conversion.planning as planning
 import moe2dense.teacher.model as teacher_model
 from moe2dense.conversion.results import Result
+from moe2dense.distillation.rehearsal import Rehearsal
 from moe2dense.families.machines import Machine
 from tests.device.counts import Counts
 from tests.device.pretend import PretendedCuda
@@ -82,6 +84,7 @@ def convert(teacher: Path, folder: Path, where: str = "gpu", more: str = "", **o
         PretendedCuda() as counts,
         states_rest(where),
         mock.patch.object(planning, "calibrate", lambda *_, **__: machine),
+        mock.patch.object(planned_memory, "rehearse", lambda *_: Rehearsal(0, 0)),  # it computes nothing on any device
     ):
         result = m2d.convert(str(teacher), out=folder / "out", config=settings, device="cuda", **given)
     assert isinstance(result, Result)

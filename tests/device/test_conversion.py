@@ -6,6 +6,15 @@ from tests.device.runs import convert, make_teacher
 from tests.teacher.families import FAMILIES
 
 
+def test_one_conversion(tmp_path):
+    """From the plan to the export; the others, of every family, option, method and regime, are slow."""
+    teacher = make_teacher("mixtral", tmp_path / "teacher")
+    quick = "[build]\nlocal_steps = 1\nheal_epochs = 0.5\n[evaluate]\nsamples = 0\n[data]\neval_blocks = 1"
+    result, counts = convert(teacher, tmp_path, "ram", more=quick, tokens="2k", init="select+refit+heal")
+    assert (result.model / "config.json").is_file()
+    assert counts.on("cuda") > 0 and counts.cpu_share < 0.02, counts.largest("cpu")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["gpu", "ram", "disk"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
