@@ -40,11 +40,11 @@ STREAMED = {"resident": False, "hidden_bytes": 4000}
 
 
 def make_teacher(family: str, folder: Path, **sizes: Any) -> Path:
-    """Write a random teacher of a family, two layers of it where the family allows that, with the example's tokenizer."""
-    if "num_hidden_layers" not in FAMILIES[family]:
+    """Write a random teacher of a family, two layers of it where their kinds do not depend on the number, with the example's tokenizer."""
+    if not {"num_hidden_layers", "layer_types", "layer_group_size"} & FAMILIES[family].keys():
         sizes = {"num_hidden_layers": 2, "mlp_only_layers": []} | sizes
-    wide = {name: 32 for name in WIDTHS if name in FAMILIES[family]}
-    make(family, folder, vocab_size=4096, pad_token_id=2, **(wide | sizes))
+    wide: dict[str, Any] = {name: 32 for name in WIDTHS if name in FAMILIES[family]}
+    make(family, folder, **({"vocab_size": 4096, "pad_token_id": 2} | wide | sizes))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, folder / name)
     return folder
@@ -70,10 +70,11 @@ def convert(teacher: Path, folder: Path, where: str = "gpu", more: str = "", **o
     settings, tables = folder / "settings.toml", tomllib.loads(more)
     merged = {name: SHORT.get(name, {}) | tables.get(name, {}) for name in (*SHORT, *tables)}
     settings.write_text(tomlkit.dumps(merged))
-    rates = {"half": 4e14, "tf32": 2e14, "single": 5e13, "double": 2e13}
-    machine = Machine("a pretended GPU", disk=3e9, memory=80e9, host_memory=100e9, bus=5e10, device="cuda", **rates)
+    machine = Machine(
+        "a pretended GPU", single=5e13, disk=3e9, half=4e14, tf32=2e14, double=2e13, memory=80e9, host_memory=100e9, bus=5e10, device="cuda"
+    )  # fmt: skip
     given = {
-        "to": "90%",
+        "to": "95%",
         "data": str(TEXT),
         "tokens": "4k",
         "block": 128,

@@ -179,7 +179,7 @@ def _start(
     if cut and len(cut.layers) < len(teacher.body.layers):
         sizes = dense_config(teacher.config.get_text_config(), target.card, target.width, cut.layers, **target.geometry)
         target = replace(target, config=sizes)
-    model = empty_student(target)
+    model = empty_student(target, teacher.device)
     copied = CopiedTensors(model, target, teacher, cut, teacher.device)
     copied.fill(lambda name: not copied.in_layer(name) and not name.startswith("lm_head."))
     internals.move_unsaved_buffers(model, teacher.device)

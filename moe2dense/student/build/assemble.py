@@ -22,17 +22,17 @@ if TYPE_CHECKING:
     from moe2dense.teacher.model import Teacher
 
 
-def empty_student(target: Target) -> PreTrainedModel:
-    """Return the host without storage, its rotary tables real; an MoE wrapper's router is zero."""
+def empty_student(target: Target, device: torch.device = CPU) -> PreTrainedModel:
+    """Return the host without storage, its rotary tables real; an MoE wrapper's router is zero, on `device`."""
     model, card = internals.build_skeleton(target.config, torch.float32), target.card
     if card.moe_shaped:
         model.set_experts_implementation("eager")
         for layer in internals.decoder(model)[1].layers:
-            fill_constants(layer, card, CPU)
+            fill_constants(layer, card, device)
             module = layer.get_submodule(card.ffn)
             for name, tensor in internals.saved_tensors(module).items():
                 if name.rpartition(".")[0] != card.experts:
-                    _set(module, name, torch.zeros(tensor.shape))
+                    _set(module, name, torch.zeros(tensor.shape, device=device))
     return model
 
 

@@ -67,7 +67,7 @@ def test_no_layer_stays_in_memory(tmp_path, monkeypatch):
     monkeypatch.setattr(teacher, "budget", 1000)
     models: list = []
     empty = build.empty_student
-    monkeypatch.setattr(build, "empty_student", lambda target: models.append(empty(target)) or models[-1])
+    monkeypatch.setattr(build, "empty_student", lambda *args: models.append(empty(*args)) or models[-1])
     real: list[set[str]] = []
 
     def look(*_: object, **__: object) -> None:
