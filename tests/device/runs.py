@@ -29,8 +29,8 @@ WIDTHS = (
     "shared_intermediate_size",
 )  # fmt: skip
 SHORT: dict[str, dict[str, Any]] = {
-    "data": {"eval_blocks": 2},
-    "build": {"min_tokens": 256, "local_steps": 2, "layer_steps": 2, "heal_epochs": 1.0},
+    "data": {"eval_blocks": 1},
+    "build": {"min_tokens": 256, "local_steps": 1, "layer_steps": 1, "heal_epochs": 1.0},
     "train": {"epochs": 1.0, "batch": 512, "save_every": 100000, "eval_every": 100000},
     "evaluate": {"samples": 1, "prompt_tokens": 8, "sample_tokens": 3, "skills": 0},
 }

@@ -32,7 +32,7 @@ OPTIONS = {
     "adapters": {"lora": 4},
     "sweeps": {"more": "[build]\nsweeps = 2"},
     "alternate layers": {"more": '[build]\ndepth = "alternate"'},
-    "features": {"more": '[train]\nfeatures = "hidden"'},
+    "features": {"more": '[train]\nfeatures = "mse:uniform@0.1"'},
     "token weights": {"more": '[train]\ntoken_weights = "router-entropy"'},
     "labels": {"alpha": 0.5},
     "reverse": {"loss": "reverse_kl"},
