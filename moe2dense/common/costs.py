@@ -10,7 +10,7 @@ class Cost:
     """What a stage took. Bytes, seconds of wall time.
 
     memory: the most resident memory of the process, of which `began` was there before; gpu_memory: the most that torch held on
-    its GPU.
+    its GPU. peak: FLOP/s in bfloat16 that the GPU is sold with, 0 where there is none or it is not known.
     """
 
     flops: dict[str, float] = field(default_factory=dict)
@@ -20,6 +20,12 @@ class Cost:
     began: int = 0
     gpu_memory: int = 0
     seconds: float = 0.0
+    peak: float = 0.0
+
+    @property
+    def utilisation(self) -> float | None:
+        """Return the share of the GPU's peak that its FLOPs are of the whole time (MFU); None without a known GPU."""
+        return self.flops.get("cuda", 0.0) / (self.seconds * self.peak) if self.peak and self.seconds else None
 
     def __add__(self, other: "Cost") -> "Cost":
         """Return both: sums, and the higher of the peaks."""
@@ -32,6 +38,7 @@ class Cost:
             max(self.began, other.began),
             max(self.gpu_memory, other.gpu_memory),
             round(self.seconds + other.seconds, 3),
+            max(self.peak, other.peak),
         )
 
     def __sub__(self, part: "Cost") -> "Cost":

@@ -63,7 +63,10 @@ def count_move(tensor: Tensor, device: torch.device | str) -> None:
 
 @contextmanager
 def metered() -> Iterator[Cost]:
-    """Measure what happens within the context; the cost is filled in at its end. Contexts may lie within one another."""
+    """Measure what happens within the context; the cost is filled in at its end.
+
+    Contexts may lie within one another: sums are of all that happens, peaks leave out what happens in the contexts within.
+    """
     _note_peaks()  # of the contexts around this one, before the peaks begin anew
     _forget_peaks()
     before, begun = totals(), time.perf_counter()
@@ -73,6 +76,7 @@ def metered() -> Iterator[Cost]:
         yield cost
     finally:
         _note_peaks()
+        _forget_peaks()  # so that the context around begins anew
         _open.pop()
         after = totals()
         spent = {device: total - before.flops.get(device, 0.0) for device, total in after.flops.items()}
@@ -89,7 +93,8 @@ def totals() -> Totals:
 
 def _note_peaks() -> None:
     memory, gpu = peak_memory(), torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else 0
-    for cost in _open:
+    if _open:
+        cost = _open[-1]
         cost.memory, cost.gpu_memory = max(cost.memory, memory), max(cost.gpu_memory, gpu)
 
 

@@ -1,11 +1,13 @@
 """The job that the stages of a conversion share: settings, plan, teacher and text."""
 
 import contextlib
+import functools
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -26,6 +28,7 @@ from moe2dense.data.records import is_single_file
 from moe2dense.distillation.targets.captured.rows import is_captured
 from moe2dense.distillation.targets.captured.targets import captured_text
 from moe2dense.evaluation.reference import Reference
+from moe2dense.families.machines import peak_of
 from moe2dense.student.dense_teacher import target_from
 from moe2dense.student.target.resolve import Target
 from moe2dense.teacher.model import Teacher
@@ -91,9 +94,15 @@ class Job:
                 yield
         finally:
             inner = self.run.inner_costs.pop()
-            self.run.spend(stage, cost - inner)
+            self.run.spend(stage, replace(cost - inner, peak=_peak(self.source.device)))
             if self.run.inner_costs:
                 self.run.inner_costs[-1] += cost
+
+
+@functools.cache
+def _peak(device: torch.device) -> float:
+    """Return the FLOP/s that a device is sold with, 0 where that is not known."""
+    return peak_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else 0.0
 
 
 def load_text(settings: RunConfig, plan: Plan, tokenizer: PreTrainedTokenizerBase, day: str = "") -> Text:

@@ -59,6 +59,12 @@ def machine_names() -> list[str]:
     return sorted(path.stem for path in card_folder("machines").glob("*.toml"))
 
 
+def peak_of(name: str) -> float:
+    """Return the FLOP/s in bfloat16 of a GPU that torch calls `name`; 0 where no shipped machine has such a one."""
+    known = (read_machine(path) for path in sorted(card_folder("machines").glob("*.toml")))
+    return next((machine.half for machine in known if machine.matches and machine.matches in name), 0.0)
+
+
 def described_machine(text: str) -> Machine:
     """Return the machine of a name such as `h100` or `8xh100`, or of a TOML file. Raises UserError for anything else."""
     if Path(text).suffix == ".toml":

@@ -12,13 +12,14 @@ from moe2dense.reporting.score_tables import plain_table, titled
 
 COST_HELP = (
     "FLOPs are those of matrix products, a multiplication and an addition each; with a GPU the share that the CPU made is given. "
+    "Of the GPU's peak: its FLOPs over the stage's time, by what the card is sold with in bfloat16 (model FLOPs utilisation). "
     "Read: weights and stored targets from disk. Bus: sent to the GPU or fetched from it. Memory: the most that the process held, "
     "of the GPU where there is one."
 )
 
 
 def cost_rows(report: Report) -> list[dict[str, str]]:
-    """Return {"stage", "time", "flops", "rate", "read", "bus", "memory"} of each stage, and of the whole run; [] where unknown."""
+    """Return {"stage", "time", "flops", "rate", "peak", "read", "bus", "memory"} of each stage, and of the whole run; [] where unknown."""
     stages = {name: Cost.from_dict(entry) for name, entry in (report["run"].get("cost") or {}).items()}
     if not stages:
         return []
@@ -32,11 +33,13 @@ def _row(stage: str, cost: Cost) -> dict[str, str]:
     flops = show_flops(total)
     if len(cost.flops) > 1:
         flops += f" ({show_percent(on_cpu / total)} on the CPU)"
+    share = cost.utilisation
     return {
         "stage": stage,
         "time": show_seconds(cost.seconds),
         "flops": flops,
         "rate": f"{show_flops(total / cost.seconds)}/s" if cost.seconds else "",
+        "peak": "" if not cost.peak else show_percent(share) if share else "–",
         "read": show_bytes(cost.disk),
         "bus": show_bytes(cost.bus) if cost.bus else "",
         "memory": show_bytes(cost.gpu_memory or cost.memory),
@@ -48,9 +51,12 @@ def cost_in_terminal(report: Report) -> RenderableType | None:
     rows = cost_rows(report)
     if not rows:
         return None
-    table = plain_table("", "time", "FLOPs", "read", "memory")
+    heads = {"stage": "", "time": "time", "flops": "FLOPs", "read": "read", "memory": "memory"}
+    if any(row["peak"] for row in rows):
+        heads = {"stage": "", "time": "time", "flops": "FLOPs", "peak": "of peak", "read": "read", "memory": "memory"}
+    table = plain_table(*heads.values())
     for row in rows:
-        table.add_row(*(row[key] for key in ("stage", "time", "flops", "read", "memory")))
+        table.add_row(*(row[key] for key in heads))
     return titled("what it cost", table)
 
 
@@ -59,7 +65,9 @@ def cost_section(report: Report) -> dict[str, Any] | None:
     rows = cost_rows(report)
     if not rows:
         return None
-    keys = {"stage": "Stage", "time": "Time", "flops": "FLOPs", "rate": "Speed", "read": "Read from disk"}
+    keys = {"stage": "Stage", "time": "Time", "flops": "FLOPs", "rate": "Speed"}
+    keys |= {"peak": "Of the GPU's peak"} if any(row["peak"] for row in rows) else {}
+    keys |= {"read": "Read from disk"}
     keys |= {"bus": "Over the bus"} if any(row["bus"] for row in rows) else {}
     keys |= {"memory": "Most memory"}
     return {"head": list(keys.values()), "rows": [[row[key] for key in keys] for row in rows], "help": COST_HELP}

@@ -46,6 +46,16 @@ def test_the_peak_of_memory_is_the_context_s_own():
     assert inner.memory - inner.began < 120e6
 
 
+def test_the_peak_of_a_context_within_is_no_other_s():
+    """A training that first has targets stored holds no more than it does itself."""
+    with metered() as outer:
+        with metered() as inner:
+            held = torch.ones(48_000_000)
+            del held
+    assert inner.memory - inner.began > 180e6
+    assert outer.memory - outer.began < 120e6
+
+
 def test_threads_lose_nothing():
     def work():
         for _ in range(5000):

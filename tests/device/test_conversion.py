@@ -6,23 +6,23 @@ from tests.device.runs import convert, make_teacher
 from tests.teacher.families import FAMILIES
 
 
-def test_one_conversion(tmp_path):
+def test_one_conversion(tmp_path, mostly_there):
     """From the plan to the export; the others, of every family, option, method and regime, are slow."""
     teacher = make_teacher("mixtral", tmp_path / "teacher")
     quick = "[build]\nlocal_steps = 1\nheal_epochs = 0.5\n[evaluate]\nsamples = 0\n[data]\neval_blocks = 1"
     result, counts = convert(teacher, tmp_path, "ram", more=quick, tokens="2k", init="select+refit+heal")
     assert (result.model / "config.json").is_file()
-    assert counts.on("cuda") > 0 and counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["gpu", "ram", "disk"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_every_family(family, where, tmp_path):
+def test_every_family(family, where, tmp_path, mostly_there):
     teacher = make_teacher(family, tmp_path / "teacher")
     result, counts = convert(teacher, tmp_path, where, more="[evaluate]\nskills = 2" if where == "ram" else "")
     assert (result.model / "config.json").is_file()
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 OPTIONS = {
@@ -65,25 +65,25 @@ REGIMES = ("on-policy", "policy-gradient", "ema", "mutual", "online", "multiview
 @pytest.mark.slow
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("where", ["gpu", "ram"])
-def test_every_option(options, where, tmp_path):
+def test_every_option(options, where, tmp_path, mostly_there):
     where = "gpu" if options.get("experts") == "grouped_mm" else where  # which is a resident teacher's
     sizes = {"hidden_size": 32, "intermediate_size": 32} if options.get("experts") == "grouped_mm" else {}
     teacher = make_teacher("mixtral", tmp_path / "teacher", **sizes)
     _, counts = convert(teacher, tmp_path, where, **options)
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("init", INITS)
-def test_every_init(init, tmp_path):
+def test_every_init(init, tmp_path, mostly_there):
     _, counts = convert(make_teacher("qwen2_moe", tmp_path / "teacher"), tmp_path, "ram", init=init)
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("regime", REGIMES)
-def test_every_regime(regime, tmp_path):
+def test_every_regime(regime, tmp_path, mostly_there):
     teacher = make_teacher("mixtral", tmp_path / "teacher")
     loss = "reverse_kl" if regime == "policy-gradient" else "forward_kl"
     _, counts = convert(teacher, tmp_path, "ram", more=f'[train]\nregime = "{regime}"', loss=loss)
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)

@@ -21,7 +21,7 @@ def gpu_check():
 
 
 @pytest.mark.slow
-def test_every_row_is_measured(gpu_check, tmp_path, monkeypatch):
+def test_every_row_is_measured(gpu_check, tmp_path, monkeypatch, mostly_there):
     monkeypatch.setattr(gpu_check, "BLOCKS", 4)
     monkeypatch.setattr(gpu_check, "BLOCK", 64)
     monkeypatch.setattr(gpu_check, "VOCABULARY", 512)
@@ -30,4 +30,4 @@ def test_every_row_is_measured(gpu_check, tmp_path, monkeypatch):
     names = [row[0] for row in rows]
     assert names[:2] == ["teacher, streamed", "teacher, grouped_mm"] and names[-1] == "build, whole"
     assert sum(name.startswith("build, layer") for name in names) == gpu_check.LAYERS
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)

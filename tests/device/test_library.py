@@ -1,5 +1,7 @@
 """The library's calls on a pretended GPU: every family streams, and a student is built, trained, scored and measured there."""
 
+import json
+
 import pytest
 import torch
 
@@ -40,7 +42,7 @@ STREAMS = [
 
 
 @pytest.mark.parametrize(("family", "where"), STREAMS)
-def test_every_family_streams(family, where, tmp_path):
+def test_every_family_streams(family, where, tmp_path, mostly_there):
     """In bf16, near its own forward in float32, wherever hidden states rest; products are the GPU's."""
     reference, data = make(family, tmp_path), text()
     want = reference(data.input_ids).logits
@@ -52,7 +54,7 @@ def test_every_family_streams(family, where, tmp_path):
     assert teacher.dtype == torch.bfloat16 and got is not None and not got.is_cuda
     agree = (got.float().argmax(-1) == want.argmax(-1)).float().mean()
     assert agree > 0.7 and all(int(s.tokens) == data.tokens for s in stats.layers.values())
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 BUILDS = [
@@ -67,7 +69,7 @@ BUILDS = [
 
 
 @pytest.mark.parametrize(("family", "where", "init"), BUILDS)
-def test_a_student_built_there_is_the_one_a_cpu_builds(family, where, init, tmp_path, monkeypatch):
+def test_a_student_built_there_is_the_one_a_cpu_builds(family, where, init, tmp_path, monkeypatch, mostly_there):
     """To the last digits, where the teacher is computed in float32. The result is on the CPU."""
     make(family, tmp_path)
     monkeypatch.setattr(skeleton, "compute_dtype", lambda device: torch.float32)
@@ -77,7 +79,7 @@ def test_a_student_built_there_is_the_one_a_cpu_builds(family, where, init, tmp_
             teacher = load_teacher(tmp_path, device=device)
             built.append(build_student(teacher, target_for(teacher, 24), text(), init=init, config=SHORT))
         if device == "cuda":
-            assert counts.cpu_share < 0.02, counts.largest("cpu")
+            mostly_there(counts)
     for got, want in zip(*(student.model.parameters() for student in built), strict=True):
         assert not got.is_cuda and got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
@@ -85,7 +87,7 @@ def test_a_student_built_there_is_the_one_a_cpu_builds(family, where, init, tmp_
 
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["gpu", "ram"])
-def test_a_student_is_trained_scored_and_measured_there(where, tmp_path):
+def test_a_student_is_trained_scored_and_measured_there(where, tmp_path, mostly_there):
     make("qwen2_moe", tmp_path)
     data, valid = text(), text(6)
     with PretendedCuda() as counts, states_rest(where):
@@ -98,14 +100,14 @@ def test_a_student_is_trained_scored_and_measured_there(where, tmp_path):
         measured = measure_transfer(teacher, valid, student, scores=after, least_tokens=4, sample=40, bootstrap=0)
     assert result.history[-1]["valid_kl"] == pytest.approx(float(after.kl), rel=0.1) and after.kl < before.kl
     assert len(measured.layers) == 2 and not next(student.model.parameters()).is_cuda
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 OTHER_FORMATS = ("topk", "sampled", "full")
 
 
 @pytest.mark.parametrize("format", ["hidden", *(pytest.param(f, marks=pytest.mark.slow) for f in OTHER_FORMATS)])
-def test_targets_are_written_read_and_looked_at(format, tmp_path):
+def test_targets_are_written_read_and_looked_at(format, tmp_path, mostly_there):
     make("mixtral", tmp_path / "t")
     data = text()
     with PretendedCuda() as counts:
@@ -115,7 +117,7 @@ def test_targets_are_written_read_and_looked_at(format, tmp_path):
         assert len(rows) == 2 * data.input_ids.shape[1]
         if format == "hidden":
             assert analyze_targets(hidden_targets(teacher, data), data)["all"]["tokens"] > 0
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 SAMPLING = [
@@ -125,13 +127,13 @@ SAMPLING = [
 
 
 @pytest.mark.parametrize("sampling", SAMPLING)
-def test_texts_are_written_there(sampling, tmp_path):
+def test_texts_are_written_there(sampling, tmp_path, mostly_there):
     make("mixtral", tmp_path)
     with PretendedCuda() as counts:
         teacher = load_teacher(tmp_path, device="cuda")
         written = generate(teacher, [[5, 6, 7], [8, 9]], 4, {2}, sampling)
     assert [len(c.ids) for c in written] == [4, 4] or any(c.stopped for c in written)
-    assert counts.cpu_share < 0.02, counts.largest("cpu")
+    mostly_there(counts)
 
 
 def test_embedding_rows_are_sent_once(tmp_path):
@@ -147,13 +149,14 @@ def test_embedding_rows_are_sent_once(tmp_path):
     assert any(table <= n < 2 * table + 8 * data.tokens for n in sent)
 
 
-def test_waits_of_the_host_are_few(tmp_path):
+def test_waits_of_the_host_are_few(tmp_path, record_property):
     """A layer's pass waits for its routing, its block's factor and its hidden states, not for every expert or every chunk's values."""
     make("mixtral", tmp_path)
     with PretendedCuda() as counts:
         teacher = load_teacher(tmp_path, device="cuda")
         teacher.run(text(16).input_ids, logits=False)
     layers = len(teacher.body.layers)
+    record_property("waits", json.dumps({place: number / layers for place, number in counts.waits.items()}))
     assert sum(counts.waits.values()) <= 5 * layers + 4, counts.waits
 
 

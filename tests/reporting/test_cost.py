@@ -1,6 +1,7 @@
 """What a run cost, in the page and in the terminal."""
 
 import io
+from dataclasses import replace
 
 from rich.console import Console
 
@@ -26,6 +27,20 @@ def test_stages_and_their_sum(made_up_report):
     out = io.StringIO()
     Console(file=out, width=80).print(cost_in_terminal(report))
     assert "what it cost" in out.getvalue() and "…" not in out.getvalue()
+
+
+def test_how_much_of_a_known_gpu_was_used(made_up_report):
+    report = made_up_report(2, 2)
+    known = replace(BUILD, peak=3e12)
+    report["run"]["cost"] = {"build": known.to_dict(), "export": Cost(seconds=1.0, peak=3e12).to_dict()}
+    build, export, whole = cost_rows(report)
+    assert (build["peak"], export["peak"], whole["peak"]) == ("25%", "–", "20%")
+    assert "Of the GPU's peak" in cost_section(report)["head"]
+    out = io.StringIO()
+    Console(file=out, width=80).print(cost_in_terminal(report))
+    assert "of peak" in out.getvalue() and "…" not in out.getvalue()
+    report["run"]["cost"] = {"build": BUILD.to_dict()}
+    assert "Of the GPU's peak" not in cost_section(report)["head"]
 
 
 def test_a_report_that_does_not_know(made_up_report):
