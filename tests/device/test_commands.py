@@ -58,7 +58,19 @@ def test_targets_are_answered_there(more, teacher, tmp_path, mostly_there):
 
 
 def test_text_is_written_there(teacher, tmp_path, mostly_there):
-    options = ("--tokens", "100", "--prompt-tokens", "8", "--new-tokens", "4", "--block", "32")
+    (tmp_path / "few.toml").write_text("[write]\nshard = 8\nmin_tokens = 1\n")
+    options = (
+        "--tokens",
+        "100",
+        "--prompt-tokens",
+        "8",
+        "--new-tokens",
+        "4",
+        "--block",
+        "32",
+        "--config",
+        tmp_path / "few.toml",
+    )
     mostly_there(run_command("generate", teacher, "--data", TEXT, "--out", tmp_path / "written", *options, *ON_IT))
     assert any((tmp_path / "written").iterdir())
 
