@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--student", default="", help="a built student; made with obs+refit where none is named")
     parser.add_argument("--tokens", default="65k")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--ways", default="", help="only those whose name holds this")
+    parser.add_argument("--ways", default="", help="only these, by name, joined with ;")
     args = parser.parse_args()
     torch.set_num_threads(1)
     teacher = load_teacher(args.teacher)
@@ -54,7 +54,8 @@ def main() -> None:
         load_student(Path(args.student)) if args.student else build_student(teacher, "3.2m", train[:64], "obs+refit")
     )
     targets, held_out = hidden_targets(teacher, train), hidden_targets(teacher, valid)
-    ways = {name: options for name, options in WAYS.items() if args.ways in name}
+    chosen = [name.strip() for name in args.ways.split(";") if name.strip()]
+    ways = {name: options for name, options in WAYS.items() if not chosen or name.strip() in chosen}
     kl: dict[str, list[float]] = {name: [] for name in ways}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for seed in range(args.seeds):

@@ -44,7 +44,8 @@ def make_teacher(family: str, folder: Path, **sizes: Any) -> Path:
     if not {"num_hidden_layers", "layer_types", "layer_group_size"} & FAMILIES[family].keys():
         sizes = {"num_hidden_layers": 2, "mlp_only_layers": []} | sizes
     wide: dict[str, Any] = {name: 32 for name in WIDTHS if name in FAMILIES[family]}
-    make(family, folder, **({"vocab_size": 4096, "pad_token_id": 2} | wide | sizes))
+    fields: dict[str, Any] = {"vocab_size": 4096, "pad_token_id": 2} | wide | sizes
+    make(family, folder, **fields)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(EXAMPLE / name, folder / name)
     return folder
