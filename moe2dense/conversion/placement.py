@@ -1,10 +1,11 @@
 """Where a run's weights and hidden states rest, where its stages compute, and in what precision: decided once, from sizes."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from moe2dense.common.units import show_bytes
 from moe2dense.config.schema import RunConfig
+from moe2dense.config.training import TrainConfig
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.footprint import FP32, STATE_COPIES
 from moe2dense.student.target.resolve import Target
@@ -74,6 +75,16 @@ def plan_placement(
         student_states=GPU if gpu and own <= split.hidden_bytes // 2 else RAM,
         precisions=PRECISIONS if gpu else {"everything": "float32, solutions in float64"},
     )
+
+
+def with_savings(placement: Placement, heal: TrainConfig | None, train: TrainConfig) -> Placement:
+    """Return a placement that says where the heal and training rest their weights in bfloat16 to save memory."""
+    rounded, halved = "bfloat16, steps rounded at random", {}
+    if heal is not None and heal.weights == "bfloat16":
+        halved["the heal"] = rounded
+    if train.tokens and train.weights == "bfloat16":
+        halved["training"] = rounded
+    return replace(placement, precisions=placement.precisions | halved)
 
 
 def _rest(states: int, split: BudgetSplit, ram: int, on_gpu: bool) -> str:

@@ -18,7 +18,7 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.checks import check_architecture
 from moe2dense.conversion.configure import default_out, stage_sizes, texts_of_folder
 from moe2dense.conversion.machine import calibrate
-from moe2dense.conversion.placement import plan_placement
+from moe2dense.conversion.placement import plan_placement, with_savings
 from moe2dense.conversion.plan_warnings import (
     TOKENS_PER_PARAMETER,
     capacity_warning,
@@ -133,7 +133,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         disk=disk,
         from_scratch=6.0 * TOKENS_PER_PARAMETER * target.parameters**2,
         machine=machine,
-        placement=placement,
+        placement=with_savings(placement, sizes.heal, sizes.config.train),
         training=training.said if training else "",
         healing=healing_sentence(sizes),
         memory_settings=training.changes if training else {},

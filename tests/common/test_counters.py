@@ -48,10 +48,9 @@ def test_the_peak_of_memory_is_the_context_s_own():
 
 def test_the_peak_of_a_context_within_is_no_other_s():
     """A training that first has targets stored holds no more than it does itself."""
-    with metered() as outer:
-        with metered() as inner:
-            held = torch.ones(48_000_000)
-            del held
+    with metered() as outer, metered() as inner:
+        held = torch.ones(48_000_000)
+        del held
     assert inner.memory - inner.began > 180e6
     assert outer.memory - outer.began < 120e6
 

@@ -165,6 +165,11 @@ def test_full_training_of_a_7b_student_fits_one_80_gb_gpu_and_one_of_24_gb():
     assert large.memory_settings["gradient_checkpointing"] and small.memory_settings["step_in_backward"]
     assert large.seconds < 1800
     assert "to fit 72 GB" in large.healing and "moments rest in eight bits" in large.healing
+    assert (
+        large.placement.precisions["training"]
+        == large.placement.precisions["the heal"]
+        == "bfloat16, steps rounded at random"
+    )
     assert large.stages["build"].memory < 80e9 and "Adafactor takes the steps" in small.healing
     assert not any("end-to-end fit" in w for w in (*large.warnings, *small.warnings))
     kept = on("1xh100", train__fit_memory=False)

@@ -1,6 +1,7 @@
 """The library's calls on a pretended GPU: every family streams, and a student is built, trained, scored and measured there."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -17,7 +18,9 @@ from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.generation.sampling import Sampling
 from moe2dense.generation.streamed import generate
+from moe2dense.student.build import api as build_api
 from moe2dense.student.build.api import build_student
+from moe2dense.student.build.heal_memory import heal_choices
 from moe2dense.teacher import skeleton
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.routing import RoutingStats
@@ -83,6 +86,22 @@ def test_a_student_built_there_is_the_one_a_cpu_builds(family, where, init, tmp_
     for got, want in zip(*(student.model.parameters() for student in built), strict=True):
         assert not got.is_cuda and got.dtype == torch.float32
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_heal_that_saves_memory_runs_there(number, tmp_path, monkeypatch, mostly_there):
+    """By some of the ways that `heal_choices` has."""
+    make("mixtral", tmp_path)
+    with PretendedCuda() as counts, states_rest("ram"):
+        teacher = load_teacher(tmp_path, device="cuda")
+        target = target_for(teacher, 24)
+        way, _ = heal_choices(SHORT, target, 12, on_gpu=True)[number]
+        monkeypatch.setattr(build_api, "heal_settings", lambda *_: way)
+        student = build_student(teacher, target, text(16), init="random+heal", config=replace(SHORT, heal_epochs=2.0))
+    record = student.history[-1]
+    assert record["heal_memory"] and record["heal_kl_after"] <= record["heal_kl_before"]
+    assert all(not p.is_cuda and p.dtype == torch.float32 and p.isfinite().all() for p in student.model.parameters())
+    mostly_there(counts)
 
 
 @pytest.mark.slow
