@@ -17,7 +17,8 @@ Each host was exported from a random student in float32 and loaded in the stack 
 likeliest tokens and the rest. Everything else names what happened. transformers itself is checked at every export.
 
 `moe2dense convert --for STACK` and `moe2dense export --for STACK` go by this table: where the family's usual host is not served they take one
-that is and computes the same, or refuse with the reason. `moe2dense serve` adds the flags.
+that is and computes the same, or refuse with the reason. `moe2dense serve` adds the flags. On a CPU vLLM 0.32 turns queries and keys wrongly where they
+come head by head; `--compilation-config` leaves that kernel out. `--model-impl transformers` is transformers' own code within vLLM.
 
 """
 

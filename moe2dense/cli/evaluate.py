@@ -7,6 +7,7 @@ from moe2dense.common.units import names
 from moe2dense.config.flags import argument, flag, given_options
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
+from moe2dense.errors import UserError
 
 
 def evaluate_checkpoint(
@@ -36,7 +37,8 @@ def evaluate_checkpoint(
     tasks: Annotated[
         str | None,
         argument(
-            "Tasks of lm-evaluation-harness for teacher, student and baselines: names or task files.",
+            "Tasks for teacher, student and baselines: names or task files of lm-evaluation-harness, and .jsonl files of programs to "
+            "complete or word problems.",
             group="Comparison",
             example="arc_easy,my/task.yaml",
         ),
@@ -47,6 +49,16 @@ def evaluate_checkpoint(
             "How many documents of each task.", group="Comparison", unit="documents", example="200", default="all"
         ),
     ] = None,
+    stack: Annotated[
+        Literal["vllm"] | None,
+        argument(
+            "Let this serving stack answer the tasks: it is started on each model in turn.",
+            group="Comparison",
+            default="they are answered here",
+        ),
+    ] = None,
+    endpoint: Annotated[str | None, flag("endpoint.url", group="Comparison")] = None,
+    endpoint_model: Annotated[str | None, flag("endpoint.model", group="Comparison")] = None,
     samples: Annotated[
         int,
         argument(
@@ -65,6 +77,8 @@ def evaluate_checkpoint(
 ) -> None:
     """Compare a student with its teacher on held-out text: KL, NLL, agreement, rare tokens, domains, with 95% intervals."""
     settings = merge_flags(RunConfig(), given_options(evaluate_checkpoint, locals()))
+    if (stack or endpoint) and not tasks:
+        raise UserError("--stack and --endpoint answer tasks; add --tasks")
 
     from moe2dense.cli.actions.evaluate import EvalRequest, run_evaluation
 
@@ -78,5 +92,6 @@ def evaluate_checkpoint(
         tasks=tuple(names(tasks) or ()),
         limit=limit,
         samples=samples,
+        stack=stack or "",
     )
     run_evaluation(request, out, as_json=json)

@@ -6,8 +6,8 @@ from rich.table import Table
 
 
 def task_table(tasks: dict[str, Any], models: list[str]) -> Table:
-    """Return results of the harness as a rich table: a line for each task and metric, a column for each model, 95% intervals."""
-    table = _table("tasks of lm-evaluation-harness", *map(_short, models))
+    """Return results of tasks as a rich table: a line for each task and metric, a column for each model, 95% intervals."""
+    table = _table("tasks", *map(_short, models))
     for task, metrics in tasks.items():
         for metric, values in metrics.items():
             table.add_row(_short(f"{task} {metric}", 30), *(_task_cell(values.get(m)) for m in models))

@@ -14,15 +14,18 @@ from moe2dense.common.devices import moved_to
 from moe2dense.common.jsonable import clean
 from moe2dense.common.versions import versions
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
+from moe2dense.config.serving import ExportConfig
 from moe2dense.conversion.choice import Choice
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job
 from moe2dense.conversion.scoring import TextScores, reference_for
+from moe2dense.conversion.stack_check import StackCheck, check_in_stack
 from moe2dense.conversion.stages import training_targets
 from moe2dense.data.frequency import count_tokens
 from moe2dense.distillation.regimes.mtp import copy_heads
 from moe2dense.distillation.targets.protocols import HiddenStates
 from moe2dense.distillation.targets.store import StoredTargets
+from moe2dense.errors import UserError
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.judge import Judge
 from moe2dense.evaluation.reference import AnyModel, Reference
@@ -33,6 +36,8 @@ from moe2dense.evaluation.skills import measure_skills
 from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
+from moe2dense.exporting.model_card import add_sentence
+from moe2dense.exporting.stacks import STACKS, flags_of, served_model
 from moe2dense.modeling.head import head_on
 from moe2dense.reporting.assemble import assemble_report
 from moe2dense.reporting.html import save_report
@@ -242,8 +247,9 @@ def export_model(job: Job, student: Student, report: Report, choice: Choice | No
     """
     options, folder = job.settings.export, job.run.folder / "model"
     done = job.run.finished("export")
-    if done is not None and all((folder / name).is_file() for name in done.get("files", ())):
-        return folder  # where its files were removed, they are written again
+    failed = done is not None and done.get("stack", {}).get("failure")
+    if done is not None and not failed and all((folder / name).is_file() for name in done.get("files", ())):
+        return folder  # where its files were removed, or a stack did not take them, they are written again
 
     def score_quantized(model: PreTrainedModel) -> dict[str, Any]:
         scores = evaluate(
@@ -268,17 +274,35 @@ def export_model(job: Job, student: Student, report: Report, choice: Choice | No
         )
         if choice is not None and choice.gained:
             copy_heads(job.run.folder, folder)
+        check = _checked_in_stack(student, folder, options)
         report["run"]["hashes"] |= weight_hashes(folder / f for f in exported.files)
         report["run"]["cost"] = plain_cost(job)
         report["student"] |= {"bytes": exported.bytes} | (
             {"quantized": exported.quantized} if exported.quantized else {}
         )
+        if check is not None:
+            report["student"]["stack"] = entry["stack"] = check.to_dict()
         save_report(clean(report), job.run.folder)
         entry |= {"files": exported.files, "checked": exported.checked, "quantized": exported.quantized}
+    if check is not None and check.failure:
+        raise UserError(f"--for {check.stack}: {check.failure}; the export is in {folder}")
     return folder
+
+
+def _checked_in_stack(student: Student, folder: Path, options: ExportConfig) -> StackCheck | None:
+    """Try the export in the stack that it is for and add what was seen to its card; None where it is for none, or is quantised."""
+    if not options.stack or options.quantize:
+        return None
+    stack = STACKS[options.stack]
+    check = check_in_stack(student.model, served_model(folder), stack, flags_of(student.card, stack))
+    add_sentence(folder, check.sentence())
+    return check
 
 
 def show_result(folder: Path, console: Console) -> None:
     """Print the measured table and where everything is."""
-    print_report(read_report(folder), console)
+    report = read_report(folder)
+    print_report(report, console)
+    if "stack" in report["student"]:
+        console.print(StackCheck(**report["student"]["stack"]).sentence(), highlight=False, markup=False)
     console.print(f"report: {folder / 'report.html'}\nmodel:  {folder / 'model'}", highlight=False)

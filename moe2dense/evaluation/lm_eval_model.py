@@ -151,26 +151,27 @@ class PrefillScorer:
         texts: dict[int, str] = {}
         for (new, temperature), rows in groups.items():
             prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - new) :] for i in rows]
-            written = self._write(prompts, new, Sampling(temperature=temperature, seed=self.seed))
+            written = self.write_tokens(prompts, new, Sampling(temperature=temperature, seed=self.seed))
             for i, ids in zip(rows, written, strict=True):
-                texts[i] = _until(
-                    self.tokenizer.decode(ids, skip_special_tokens=True), requests[i].args[1].get("until")
-                )
+                stops = requests[i].args[1].get("until") or []
+                text = self.tokenizer.decode(ids, skip_special_tokens=True)
+                texts[i] = before_stop(text, [stops] if isinstance(stops, str) else stops)
         for i, request in enumerate(requests):
             answers.append(texts[i])
             self.cache_hook.add_partial("generate_until", request.args, texts[i])
         return answers
 
-    def _write(self, prompts: list[list[int]], new: int, sampling: Sampling) -> list[list[int]]:
+    def write_tokens(self, prompts: list[list[int]], new: int, sampling: Sampling) -> list[list[int]]:
+        """Return at most `new` token ids after each prompt, without the closing one."""
         stop = {self.eot_token_id}
         if isinstance(self.model, Teacher):
             return [c.ids for c in generate(self.model, prompts, new, stop, sampling)]
         return [student_texts(self.model, torch.tensor([p]), new, stop, sampling)[0] for p in prompts]
 
 
-def _until(text: str, stops: str | Sequence[str] | None) -> str:
+def before_stop(text: str, stops: Sequence[str]) -> str:
     """Return the text before the first stop string."""
-    for stop in [stops] if isinstance(stops, str) else stops or []:
+    for stop in stops:
         if stop:
             text = text.split(stop)[0]
     return text

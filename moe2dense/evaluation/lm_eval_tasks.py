@@ -19,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.evaluation.lm_eval_model import prefill_lm
 from moe2dense.evaluation.reference import AnyModel
+from moe2dense.evaluation.writers import ServedModel
 
 
 def check_harness() -> None:
@@ -66,14 +67,14 @@ def _task_of_file(name: str) -> str:
 
 
 def run_tasks(
-    models: Mapping[str, AnyModel],
+    models: Mapping[str, AnyModel | ServedModel],
     tokenizer: PreTrainedTokenizerBase,
     tasks: Sequence[str],
     *,
     limit: int | None = None,
     seed: int = 0,
 ) -> dict[str, dict[str, Any]]:
-    """Return {task: {metric: {model: {"value", "stderr"}}}} for Teachers and transformers models that share `tokenizer`.
+    """Return {task: {metric: {model: {"value", "stderr"}}}} for Teachers, transformers models and served ones that share `tokenizer`.
 
     tasks: as `read_tasks` takes them. limit: documents of each task, the same for every model. Raises UserError for tasks whose
     data cannot be had.
@@ -91,7 +92,7 @@ def run_tasks(
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         try:
             with contextlib.redirect_stdout(sys.stderr):  # the harness prints there; our own stdout is for results
-                result = run(model=prefill_lm(model, tokenizer, seed=seed), **settings)
+                result = run(model=_harness_model(model, tokenizer, seed), **settings)
         except UserError:
             raise
         except (OSError, ValueError) as error:  # of the task's data or its file, of many kinds
@@ -102,6 +103,21 @@ def run_tasks(
             for metric, value in _metrics(numbers).items():
                 scores.setdefault(task, {}).setdefault(metric, {})[name] = value
     return scores
+
+
+def _harness_model(model: AnyModel | ServedModel, tokenizer: PreTrainedTokenizerBase, seed: int) -> Any:
+    """Return what the harness asks: our own model for what runs here, its own client for a server, which must echo log-probabilities."""
+    if not isinstance(model, ServedModel):
+        return prefill_lm(model, tokenizer, seed=seed)
+    try:
+        from lm_eval.models.openai_completions import LocalCompletionsAPI  # pyright: ignore[reportMissingImports]
+
+        return LocalCompletionsAPI(
+            base_url=f"{model.url}/v1/completions", model=model.name, tokenizer=str(tokenizer.name_or_path),
+            tokenizer_backend="huggingface", num_concurrent=model.parallel, max_length=model.longest, seed=seed,
+        )  # fmt: skip
+    except ModuleNotFoundError as error:
+        raise UserError(f"tasks by a server need the harness's client ({error}): pip install 'lm-eval[api]'") from None
 
 
 def _metrics(numbers: Any) -> dict[str, dict[str, float | None]]:

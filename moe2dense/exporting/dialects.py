@@ -12,11 +12,14 @@ _OUTSIDE = ("rope_theta", "partial_rotary_factor")  # of rope_parameters: fields
 
 
 def older_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that say in the older dialect what a config.json of transformers 5 says, and what the host's card adds."""
+    """Return the fields that say in the older dialect what a config.json of transformers 5 says, and what the host's card sets.
+
+    What the card sets takes the place of what a teacher's config had there: transformers does not read it.
+    """
     fields = _rope_fields(config.get("rope_parameters"))
     if "dtype" in config:
         fields["torch_dtype"] = config["dtype"]
-    return {name: value for name, value in (fields | _host_fields(config)).items() if name not in config}
+    return {name: value for name, value in fields.items() if name not in config} | _host_fields(config)
 
 
 def _rope_fields(rope: dict[str, Any] | None) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from huggingface_hub import ModelCardData
 
+from moe2dense.common.files import atomic_write
 from moe2dense.common.units import show_count
 from moe2dense.common.versions import EXPORT_PACKAGES, versions
 from moe2dense.errors import UserError
@@ -41,6 +42,7 @@ _COLUMNS = (
     ("agreement", "same first choice"),
     ("rare_kl", "KL on rare tokens"),
 )
+_LOADING = "## How to load it"
 _STATUS = {"seen": "yes, this architecture is tested there", "documented": "by its documentation, not tested"}
 _HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
 
@@ -199,6 +201,14 @@ def _loading(name: str, loads: dict[str, str], quantize: str, format: str) -> li
     return lines
 
 
+def add_sentence(folder: Path, sentence: str) -> None:
+    """Add to the card of an export what was seen when it was loaded elsewhere. An earlier sentence stays."""
+    card = folder / "README.md"
+    heading = f"{_LOADING}\n\n"
+    text = card.read_text(encoding="utf-8")
+    atomic_write(card, text.replace(heading, f"{heading}{escaped(sentence)}\n\n", 1))
+
+
 def model_card(
     name: str,
     info: dict[str, Any],
@@ -231,7 +241,7 @@ def model_card(
     lines += [f"{show_count(parameters)} parameters, {stored}.", ""]
     lines += ["## How close it is to the teacher", "", *_quality(info, quantized)]
     lines += ["## Use, and what was lost", "", *_lost(info)]
-    lines += ["## How to load it", "", *_loading(name, loads or {}, quantize, format)]
+    lines += [_LOADING, "", *_loading(name, loads or {}, quantize, format)]
     lines += [notes, ""] * bool(notes)
     lines += ["## How it was made", ""]
     if info.get("command"):

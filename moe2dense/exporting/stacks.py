@@ -31,11 +31,16 @@ class Stack:
         beside = Path(sys.executable).parent / self.command[0]
         return shutil.which(self.command[0]) or (str(beside) if beside.is_file() else None)
 
-    def start(self, model: Path, port: int, extra: tuple[str, ...] = ()) -> list[str]:
-        """Return the command that serves `model`. Raises UserError where the program is not installed."""
+    def check_installed(self) -> str:
+        """Return the program's path. Raises UserError where it is not installed."""
         program = self.executable()
         if program is None:
             raise UserError(f"{self.name} is not installed ({self.command[0]} is not on PATH); {self.install}")
+        return program
+
+    def start(self, model: Path, port: int, extra: tuple[str, ...] = ()) -> list[str]:
+        """Return the command that serves `model`. Raises UserError where the program is not installed."""
+        program = self.check_installed()
         flags = (self.model_flag, str(model)) if self.model_flag else (str(model),)
         return [program, *self.command[1:], *flags, self.port_flag, str(port), *extra]
 

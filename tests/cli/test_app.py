@@ -24,7 +24,7 @@ FLAGS = {
     " teacher-card temperature tokens valid",
     "generate": "beams block config data device duplicates experts gpu-memory learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
     " same-script seed teacher-card temperature tokens top-p",
-    "eval": "allow-loss baseline block chat-template data device gpu-memory json judge limit memory out samples seed split tasks teacher teacher-card tokens",
+    "eval": "allow-loss baseline block chat-template data device endpoint endpoint-model gpu-memory json judge limit memory out samples seed split stack tasks teacher teacher-card tokens",
     "report": "json",
     "export": "data dtype format k max-kl out overwrite public push-to-hub quantize seed shard-size stack tokenizer tokens yes",
     "serve": "dry-run port stack",

@@ -171,7 +171,7 @@ def test_writing_stops_where_the_task_says(whole, tokenizer, monkeypatch):
     lm = prefill_lm(whole, tokenizer)
     options = {"until": ["stop", "."], "max_gen_toks": 4}
     monkeypatch.setattr(
-        lm, "_write", lambda prompts, new, sampling: [tokenizer(" a stop. b")["input_ids"]] * len(prompts)
+        lm, "write_tokens", lambda prompts, new, sampling: [tokenizer(" a stop. b")["input_ids"]] * len(prompts)
     )
     assert lm.generate_until([request("x", options), request("y", {"until": []})]) == [" a ", " a stop. b"]
 

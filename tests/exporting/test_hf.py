@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
 from moe2dense.exporting.api import export
+from moe2dense.exporting.dialects import older_fields
 from moe2dense.families.cards import StudentCard, student_host, teacher_cards
 from moe2dense.student.open import open_student
 from moe2dense.student.target.dense_config import dense_config
@@ -99,7 +100,14 @@ def test_fields_of_the_public_checkpoints_are_written_for_other_programs(tmp_pat
     assert [config[n] for n in ("block_dim", "conv_dim", "conv_dim_out", "block_ff_dim")] == [24, 24, 24, 40]
     export(tiny("minimax_m2", num_local_experts=1, num_experts_per_tok=1, head_dim=8), tmp_path / "minimax")
     config = json.loads((tmp_path / "minimax/config.json").read_text())
-    assert config["scoring_func"] == "sigmoid" and config["use_routing_bias"] is True
+    assert config["scoring_func"] == "softmax" and config["use_routing_bias"] is True
+
+
+def test_what_a_card_sets_takes_the_place_of_what_the_teacher_had():
+    """GLM-4.7-Flash's own config.json says that one layer is dense, which is no longer so; transformers does not read it."""
+    config = {"model_type": "glm4_moe_lite", "num_hidden_layers": 4, "first_k_dense_replace": 1, "dtype": "float32"}
+    assert older_fields(config) == {"first_k_dense_replace": 4, "torch_dtype": "float32"}
+    assert older_fields({"model_type": "phimoe"})["architectures"] == ["PhiMoEForCausalLM"]
 
 
 @pytest.mark.parametrize("host", ["mistral", "qwen2", "granite", "cohere2"])

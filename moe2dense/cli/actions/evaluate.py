@@ -1,11 +1,14 @@
 """Compare a dense checkpoint with its teacher, as `moe2dense eval` asks."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from transformers import PreTrainedTokenizerBase
 
 from moe2dense.cli.actions.common import open_teacher, read_text
 from moe2dense.cli.tables import task_table
@@ -20,9 +23,12 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.baselines import check_baselines, open_baseline
 from moe2dense.evaluation.judge import Judge, check_judge
-from moe2dense.evaluation.lm_eval_tasks import check_harness, read_tasks, run_tasks
-from moe2dense.evaluation.reference import reference
+from moe2dense.evaluation.reference import AnyModel, reference
 from moe2dense.evaluation.samples import side_by_side
+from moe2dense.evaluation.tasks import check_tasks, score_tasks
+from moe2dense.evaluation.writers import ServedModel, reach_model
+from moe2dense.exporting.running import running
+from moe2dense.exporting.stacks import STACKS, flags_of, host_of, served_model
 from moe2dense.reporting.assemble import split_rows
 from moe2dense.reporting.rating_sheet import write_sheet
 from moe2dense.reporting.score_tables import legend, print_scores
@@ -34,7 +40,7 @@ _SAMPLES_FOR_JUDGE = 4
 
 @dataclass(frozen=True)
 class EvalRequest:
-    """Which student is compared with which teacher, on what."""
+    """Which student is compared with which teacher, on what. stack: which one answers the tasks; "": they are answered here."""
 
     student: str
     teacher: str
@@ -45,15 +51,16 @@ class EvalRequest:
     tasks: tuple[str, ...] = ()
     limit: int | None = None
     samples: int = 0
+    stack: str = ""
 
 
 def run_evaluation(request: EvalRequest, out: Path | None, as_json: bool = False) -> None:
     """Measure, and print the tables; with `out`, write eval.json and the rating sheet there. Raises UserError for bad input."""
     settings, options = request.settings, request.settings.teacher
     allowed, baselines = settings.evaluate.allow_loss, settings.evaluate.baseline
-    if request.tasks:
-        check_harness()
-        read_tasks(list(request.tasks))
+    check_tasks(request.tasks)
+    if request.stack:
+        STACKS[request.stack].check_installed()
     teacher = open_teacher(request.teacher, options)
     check_baselines([request.student], teacher.tokenizer(), "STUDENT")
     check_baselines(baselines, teacher.tokenizer())
@@ -83,14 +90,20 @@ def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judg
     teacher_states, tokenizer = reference(teacher, blocks), teacher.tokenizer()
     counts = read_token_counts(request.student)
     rows = {"teacher": evaluate(teacher_states, teacher_states, seed=seed, token_counts=counts)}
-    scores = run_tasks({"teacher": teacher}, tokenizer, tasks, limit=limit, seed=seed) if tasks else None
+    scores = None
+    if tasks:
+        with _answering(request, "teacher", teacher, Path(teacher.path), tokenizer) as who:
+            scores = score_tasks({"teacher": who}, tokenizer, tasks, limit=limit, seed=seed)
     written = None
     for name in (request.student, *request.settings.evaluate.baseline):
         model = open_baseline(name)
         rows[name] = evaluate(model, teacher_states, seed=seed, token_counts=counts)
         if scores is not None:
-            with moved_to(model, teacher.device):
-                answers = run_tasks({name: model}, tokenizer, tasks, limit=limit, seed=seed)
+            with (
+                moved_to(model, teacher.device),
+                _answering(request, name, model, Path(name), tokenizer) as who,
+            ):
+                answers = score_tasks({name: who}, tokenizer, tasks, limit=limit, seed=seed)
             for task, metrics in answers.items():
                 for metric, values in metrics.items():
                     scores[task][metric] |= values
@@ -103,6 +116,23 @@ def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judg
         "tasks": scores,
         "samples": written,
     }
+
+
+@contextlib.contextmanager
+def _answering(
+    request: EvalRequest, name: str, model: AnyModel, folder: Path, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[AnyModel | ServedModel]:
+    """Yield who answers the tasks for a model: the teacher's server, the stack that is started on its folder, or the model itself."""
+    endpoint = request.settings.endpoint
+    if name == "teacher" and endpoint.url:
+        yield reach_model(endpoint.url, tokenizer, endpoint.model)
+    elif request.stack:
+        stack, place = STACKS[request.stack], served_model(folder)
+        flags = () if name == "teacher" else flags_of(host_of(place), stack)
+        with running(stack, place, flags, lambda url: reach_model(url, tokenizer, tries=1)) as served:
+            yield served
+    else:
+        yield model
 
 
 def _print(results: dict[str, Any], student: str, title: str, console: Console) -> None:

@@ -18,16 +18,24 @@ BASE = {
     "max_position_embeddings": 256, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "rms_norm_eps": 1e-5,
     "norm_eps": 1e-5, "rope_parameters": ROPE,
 }  # fmt: skip
+# a latent of 512 numbers and rotary heads of 64, as the public checkpoints have: vLLM's kernel for CPUs takes no other
 LATENT = {
-    "num_key_value_heads": 4, "kv_lora_rank": 64, "q_lora_rank": 48, "qk_nope_head_dim": 32, "qk_rope_head_dim": 32,
-    "v_head_dim": 32, "head_dim": 32, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
+    "num_key_value_heads": 4, "kv_lora_rank": 512, "q_lora_rank": 48, "qk_nope_head_dim": 64, "qk_rope_head_dim": 64,
+    "v_head_dim": 64, "head_dim": 64, "n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2,
     "moe_intermediate_size": 32, "first_k_dense_replace": 1, "routed_scaling_factor": 1.0,
 }  # fmt: skip
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+WINDOWS = {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"] * 2}
 YARN = {
     "rope_type": "yarn", "rope_theta": 12345.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32, "beta_slow": 1,
     "mscale": 0.707, "mscale_all_dim": 0.707,
 }  # fmt: skip
+WIDE = {
+    "rope_type": "yarn", "rope_theta": 12345.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
+    "beta_slow": 1.0, "truncate": False,
+}  # fmt: skip
 SCALED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0}
+BY_KIND = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 321.0}}
 # host -> (the family of its teacher, what of the family's config is not BASE)
 HOSTS: dict[str, tuple[str, dict]] = {
     "mistral": ("mixtral", {"sliding_window": None}),
@@ -41,7 +49,7 @@ HOSTS: dict[str, tuple[str, dict]] = {
     "hunyuan_v1_dense": ("hunyuan_v1_moe", {"tie_word_embeddings": True}),
     "lfm2": ("lfm2_moe", {"layer_types": ["conv", "full_attention", "conv", "full_attention"], "tie_word_embeddings": True, "hidden_size": 128}),
     "cohere2": ("cohere2", {"hidden_size": 128, "logit_scale": 0.3, "tie_word_embeddings": True, "sliding_window": 64, "layer_norm_eps": 1e-5}),
-    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64}),
+    "gpt_oss": ("gpt_oss", {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 64, "rope_parameters": WIDE}),
     "phimoe": ("phimoe", {"attention_bias": True, "lm_head_bias": True, "hidden_size": 128}),
     "glm4_moe": ("glm4_moe", {"n_routed_experts": 4, "num_experts_per_tok": 2, "use_qk_norm": False, "attention_bias": True, "rope_parameters": {**ROPE, "partial_rotary_factor": 0.5}}),
     "minimax_m2": ("minimax_m2", {"rotary_dim": 16}),
@@ -53,13 +61,45 @@ HOSTS: dict[str, tuple[str, dict]] = {
         "qwen3_next",
         {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
     ),
+    "qwen3_5_text": (
+        "qwen3_5_moe_text",
+        {"linear_key_head_dim": 32, "linear_value_head_dim": 32, "linear_num_key_heads": 2, "linear_num_value_heads": 4},
+    ),
+    "glm4_moe_lite": ("glm4_moe_lite", LATENT),
+    "afmoe": ("afmoe", {**EXPERTS, **WINDOWS, "num_shared_experts": 1, "mup_enabled": True}),
+    "exaone_moe": ("exaone_moe", {**EXPERTS, **WINDOWS, "num_shared_experts": 1}),
+    "granite_swa": ("granitemoe_swa", {**SCALED, **WINDOWS, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "granitemoehybrid": (
+        "granitemoehybrid",
+        {**SCALED, "hidden_size": 128, "position_embedding_type": "rope", "layer_types": ["mamba", "attention"] * 2, "mamba_n_heads": 8, "mamba_d_state": 32, "mamba_n_groups": 1},
+    ),
+    "hy_v3": ("hy_v3", {**EXPERTS, "num_shared_experts": 1}),
+    "jamba": (
+        "jamba",
+        {"hidden_size": 128, "num_experts": 4, "num_experts_per_tok": 2, "attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 16, "mamba_dt_rank": 8, "rope_parameters": None},
+    ),
+    "laguna": ("laguna", {**EXPERTS, **WINDOWS, "shared_expert_intermediate_size": 32, "rope_parameters": BY_KIND}),
+    "mellum": ("mellum", {**EXPERTS, **WINDOWS, "rope_parameters": BY_KIND}),
+    "gemma4_text": (
+        "gemma4_text",
+        {
+            "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 32, "intermediate_size": 48, "global_head_dim": 64, "num_global_key_value_heads": 2,
+            "attention_k_eq_v": True, "enable_moe_block": True, "hidden_size_per_layer_input": 0, "tie_word_embeddings": True,
+            "sliding_window": 64, "layer_types": ["sliding_attention", "full_attention"] * 2, "final_logit_softcapping": 30.0,
+            "rope_parameters": {**BY_KIND, "full_attention": {"rope_type": "proportional", "rope_theta": 12345.0, "partial_rotary_factor": 0.5}},
+        },
+    ),
+    "bailing_hybrid": ("bailing_hybrid", {**LATENT, "q_lora_rank": None, "layer_group_size": 2, "num_local_experts": 4, "rope_theta": 12345.0}),
+    "flint": ("flint", {**EXPERTS, **WINDOWS, "shared_expert_intermediate_size": 32}),
 }  # fmt: skip
 
 
 def student(host: str):
     """A random dense model of a host, as a teacher of its family gives it its shape."""
     family, fields = HOSTS[host]
-    teacher = AutoConfig.for_model(family, **copy.deepcopy({**BASE, **fields}))  # configs complete RoPE in place
+    known = AutoConfig.for_model(family).to_dict()
+    base = {name: value for name, value in BASE.items() if name in known or name not in ("rms_norm_eps", "norm_eps")}
+    teacher = AutoConfig.for_model(family, **copy.deepcopy({**base, **fields}))  # configs complete RoPE in place
     torch.manual_seed(7)
     model = AutoModelForCausalLM.from_config(dense_config(teacher.get_text_config(), student_host(host), 96)).float()
     with torch.no_grad():
