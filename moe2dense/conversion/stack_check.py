@@ -19,7 +19,10 @@ from moe2dense.exporting.stacks import Stack
 # V vocabulary, k likeliest tokens, n positions
 
 _K, _SEQUENCES, _LENGTH = 20, 4, 24
-_SMALL_VLLM = ("--max-logprobs", str(_K), "--max-model-len", "64", "--max-num-seqs", str(_SEQUENCES))
+# a short life needs no compiled kernels, and little memory
+_SMALL_VLLM = (
+    "--enforce-eager", "--max-logprobs", str(_K), "--max-model-len", "64", "--max-num-seqs", str(_SEQUENCES),
+)  # fmt: skip
 _MOST_KL = 0.02  # nats between the stack and transformers, whose arithmetic differs in the last digits of bfloat16
 
 

@@ -8,7 +8,9 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
+from moe2dense.exporting.card_info import card_info
 from moe2dense.exporting.hub import push_to_hub
+from moe2dense.exporting.model_card import add_sentence, model_card
 from tests.exporting.conftest import tiny
 
 httpx = importlib.import_module(HfHubHTTPError.__bases__[0].__module__.split(".")[0])  # the hub library's HTTP client
@@ -41,6 +43,31 @@ def test_the_card_says_everything_and_its_metadata_parse(tmp_path):
         "torch ", "transformers ", "bfloat16",
     ):  # fmt: skip
         assert text in card.text, text
+
+
+def test_what_was_seen_elsewhere_joins_the_card_where_loading_is_told(tmp_path):
+    export(tiny("mistral"), tmp_path / "m")
+    before = (tmp_path / "m/README.md").read_text()
+    add_sentence(tmp_path / "m", "Seen in vllm 0.32.0: KL 1e-6 | the same <b>.")
+    after = (tmp_path / "m/README.md").read_text()
+    sentence = "Seen in vllm 0.32.0: KL 1e-6 \\| the same &lt;b&gt;."
+    assert after == before.replace("## How to load it\n\n", f"## How to load it\n\n{sentence}\n\n") != before
+
+
+def test_the_card_repeats_the_reports_numbers():
+    """Of the report's rows and costs nothing is rounded away, and nothing else is claimed."""
+    scores = {"kl": {"value": 0.081, "low": 0.07, "high": 0.09}, "nll": {"value": 3.8, "low": 3.7, "high": 3.9}, "teacher_nll": 3.72,
+              "agreement": {"value": 0.82, "low": 0.8, "high": 0.84}, "by_domain": {}, "tokens": 12288}  # fmt: skip
+    report = {
+        "run": {"plan": {"source": "examples/tiny"}, "config": {"to": "3.2m", "train": {"epochs": 2.0}, "seed": 7}, "data": {}, "command": "c",
+                "versions": {"torch": "2"}},
+        "student": {"architecture": "MistralForCausalLM", "method": "obs"}, "teacher": {"name": "tiny"}, "cost": {"tokens": 200_000},
+        "rows": {"student": scores}, "transfer": {"model": {"transferred": 0.83}},
+    }  # fmt: skip
+    card = model_card("m", card_info(report), dtype="bfloat16", parameters=3_200_000)
+    assert "| student | 0.081 [0.07, 0.09] | 3.8 [3.7, 3.9] | 0.82 [0.8, 0.84] |" in card
+    assert "| teacher | 0 | 3.72 | 1 |" in card and "12,288 held-out tokens" in card and "200,000 tokens" in card
+    assert "cover 83% of what single experts compute" in card and "Seed 7." in card and "before training" not in card
 
 
 def test_a_card_without_facts_claims_none(tmp_path):

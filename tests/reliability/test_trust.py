@@ -68,7 +68,14 @@ def calls(tree: ast.AST):
 
 
 def test_no_module_can_unpickle_or_run_text():
-    """No pickle, no torch.load, no eval: not in one module of the package."""
+    """No pickle, no torch.load, no eval: not in one module of the package. The script that runs a task's programs is no module."""
+    script = PACKAGE / "evaluation" / "sandbox_child.py"
+    assert not any(
+        "sandbox_child" in ast.unparse(node)
+        for tree in TREES.values()
+        for node in ast.walk(tree)
+        if isinstance(node, (ast.Import, ast.ImportFrom))
+    )
     for path, tree in TREES.items():
         for node in ast.walk(tree):
             if isinstance(node, (ast.Import, ast.ImportFrom)):
@@ -77,7 +84,8 @@ def test_no_module_can_unpickle_or_run_text():
                 assert not roots & {"pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "code"}, path
         for call in calls(tree):
             text = ast.unparse(call.func)
-            assert text not in ("eval", "exec", "compile", "__import__", "os.system"), (path, text)
+            runs_text = text in ("eval", "exec", "compile", "__import__", "os.system")
+            assert not runs_text or (path == script and text in ("exec", "compile")), (path, text)
             assert not text.endswith(("torch.load", "pickle.load", "np.load", "numpy.load")), (path, text)
             assert not any(k.arg in ("allow_pickle", "shell") for k in call.keywords), (path, text)
 
