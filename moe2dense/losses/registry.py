@@ -116,7 +116,7 @@ FEATURE_KINDS: dict[str, FeatureKind] = {
             name="mse",
             title="hidden states, squared error",
             paper="FitNets, arXiv 1412.6550; TinyBERT, arXiv 1909.10351",
-            help="squared error relative to the teacher's hidden state, through a projector where widths differ",
+            help="squared error relative to the teacher's hidden state, linear beyond its size, through a projector where widths differ",
             implementation=_CODE + "hidden_states:HiddenMatch",
             mixes_layers=True,
         ),

@@ -37,8 +37,23 @@ def test_layer_maps():
 
 def test_token_losses_by_hand():
     s, t = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0.0, 1.0], [0.0, 1.0]])
-    assert token_mse(s, t).tolist() == [2.0, 1.0]
+    torch.testing.assert_close(token_mse(s, t), torch.tensor([2 * (3**0.5 - 1), 2 * (2**0.5 - 1)]))
     torch.testing.assert_close(token_cosine(s, t), torch.tensor([1.0, 0.0]))
+
+
+def test_the_error_of_a_token_is_its_relative_square_where_that_is_small_and_grows_no_faster_than_the_state_beyond():
+    goal = normal(50, 8)
+    near = goal * (1 + 1e-4 * normal(50, 8))
+    torch.testing.assert_close(
+        token_mse(near, goal), (near - goal).square().sum(-1) / goal.square().sum(-1), rtol=1e-6, atol=0
+    )
+    # a student that writes a massive state where the teacher writes a usual one pulls no harder than a token that is half wrong
+    massive, half = (1e3 * goal).requires_grad_(), (1.5 * goal).requires_grad_()
+    pulls = [
+        torch.autograd.grad(token_mse(own, goal).sum(), own)[0].norm(dim=-1) * goal.norm(dim=-1)
+        for own in (massive, half)
+    ]
+    assert pulls[0].max() <= 2 and pulls[1].min() > 0.8
 
 
 def test_projectors_start_orthogonal_or_are_nothing():
