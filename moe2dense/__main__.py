@@ -1,6 +1,7 @@
 """Entry point: `moe2dense` and `python -m moe2dense`. Bad input ends in one sentence and exit code 2."""
 
 import contextlib
+import os
 import shlex
 import signal
 import sys
@@ -20,7 +21,8 @@ from moe2dense.errors import UserError
 def main(arguments: list[str] | None = None) -> int:
     """Run one command and return its exit code.
 
-    0; 2 for bad input; 3 for a conversion whose training gained nothing; 130 after Ctrl-C, 143 after SIGTERM.
+    0; 2 for bad input; 3 for a conversion whose training gained nothing; 130 after Ctrl-C, 143 after SIGTERM. As one of several
+    processes it ends such a conversion with 0: to torchrun every other code is a failure, for which it kills the rest.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
     errors = Console(stderr=True, soft_wrap=True)
@@ -40,7 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 143 if terminated else 130
     finally:
         warnings.formatwarning = format_of_python
-    return result.exit_code if isinstance(result, Result) else 0
+    launched = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    return result.exit_code if isinstance(result, Result) and not launched else 0
 
 
 @contextlib.contextmanager

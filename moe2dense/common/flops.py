@@ -92,9 +92,26 @@ def elimination_by_tokens(tokens: int, pool: int, hidden: int, width: int, step:
     return total
 
 
+def ridge_by_tokens(tokens: float, judged: float, width: int, hidden: int, tries: int) -> float:
+    """Return the FLOPs of a refit on matrices of few tokens: activations, what the start misses, the kernel, `tries` ridges, the solution."""
+    rows = (tokens + judged) * (2 * product(1, hidden, width) + product(1, width, hidden))
+    kernels = symmetric_product(int(tokens), width) + product(judged, width, tokens)
+    each = cholesky(tokens) + product(tokens, tokens, hidden) + product(judged, tokens, hidden)
+    return rows + kernels + tries * each + product(width, tokens, hidden)
+
+
 def refined_ridge(width: float, hidden: float, corrections: int = 2) -> float:
-    """Return the FLOPs of one ridge solution in float32 with corrections in float64, each of three products."""
-    return cholesky(width) + (1 + 3 * corrections) * product(width, width, hidden)
+    """Return the FLOPs of one ridge solution in float32 with corrections whose residuals are float64, each of two products."""
+    return cholesky(width) + (2 + 2 * corrections) * product(width, width, hidden)
+
+
+def sketched_ridge(width: float, hidden: float, sketch: float, tries: int) -> float:
+    """Return the FLOPs of a ridge chosen on a sketch of the outputs, and of the solution with it."""
+    rough = refined_ridge(width, sketch, corrections=1) - product(
+        width, width, sketch
+    )  # what the start misses is found once
+    shared = product(width, hidden, 2 * sketch) + product(width, width, sketch)
+    return shared + tries * rough + refined_ridge(width, hidden)
 
 
 def head_loss(tokens: float, hidden: float, vocabulary: float, trains_head: bool = True) -> float:

@@ -109,12 +109,19 @@ def gather_rows(rows: Tensor) -> Tensor:
     return torch.cat([p[: int(c)] for p, c in zip(parts, counts, strict=True)]).to(rows.device)
 
 
+def on_exchange(value: Tensor) -> Tensor:
+    """Return `value` on a device whose tensors the processes can exchange: where it is, if there is a way between such devices."""
+    backends = dist.get_backend_config()  # "cpu:gloo,cuda:nccl"
+    return value if f"{value.device.type}:" in backends else value.to(_device())
+
+
 def add_over_processes(value: Tensor) -> None:
     """Replace `value` by its sum over all processes, in place and on every one."""
     if world()[1] > 1:
-        total = value.to(_device())
+        total = on_exchange(value).contiguous()
         dist.all_reduce(total)
-        value.copy_(total)
+        if total is not value:
+            value.copy_(total)
 
 
 def over_processes(rows: int, compute: Callable[[slice], Tensor]) -> Tensor:

@@ -95,7 +95,7 @@ def plan(
     if other is None:
         check_device(settings.teacher.device)
     result = make_plan(settings, other)
-    result = replace(result, command=command_to_start(options, config))
+    result = replace(result, command=command_to_start(options, config, result.machine.count))
     if json:
         Console().print_json(data=result.to_dict(), default=str)
     else:

@@ -106,6 +106,17 @@ def memory_warnings(sizes: Sizes, stages: Mapping[str, StagePlan], training: Tra
     return warnings
 
 
+def idle_warning(sizes: Sizes) -> str:
+    """Return a sentence where a step of training has fewer blocks than there are devices, else ''."""
+    devices, blocks = sizes.machine.count, max(1, sizes.config.train.batch // sizes.length)
+    if not sizes.blocks or blocks >= devices:
+        return ""
+    return (
+        f"{devices - blocks} of {devices} devices have nothing to train: train.batch = {sizes.config.train.batch} tokens is "
+        f"{blocks} block{'s' if blocks > 1 else ''} a step; {devices * sizes.length} gives each one"
+    )
+
+
 def host_warning(target: Target) -> str:
     """Return a sentence where the student keeps the form of an MoE, else ''."""
     if not target.card.moe_shaped:

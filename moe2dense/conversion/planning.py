@@ -24,16 +24,18 @@ from moe2dense.conversion.plan_warnings import (
     capacity_warning,
     disk_warning,
     host_warning,
+    idle_warning,
     memory_warnings,
     text_warnings,
 )
 from moe2dense.conversion.planned_memory import fit_training, healing_sentence, stage_memory
-from moe2dense.conversion.planned_stages import Sizes, plan_stages, target_bytes
+from moe2dense.conversion.planned_stages import Sizes, answers_of, plan_stages
 from moe2dense.conversion.results import Plan
 from moe2dense.conversion.teacher_folder import checked_teacher
 from moe2dense.distillation.adapters import add_adapters
 from moe2dense.distillation.cost import passes
 from moe2dense.errors import UserError
+from moe2dense.families.fields import config_field
 from moe2dense.families.machines import CPU, Machine
 from moe2dense.modeling.empty import empty_model
 from moe2dense.modeling.products import Products, body_products
@@ -89,7 +91,8 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         blocks=max(1, tokens // block) if tokens else 0, build=max(1, build // block),
         held_out=held_out_blocks(config.data.eval_blocks, block, max(tokens, build)),
         texts=1 + bool(config.data.ood), checkpoint=checkpoint_bytes(teacher, shape), resident=split.resident,
-        batch=split.macro_batch, budget=budget,
+        tied=bool(config_field(teacher.config.get_text_config(), "tie_word_embeddings")), batch=split.macro_batch, budget=budget,
+        memory=placement.memory,
         passes=config.build.sweeps + scored(target.geometry, config.build.depth),
         recompute=config.train.gradient_checkpointing,
     )  # fmt: skip
@@ -108,6 +111,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         *text_warnings(config, shape, target, tokens, build),
         *memory_warnings(sizes, stages, training),
         host_warning(target),
+        idle_warning(sizes),
         disk_warning(sum(disk.values()), free_bytes(out), out) if own else "",
     ]
     return Plan(
@@ -148,13 +152,13 @@ def _healing(sizes: Sizes) -> TrainConfig | None:
     """Return how the build's end-to-end fit makes its steps; None where it does not fit."""
     on_gpu = sizes.machine.device != CPU
     room = heal_room(sizes.budget, resident_bytes(sizes.shape, 2) if sizes.resident else 0, on_gpu)
-    return heal_settings(sizes.config.build, sizes.target, sizes.length, room, on_gpu)
+    return heal_settings(sizes.config.build, sizes.target, sizes.length, room, on_gpu, sizes.machine.count)
 
 
 def _free_memory(config: RunConfig, machine: Machine, own: bool) -> tuple[int, int | None]:
     """Return the free bytes of the machine's GPU and of its memory: of another machine all of both, of this one None for its memory."""
     if not own and machine.host_memory:
-        return int(machine.memory), int(machine.host_memory)
+        return int(machine.memory), int(machine.host_memory) // machine.count  # one process for each device
     device = pick_device(config.teacher.device) if own else torch.device(CPU)
     return free_bytes_of(device) if device.type == "cuda" else 0, None
 
@@ -178,7 +182,7 @@ def _disk(sizes: Sizes) -> dict[str, int]:
     trained = max(n // 50, 1) if config.train.lora else n
     return {
         "build": (1 + config.build.sweeps) * 4 * n,
-        "targets": target_bytes(config, sizes.target) * sizes.blocks * sizes.length,
+        "targets": int(answers_of(sizes).disk) if sizes.blocks else 0,
         "checkpoints": 2 * (4 * n + 8 * trained) if sizes.blocks else 0,
         "model": 2 * n,
     }

@@ -15,11 +15,13 @@ from moe2dense.student.target.resolve import Target
 class StagePlan:
     """What a stage is planned to take.
 
-    flops: by precision, `half` (bfloat16), `single` or `double`. read, written: bytes from and to disk; bus: bytes between main
-    memory and an accelerator; memory: the most it holds beside the program's own, where it computes.
+    flops: by precision, `half` (bfloat16), `single` or `double`, on all devices; busiest: of the device that has most to do.
+    read, written: bytes from and to disk, of one process; bus: bytes between main memory and an accelerator; memory: the most it
+    holds beside the program's own, where it computes.
     """
 
     flops: dict[str, float]
+    busiest: dict[str, float] = field(default_factory=dict)
     read: float = 0.0
     bus: float = 0.0
     written: float = 0.0

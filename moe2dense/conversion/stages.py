@@ -64,18 +64,16 @@ def build(job: Job) -> Student:
 
     settings = job.settings
     with job.timed("build") as entry:
-        from_first(
-            lambda: build_to_folder(
-                training_teacher(job),
-                to=job.target,
-                data=job.text.build,
-                folder=folder / "student",
-                out=folder,
-                init=settings.build.init,
-                config=build_settings(job),
-                seed=settings.seed,
-                progress=progress,
-            )
+        build_to_folder(
+            training_teacher(job),
+            to=job.target,
+            data=job.text.build,
+            folder=folder / "student",
+            out=folder,
+            init=settings.build.init,
+            config=build_settings(job),
+            seed=settings.seed,
+            progress=progress,
         )
         student = load_student(folder / "student")  # as a resumed run does, so that both train the same module
         if job.intermediate_teacher is not None:
@@ -178,8 +176,8 @@ def control(job: Job) -> tuple[Path, TextScores]:
     settings, folder = job.settings, job.run.folder / "control" / "build" / "student"
     if not _done(job, "build-control", folder / "student.json"):
         with job.timed("build-control") as entry:
-            init = control_init(settings.build.init)
-            from_first(lambda: save_student(_built(job, init, settings.seed), folder))
+            random = _built(job, control_init(settings.build.init), settings.seed)
+            from_first(lambda: save_student(random, folder))
             entry |= {"history": load_student(folder).history}
     built = load_student(folder)
     scores = score(job, built)
@@ -305,7 +303,8 @@ def second_student(job: Job) -> Student:
         return open_student(peer)
     if not _done(job, "peer", folder / "student.json"):
         with job.timed("peer"):
-            from_first(lambda: save_student(_built(job, peer, settings.seed + 1), folder))
+            other = _built(job, peer, settings.seed + 1)
+            from_first(lambda: save_student(other, folder))
     return load_student(folder)
 
 

@@ -8,9 +8,10 @@ from typing import Any
 from moe2dense.config.flags import option_entries
 
 
-def command_to_start(options: Mapping[str, Any], config: Path | None) -> str:
-    """Return the command line of a conversion with these options, by dotted key, and this settings file."""
-    words = ["moe2dense", "convert"]
+def command_to_start(options: Mapping[str, Any], config: Path | None, processes: int = 1) -> str:
+    """Return the command line of a conversion with these options, by dotted key, and this settings file, in so many processes."""
+    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*launcher, "moe2dense", "convert"]
     for key, value in options.items():
         flag = option_entries()[key].flag
         if key == "model":

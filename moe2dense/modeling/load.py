@@ -47,11 +47,12 @@ def quiet() -> Iterator[None]:
 
 
 def load_model(
-    source: str | Path, argument: str = "", dtype: torch.dtype = torch.float32, **options: Any
+    source: str | Path, argument: str = "", dtype: torch.dtype | None = None, **options: Any
 ) -> PreTrainedModel:
     """Load a causal language model with transformers from a folder or hub id; no parameter is left at random.
 
-    argument: what the user gave it as, such as "--to"; it opens every error. options: more for `from_pretrained`.
+    argument: what the user gave it as, such as "--to"; it opens every error. dtype: torch's default, float32, where None is given.
+    options: more for `from_pretrained`.
     Raises UserError naming up to three tensors that are missing, left over or of another shape, the first that holds NaN or
     infinity, and for a folder whose weights transformers would not read as they are (`moe2dense.weights.files`).
     """
@@ -63,7 +64,7 @@ def load_model(
         with quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source,
-                dtype=dtype,
+                dtype=dtype or torch.get_default_dtype(),
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,

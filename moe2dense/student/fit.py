@@ -1,4 +1,8 @@
-"""Fit parameters by gradient steps and keep the values that are best on held-out tokens."""
+"""Fit parameters by gradient steps and keep the values that are best on held-out tokens.
+
+Several processes that have joined fit one copy each: a step's batch is drawn from the rows of all, each computes the gradient of
+those that it has, and the sum of these is the gradient that one process with all rows has.
+"""
 
 import math
 from collections.abc import Callable
@@ -7,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from moe2dense.common.processes import add_over_processes, world
+from moe2dense.common.shared_rows import Share
 from moe2dense.optimizers.prepare import take_step
 
 CHECKS = 6  # of the held-out loss, beside that at the start
@@ -33,7 +39,7 @@ def fit(
     parameters: list[Tensor],
     loss: Callable[[Tensor], Tensor],
     held_out_loss: Callable[[], float],
-    rows: int,
+    rows: int | Share,
     steps: int,
     lr: float,
     batch: int,
@@ -44,6 +50,8 @@ def fit(
     warmup: float = 0.0,
     optimizer: torch.optim.Optimizer | None = None,
     best_rest: torch.device | None = None,
+    weigh: Callable[[Tensor], float] = len,
+    after_step: Callable[[int], None] | None = None,
 ) -> Fit:
     """Run Adam on `parameters`, its rate a cosine to zero, and keep the values of lowest held-out loss.
 
@@ -51,7 +59,12 @@ def fit(
     epoch in seeded order. `held_out_loss()` is measured at the start and `checks` times. A step whose loss is not finite
     ends the fit at the best values so far. optimizer: another one over the parameters. best_rest: where the best values rest, by
     default where the parameters are.
+    rows: how many there are, or which of them this process has; `loss` is then a mean over those of `index` that are here, which
+    `weigh(index)` weighs against the others' means, and `held_out_loss` that of all processes. after_step: called with the
+    number of steps taken.
     """
+    share = rows if isinstance(rows, Share) else Share(0, rows, rows)
+    rows = share.total
     generator = torch.Generator().manual_seed(seed)
     for p in parameters:
         p.requires_grad_(True)
@@ -67,12 +80,13 @@ def fit(
         if len(order) < min(batch, rows):
             order = torch.cat([order, torch.randperm(rows, generator=generator)])
         index, order = order[:batch], order[batch:]
-        value = loss(index)
+        optimizer.zero_grad(set_to_none=True)
+        value = _gradients(parameters, loss, index, share, weigh)
         if not torch.isfinite(value):
             break
-        optimizer.zero_grad(set_to_none=True)
-        value.backward()
         take_step(optimizer, parameters, clip)
+        if after_step:
+            after_step(step + 1)
         if (step + 1) % every == 0 or step + 1 == steps:
             now = held_out_loss()
             if now < best:
@@ -85,6 +99,37 @@ def fit(
             p.requires_grad_(False)
             p.grad = None
     return Fit(first, best, best_step)
+
+
+def _gradients(
+    parameters: list[Tensor],
+    loss: Callable[[Tensor], Tensor],
+    index: Tensor,
+    share: Share,
+    weigh: Callable[[Tensor], float],
+) -> Tensor:
+    """Give parameters the gradient of the loss on rows `index`, to which every process adds what it has of them; return the loss."""
+    if world()[1] == 1:
+        value = loss(index)
+        if torch.isfinite(value):  # a backward pass may make the step
+            value.backward()
+        return value.detach()
+    own = share.pick(index)
+    sums = torch.zeros(
+        2, dtype=torch.float64, device=parameters[0].device
+    )  # of the weights, and of the weighted losses
+    if len(own):
+        weight = float(weigh(own))
+        value = loss(own) * weight
+        value.backward()
+        sums = torch.stack([torch.full_like(sums[0], weight), value.detach().to(sums)])
+    add_over_processes(sums)
+    for p in parameters:
+        if p.grad is None:
+            p.grad = torch.zeros_like(p)
+        add_over_processes(p.grad)
+        p.grad /= float(sums[0])
+    return sums[1] / sums[0]
 
 
 RATE_FACTOR, RATE_TRIES = 4.0, 4

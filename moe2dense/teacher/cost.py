@@ -3,6 +3,7 @@
 All of it follows from sizes alone, so plans need neither weights nor torch.
 """
 
+import os
 from dataclasses import dataclass
 
 import psutil
@@ -22,12 +23,14 @@ _COMPUTE_BYTES = 4  # of a number in float32, in which a CPU computes
 
 
 def memory_budget(memory: str | int | float, what: str = "memory", free: int | None = None) -> int:
-    """Return the bytes for weights and hidden states in a machine's memory. `auto` is half of what is free (`free`, else measured).
+    """Return the bytes for weights and hidden states of this process. `auto` is half of what is free (`free`, else measured).
 
+    Processes that were started together on one machine divide what is free among them.
     `what` is the name of the argument in errors. Raises UserError for no size, or one that holds no layer.
     """
     if memory == "auto":
-        return (psutil.virtual_memory().available if free is None else free) // 2
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))  # as torchrun and accelerate set it
+        return (psutil.virtual_memory().available if free is None else free) // 2 // processes
     return parse_memory(memory, what)
 
 

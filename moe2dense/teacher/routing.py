@@ -104,8 +104,12 @@ class RoutingStats(Observer):
 def reduce_stats(stats: RoutingStats) -> None:
     """Add the statistics of all processes, in place and on every one; does nothing for a single process."""
     for index in sorted(stats.layers):
-        layer = stats.layers[index]
-        for item in fields(layer):
-            value = getattr(layer, item.name)
-            if value is not None:
-                add_over_processes(value)
+        reduce_layer(stats.layers[index])
+
+
+def reduce_layer(layer: LayerStats) -> None:
+    """Add one layer's statistics of all processes, in place and on every one."""
+    for item in fields(layer):
+        value = getattr(layer, item.name)
+        if value is not None:
+            add_over_processes(value)

@@ -123,8 +123,8 @@ class Skeleton:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """Return the precision that a teacher is computed in: bfloat16 on a GPU, float32 on a CPU."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
+    """Return the precision that a teacher is computed in: bfloat16 on a GPU, torch's default (float32) on a CPU."""
+    return torch.bfloat16 if device.type == "cuda" else torch.get_default_dtype()
 
 
 def _packed_weights(checkpoint: Checkpoint, config: PreTrainedConfig) -> PackedWeights:

@@ -20,6 +20,7 @@ from moe2dense.modeling.head import OutputHead
 
 _CHUNK = 2**23  # logits that are in memory at a time
 _SCALE_GROUP = 64  # numbers of a feature that share a scale
+FEATURE_BYTES = 1 + 4 / _SCALE_GROUP  # of a number of a feature: 8 bits, and its part of a float32 scale
 
 # tensors of one block, or of the blocks of a shard, by name
 Tensors = dict[str, Tensor]

@@ -17,7 +17,7 @@ from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.batching import step_blocks, total_steps
 from moe2dense.distillation.targets.formats import StoreOptions
 from moe2dense.distillation.targets.memory import hidden_targets
-from moe2dense.distillation.targets.store import StoredTargets, format_of, open_targets
+from moe2dense.distillation.targets.store import StoredTargets, open_targets, token_bytes
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.errors import UserError
 from moe2dense.losses.teacher_rows import TeacherRows
@@ -26,8 +26,6 @@ from moe2dense.teacher.kinds import AnyTeacher, teacher_head
 from moe2dense.teacher.model import Teacher
 
 # N blocks, S block length, H teacher hidden, V vocabulary
-
-_FEATURE_BYTES = 1.07  # bytes of a number of a feature: 8 bits, and a scale for each 64
 
 
 @dataclass(frozen=True)
@@ -127,11 +125,23 @@ def store_bytes(teacher: AnyTeacher, options: StoreOptions, block: int) -> tuple
     """Return the bytes of a store (beside its blocks: head and lists; of a block of `block` tokens)."""
     head = teacher_head(teacher)
     vocabulary, hidden_size = head.weight.shape
-    token = format_of(options).bytes_per_token(hidden_size, vocabulary) + _FEATURE_BYTES * hidden_size * len(
-        options.features
-    )
-    fixed = head.stored.nbytes if options.format == "hidden" else 0
-    return fixed + 2**16, math.ceil(token * block) + 64
+    fixed = store_bytes_besides(options, head.stored.nbytes)
+    return fixed, store_bytes_of_block(options, hidden_size, vocabulary, block)
+
+
+def store_bytes_besides(options: StoreOptions, head: int) -> int:
+    """Return the bytes of a store beside its blocks, for a teacher's head of so many bytes."""
+    return (head if options.format == "hidden" else 0) + 2**16
+
+
+def store_bytes_of_block(options: StoreOptions, hidden_size: int, vocabulary: int, block: int) -> int:
+    """Return the bytes of a stored block of `block` tokens."""
+    return math.ceil(token_bytes(options, hidden_size, vocabulary) * block) + 64
+
+
+def window_steps(disk: int, fixed: int, each: int, per_step: int) -> int:
+    """Return how many steps' targets fit in `disk` bytes beside `fixed`, of blocks of `each` bytes; 0 without any."""
+    return max(0, disk - fixed) // (each * per_step) if disk else 0
 
 
 def rolling_targets(
@@ -161,10 +171,10 @@ def rolling_targets(
         raise UserError(
             f"--targets-disk 0 stores nothing, so train.target_format {options.format!r} has no meaning; leave it out"
         )
-    steps = (disk - fixed) // (each * order.per_step) if disk else 0
+    steps = window_steps(disk, fixed, each, order.per_step)
     if disk and steps < 1:
         need = show_bytes(fixed + each * order.per_step)
         raise UserError(
             f"--targets-disk {show_bytes(disk)} holds less than one step's targets ({need}); raise it, or lower train.batch"
         )
-    return RollingTargets(teacher, blocks, order, Path(folder), int(steps), options, progress)
+    return RollingTargets(teacher, blocks, order, Path(folder), steps, options, progress)

@@ -25,7 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from moe2dense.common.files import content_errors, read_json_object
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.vocabulary import compare_vocabularies
-from moe2dense.distillation.targets.formats import Format, StoreOptions, read_features
+from moe2dense.distillation.targets.formats import FEATURE_BYTES, Format, StoreOptions, read_features
 from moe2dense.distillation.targets.identity import same_teacher, teacher_identity
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.errors import UserError
@@ -57,6 +57,12 @@ Value = TypeVar("Value")
 def format_of(options: StoreOptions) -> Format:
     """Return the format that a store was, or is to be, written in."""
     return pkgutil.resolve_name(TARGET_FORMATS[options.format].implementation)(options)
+
+
+def token_bytes(options: StoreOptions, hidden_size: int, vocabulary: int) -> float:
+    """Return the bytes that a store takes of a token, features included, for a teacher of these sizes."""
+    stored = format_of(options).bytes_per_token(hidden_size, vocabulary)
+    return stored + FEATURE_BYTES * hidden_size * len(options.features)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

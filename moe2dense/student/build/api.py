@@ -2,6 +2,11 @@
 
 With a folder to keep them in, finished layers are written there and freed, so that memory holds one of the student's layers
 at a time.
+
+Several processes that have joined build together: each streams its share of the blocks through the teacher and through the student's
+layers, statistics and gradients are summed, and every one ends with the same student. The first one writes.
+
+A student is built in torch's default precision, float32.
 """
 
 import time
@@ -14,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.common.devices import CPU, fast_products
+from moe2dense.common.processes import alone, from_first, my_share, world
 from moe2dense.common.units import show_bytes
 from moe2dense.config.schema import BuildConfig
 from moe2dense.config.training import TrainConfig
@@ -45,7 +51,7 @@ from moe2dense.student.types import Student
 from moe2dense.teacher.layer_pass import LayerPass
 from moe2dense.teacher.model import Teacher, masks
 from moe2dense.teacher.observer import Observer
-from moe2dense.teacher.routing import RoutingStats
+from moe2dense.teacher.routing import RoutingStats, reduce_layer
 
 if TYPE_CHECKING:
     from moe2dense.data.blocks import Blocks
@@ -69,14 +75,19 @@ def build_student(
     observers see the layers of the teacher as they pass.
     A target that is a pretrained dense checkpoint is returned as it is, without a build, unless `config.graft` is set.
     Every layer is fitted to what the teacher's layer returns, given the student's own hidden states so far.
+    Processes that have joined must all call it; observers see the blocks of their own process.
     Raises UserError for an unknown method, a student that the teacher's tensors cannot fill, or no data.
     """
     config = _settled(config)
     target = _resolve(teacher, to, data, init, config)
-    if target.checkpoint:
-        return pretrained_sibling(target, teacher, data, init, config, seed, progress)
-    state = _build(teacher, target, data, init, out, config, seed, observers, progress)
-    return _finish_in_memory(state, init, data, progress)
+    if _is_shared(target, data):
+        state = _build(teacher, target, data, init, out, config, seed, observers, progress)
+        return _finish_in_memory(state, init, data, progress)
+    with alone():
+        if target.checkpoint:
+            return pretrained_sibling(target, teacher, data, init, config, seed, progress)
+        state = _build(teacher, target, data, init, None, config, seed, observers, progress)
+        return _finish_in_memory(state, init, data, progress)
 
 
 def build_to_folder(
@@ -96,17 +107,26 @@ def build_to_folder(
     """
     config = _settled(config)
     target = _resolve(teacher, to, data, init, config)
+    if not _is_shared(target, data) and world()[1] > 1:
+        return from_first(lambda: build_to_folder(teacher, target, data, folder, out, init, config, seed, progress))
     if target.checkpoint:
         return save_student(pretrained_sibling(target, teacher, data, init, config, seed, progress), folder)
     state = _build(teacher, target, data, init, out, config, seed, (), progress)
     if _will_heal(state):
-        return save_student(_finish_in_memory(state, init, data, progress), folder)
+        healed = _finish_in_memory(state, init, data, progress)
+        return from_first(lambda: save_student(healed, folder))
     state.history += _unhealed(state)
     student = Student(
         state.runner.model, target.card, state.provenance, str(teacher.path), init, data.tokens, state.history
     )
-    assert state.store is not None
-    return save_parts(student, folder, _tensors_by_part(state, state.store))
+    store = state.store
+    assert store is not None
+    return from_first(lambda: save_parts(student, folder, _tensors_by_part(state, store)))
+
+
+def _is_shared(target: Target, data: "Blocks") -> bool:
+    """Return whether processes share a build: not one of a pretrained checkpoint, nor one with fewer blocks than processes."""
+    return not target.checkpoint and len(data) >= world()[1]
 
 
 def _settled(config: BuildConfig | None) -> BuildConfig:
@@ -143,9 +163,10 @@ def _heal_room(teacher: Teacher) -> int:
 
 
 def _healing(state: StudentBuild) -> TrainConfig | None:
-    """Return how the end-to-end fit makes its steps; None where it does not fit."""
-    block, on_gpu = state.runner.ids.shape[1], state.teacher.device != CPU
-    return heal_settings(state.config, state.target, block, _heal_room(state.teacher), on_gpu)
+    """Return how the end-to-end fit makes its steps; None where it does not fit. The same on every process."""
+    block, on_gpu, processes = state.runner.ids.shape[1], state.teacher.device != CPU, world()[1]
+    room = from_first(lambda: _heal_room(state.teacher))
+    return heal_settings(state.config, state.target, block, room, on_gpu, processes)
 
 
 def _will_heal(state: StudentBuild) -> bool:
@@ -157,7 +178,7 @@ def _hinted_layers(state: StudentBuild) -> Sequence[int]:
     if not (_will_heal(state) and state.config.heal_hints):
         return ()
     layers = len(state.runner.body.layers)
-    return hint_layers(layers, 2 * state.hidden.numel(), state.teacher.ram // 4)
+    return from_first(lambda: hint_layers(layers, 2 * state.hidden.numel(), state.teacher.ram // 4))
 
 
 def _unhealed(state: StudentBuild) -> list[dict[str, Any]]:
@@ -175,7 +196,9 @@ def _start(
     teacher: Teacher, target: Target, data: "Blocks", init: str, out: str | Path | None, config: BuildConfig, seed: int
 ) -> StudentBuild:
     """Prepare everything before the first layer: the empty student, what it copies of the teacher, its embedded tokens."""
-    cut = cut_for(target, teacher, data, config.depth)
+    cut = from_first(lambda: cut_for(target, teacher, data, config.depth))
+    share = my_share(len(data))
+    own = data[share]
     if cut and len(cut.layers) < len(teacher.body.layers):
         sizes = dense_config(teacher.config.get_text_config(), target.card, target.width, cut.layers, **target.geometry)
         target = replace(target, config=sizes)
@@ -183,15 +206,15 @@ def _start(
     copied = CopiedTensors(model, target, teacher, cut, teacher.device)
     copied.fill(lambda name: not copied.in_layer(name) and not name.startswith("lm_head."))
     internals.move_unsaved_buffers(model, teacher.device)
-    mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
-    states = teacher.plan.states_device(STATE_COPIES * FP32 * target.config.hidden_size * data.input_ids.numel())
-    runner = LayerRunner(model, target.card, data.input_ids, mask, positions, teacher.device, states)
+    mask, positions = masks(teacher, own.input_ids, own.attention_mask, own.document_ids)
+    states = teacher.plan.states_device(STATE_COPIES * FP32 * target.config.hidden_size * own.input_ids.numel())
+    runner = LayerRunner(model, target.card, own.input_ids, mask, positions, teacher.device, states)
     base, steps = parse_method(init)
-    real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
-    held_out = choose_held_out(len(data), config.hold_out, seed)
+    real = torch.ones_like(own.input_ids) if own.attention_mask is None else own.attention_mask
+    held_out = choose_held_out(len(data), config.hold_out, seed)[share]
     state = StudentBuild(
         teacher, runner, target, base, steps, config, seed, held_out, real.reshape(-1).bool(),
-        RoutingStats(neurons=True), runner.embed(), copied=copied, cut=cut,
+        RoutingStats(neurons=True), runner.embed(), from_first(lambda: teacher.plan.build_bytes), copied=copied, cut=cut,
     )  # fmt: skip
     healed = _will_heal(state)
     state.steps = steps_of(init, healed, target.card.join)
@@ -215,10 +238,11 @@ def _build(
 ) -> StudentBuild:
     """Build every layer. Afterwards the layers of a build with a store are on disk and not in memory."""
     state = _start(teacher, target, data, init, out, config, seed)
+    own = data[my_share(len(data))]
     with eager_release(_healing(state) is None), fast_products():
-        _build_layers(state, data, observers, progress)
+        _build_layers(state, own, observers, progress)
         for number in range(2, config.sweeps + 1):
-            sweep(state, data, number, progress)
+            sweep(state, own, number, progress)
     return state
 
 
@@ -238,6 +262,8 @@ def _build_layers(
             layer_pass = single_expert(layer_pass, stats)
         if cut and not cut.keeps_all_channels(layer_pass):
             final_factors = norm_factors(layer_pass.hidden_out, cut.keep, layer_pass.token_mask)
+        if layer_pass.sparse:
+            reduce_layer(stats[layer_pass.index])
         if cut and layer_pass.index not in cut.layers:
             continue  # the target of the next layer makes up for it
         record = _next_layer(state, layer_pass)
@@ -250,7 +276,7 @@ def _build_layers(
         scale_norms(state.runner.final_norms(), len(cut.keep), final_factors)
     state.hidden = torch.empty(0)
     if _will_heal(state) and stream.hidden_states is not None:
-        state.teacher_final = stream.hidden_states.to(CPU, torch.float32)
+        state.teacher_final = stream.hidden_states.to(CPU, torch.get_default_dtype())
 
 
 def _next_layer(state: StudentBuild, layer_pass: LayerPass) -> dict[str, Any]:

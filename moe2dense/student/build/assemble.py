@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 def empty_student(target: Target, device: torch.device = CPU) -> PreTrainedModel:
     """Return the host without storage, its rotary tables real; an MoE wrapper's router is zero, on `device`."""
-    model, card = internals.build_skeleton(target.config, torch.float32), target.card
+    model, card = internals.build_skeleton(target.config, torch.get_default_dtype()), target.card
     if card.moe_shaped:
         model.set_experts_implementation("eager")
         for layer in internals.decoder(model)[1].layers:
@@ -97,7 +97,7 @@ class CopiedTensors:
         shape = self._tensor(name).shape
         rows = shape[0] if len(shape) == 2 else 0  # a norm may be as long as the vocabulary
         table = rows == self.target.config.vocab_size and not self.in_layer(name)
-        value = self.teacher.tensor(source).to(CPU if table else self.device, torch.float32)
+        value = self.teacher.tensor(source).to(CPU if table else self.device, torch.get_default_dtype())
         if self.cut:
             value = self.cut.tensor(source, value, shape)
         if value.shape != shape:
@@ -216,4 +216,4 @@ def _gate_and_up(gate: Tensor, up: Tensor, interleaved: bool) -> Tensor:
 
 
 def _set(module: nn.Module, name: str, value: Tensor) -> None:
-    assign(module, name, value.detach().to(torch.float32).contiguous().clone())
+    assign(module, name, value.detach().to(torch.get_default_dtype()).contiguous().clone())

@@ -1,5 +1,6 @@
 """Count what a build costs, from a config alone: text, memory, FLOPs."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -12,14 +13,17 @@ from moe2dense.common.flops import (
     head_loss,
     product,
     refined_ridge,
+    ridge_by_tokens,
     ridge_solve,
+    sketched_ridge,
     trained_ffn,
 )
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.training import TrainConfig
 from moe2dense.modeling.products import Products
 from moe2dense.modeling.shape import Geometry
-from moe2dense.student.ffn.obs import FEW_TOKENS
+from moe2dense.student.ffn.kernel import FEW_TOKENS
+from moe2dense.student.ffn.refit import SKETCH, SWEEPS
 from moe2dense.student.ffn.ridge import EXACT_WIDTH
 from moe2dense.student.fit import CHECKS
 from moe2dense.student.fit_defaults import heal_passes, settle_fits
@@ -103,10 +107,17 @@ def _layer_bytes(config: RunConfig, shape: Geometry, target: "Target", build: in
 
 @dataclass(frozen=True)
 class BuildFlops:
-    """FLOPs of a build beside the teacher's passes: of its layers' passes and fits, of choice and refit, and of the end-to-end fit."""
+    """FLOPs of a build beside the teacher's passes.
+
+    layers: of the student's passes through its layers and of the fits of its FFNs, layer_fits of those of whole layers; grams of
+    Gram matrices and errors, solutions of choosing neurons and of refits, which are not shared by processes; heal of the
+    end-to-end fit.
+    """
 
     layers: float
-    exact: float
+    layer_fits: float
+    grams: float
+    solutions: float
     heal: float
 
 
@@ -132,18 +143,28 @@ def build_flops(
     steps = steps_of(c.init, heal, target.card.join)
     held = choose_count(blocks, c.hold_out)
     layer = Products(body.weights // layers, body.weights // layers, body.pairs // layers)
-    each = _passes(layer, target, blocks, length) + _fits(config, target, layer, steps, held, length)
-    exact = layers * _choice(config, shape, target, (blocks - held) * length, held * length, budget)
+    each = _passes(layer, target, blocks, length) + _ffn_fit(config, target, steps, held, length)
+    grams, solutions = _choice(config, shape, target, (blocks - held) * length, held * length, budget)
     again = healing is not None and healing.gradient_checkpointing
-    healed = _heal(config, target, body, blocks, held, length, again) if heal else 0.0
-    return BuildFlops(c.sweeps * layers * each, exact, healed)
+    return BuildFlops(
+        c.sweeps * layers * each,
+        c.sweeps * layers * _layer_fit(config, layer, steps, held, length),
+        layers * grams,
+        layers * solutions,
+        _heal(config, target, body, blocks, held, length, again) if heal else 0.0,
+    )
 
 
-def build_reads(config: RunConfig, shape: Geometry, budget: int) -> float:
+def build_reads(config: RunConfig, shape: Geometry, memory: int) -> float:
     """Return how often a streamed build reads the experts: for the pass and, of what is not kept for that, to choose and copy neurons."""
-    kept = budget // EXPERT_CACHE / max(1, _STORED_BYTES * shape.num_experts * shape.expert_parameters)
     again = 2 if base_and_steps(config.build.init)[0] in ("obs", "select") else 1
-    return 1 + again * max(0.0, 1 - kept)
+    return 1 + again * unkept_experts(shape, memory)
+
+
+def unkept_experts(shape: Geometry, memory: int) -> float:
+    """Return the share of a layer's experts that finds no room in `memory` bytes and is read again by whoever looks at the layer."""
+    kept = memory // EXPERT_CACHE / max(1, _STORED_BYTES * shape.num_experts * shape.expert_parameters)
+    return max(0.0, 1 - kept)
 
 
 def choose_count(blocks: int, share: float) -> int:
@@ -157,38 +178,61 @@ def _passes(layer: Products, target: "Target", blocks: int, length: int) -> floa
     return replace(layer, weights=layer.weights - ffn).forward(blocks, length) + 2 * layer.forward(blocks, length)
 
 
-def _choice(config: RunConfig, shape: Geometry, target: "Target", fitted: int, held: int, budget: int) -> float:
-    """Return the FLOPs of choosing a layer's neurons and of its refit."""
+def _choice(
+    config: RunConfig, shape: Geometry, target: "Target", fitted: int, held: int, budget: int
+) -> tuple[float, float]:
+    """Return the FLOPs of choosing a layer's neurons and of its refit: of what is summed over tokens, and of what is solved."""
     c, hidden, width = config.build, target.config.hidden_size, target.width
     judged = gated_ffn(held or fitted, width, hidden)
     base, *asked = base_and_steps(c.init)
     pool = min(shape.num_experts * shape.expert_width, pool_limit(budget // 2, width, hidden))
-    total = judged
+    summed, solved = judged, 0.0
     if base == "obs" and pool > width:
         tokens = min(fitted, c.gram_tokens or fitted)
         step = max(1, pool // 256)
         if pool > EXACT_WIDTH and tokens < FEW_TOKENS * pool:
-            total += elimination_by_tokens(tokens, pool, hidden, width, step)
+            solved += elimination_by_tokens(tokens, pool, hidden, width, step)
         else:
-            total += gram(tokens, pool, hidden) + elimination(pool, hidden, width, step)
+            summed += gram(tokens, pool, hidden)
+            solved += elimination(pool, hidden, width, step)
     if "refit" in asked:
         tries = 1 if c.ridge else RIDGES_TRIED
         solve = ridge_solve if width <= EXACT_WIDTH else refined_ridge
-        total += gram(fitted, width, hidden) + tries * solve(width, hidden) + (tries + 2) * judged
-    return total
+        limit = refit_limit(budget // 2)
+        groups = math.ceil(width / limit)
+        if groups == 1 and width > EXACT_WIDTH and fitted < FEW_TOKENS * width:
+            summed += judged
+            solved += ridge_by_tokens(fitted, 0 if c.ridge else held, width, hidden, tries)
+        elif groups == 1:
+            summed += gram(fitted, width, hidden) + (tries + 2) * judged
+            if width > EXACT_WIDTH and hidden > 2 * SKETCH and not c.ridge:
+                solved += sketched_ridge(width, hidden, SKETCH, tries)
+            else:
+                solved += tries * solve(width, hidden)
+        else:  # in turn, each fitted to what the others leave over
+            part = width / groups
+            once = gram(fitted, round(part), hidden) + 2 * gated_ffn(fitted, part, hidden)
+            summed += tries * (gated_ffn(fitted, width, hidden) + SWEEPS * groups * once) + (tries + 1) * judged
+            solved += tries * SWEEPS * groups * solve(part, hidden)
+    return summed, solved
 
 
-def _fits(config: RunConfig, target: "Target", layer: Products, steps: Sequence[str], held: int, length: int) -> float:
-    """Return the FLOPs of a layer's gradient fits."""
-    c, hidden, width, total = config.build, target.config.hidden_size, target.width, 0.0
-    if "local" in steps and held:
-        total += c.local_steps * trained_ffn(c.local_batch, width, hidden)
-        total += checks_of(c.local_steps) * gated_ffn(held * length, width, hidden)
-    if "layer" in steps and c.layer_steps and held:
-        batch = max(1, c.layer_batch // length)
-        total += c.layer_steps * layer.step(batch, length)
-        total += checks_of(c.layer_steps) * layer.forward(held, length)
-    return total
+def _ffn_fit(config: RunConfig, target: "Target", steps: Sequence[str], held: int, length: int) -> float:
+    """Return the FLOPs of fitting a layer's FFN by gradient steps."""
+    c, hidden, width = config.build, target.config.hidden_size, target.width
+    if "local" not in steps or not held:
+        return 0.0
+    check = checks_of(c.local_steps) * gated_ffn(held * length, width, hidden)
+    return c.local_steps * trained_ffn(c.local_batch, width, hidden) + check
+
+
+def _layer_fit(config: RunConfig, layer: Products, steps: Sequence[str], held: int, length: int) -> float:
+    """Return the FLOPs of fitting a whole layer by gradient steps."""
+    c = config.build
+    if "layer" not in steps or not c.layer_steps or not held:
+        return 0.0
+    batch = max(1, c.layer_batch // length)
+    return c.layer_steps * layer.step(batch, length) + checks_of(c.layer_steps) * layer.forward(held, length)
 
 
 def _heal(

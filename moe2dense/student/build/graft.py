@@ -11,7 +11,7 @@ from moe2dense.errors import UserError
 from moe2dense.modeling import internals
 from moe2dense.modeling.head import model_head
 from moe2dense.student.build.assemble import put_ffn
-from moe2dense.student.build.heal import float32_head, mean_kl
+from moe2dense.student.build.heal import mean_kl, plain_head
 from moe2dense.student.build.layer import build_ffn, choose_held_out
 from moe2dense.student.build.layer_runner import LayerRunner
 from moe2dense.student.build.state import BuildState, Progress
@@ -90,8 +90,9 @@ def _graft(
     real = torch.ones_like(data.input_ids) if data.attention_mask is None else data.attention_mask
     stats = RoutingStats(neurons=True)
     state = BuildState(
-        teacher, runner, target, base, steps, config, seed, held_out, real.reshape(-1).bool(), stats, runner.embed()
-    )
+        teacher, runner, target, base, steps, config, seed, held_out, real.reshape(-1).bool(), stats, runner.embed(),
+        teacher.plan.build_bytes,
+    )  # fmt: skip
     best = judge.kl()
     stream = teacher.stream(
         data.input_ids, data.attention_mask, data.document_ids, observers=[stats], keep_experts=True
@@ -127,10 +128,10 @@ class _Judge:
         mask, positions = masks(teacher, blocks.input_ids, blocks.attention_mask, blocks.document_ids)
         self.runner = LayerRunner(self.model, student.card, blocks.input_ids, mask, positions)
         output = teacher.run(blocks.input_ids, blocks.attention_mask, blocks.document_ids, logits=False)
-        self.targets = output.hidden_states.to(CPU, torch.float32)
+        self.targets = output.hidden_states.to(CPU, torch.get_default_dtype())
         real = torch.ones_like(blocks.input_ids) if blocks.attention_mask is None else blocks.attention_mask
         self.real = real.bool()
-        self.teacher_head = float32_head(teacher, next(self.model.parameters()).device)
+        self.teacher_head = plain_head(teacher, next(self.model.parameters()).device)
 
     def kl(self) -> float:
         """Return the mean over real tokens, in nats."""

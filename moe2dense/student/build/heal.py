@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from moe2dense.common.devices import CPU, device_with_room, fast_products
+from moe2dense.common.processes import add_over_processes
+from moe2dense.common.shared_rows import any_row, share_of_rows
 from moe2dense.config.training import TrainConfig
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.hidden_states import token_mse
@@ -35,11 +37,11 @@ _CHECK_BLOCKS = 8  # held-out blocks that are run at once
 _REPORT_EVERY = 10  # steps
 
 
-def float32_head(teacher: "Teacher", device: torch.device) -> Head:
-    """Return the teacher's head in float32 on a device."""
-    head = teacher.head
-    bias = None if head.bias is None else head.bias.to(device, torch.float32)
-    return Head(head.weight.to(device, torch.float32), bias, head.scale, head.softcap)
+def plain_head(teacher: "Teacher", device: torch.device) -> Head:
+    """Return the teacher's head on a device, in the precision of the build."""
+    head, dtype = teacher.head, torch.get_default_dtype()
+    bias = None if head.bias is None else head.bias.to(device, dtype)
+    return Head(head.weight.to(device, dtype), bias, head.scale, head.softcap)
 
 
 def kl_of(
@@ -58,7 +60,7 @@ def kl_of(
     inputs = {"input_ids": runner.ids, "attention_mask": runner.mask, "position_ids": runner.positions}
     device = head.weight.device
     hidden = final_hidden(model, {name: value[pick].to(device) for name, value in inputs.items() if value is not None})
-    rows = HiddenRows(targets[pick].to(device).reshape(-1, targets.shape[-1]).float(), teacher_head)
+    rows = HiddenRows(targets[pick].to(device).reshape(-1, targets.shape[-1]), teacher_head)
     mask = real[pick].reshape(-1).to(device)
     return distillation_loss(hidden.reshape(-1, hidden.shape[-1]), head, rows, mask=mask).total
 
@@ -73,20 +75,22 @@ def mean_kl(
     real: Tensor,
     at_once: int = _CHECK_BLOCKS,
 ) -> float:
-    """Return the mean KL of `blocks`, computed for some of them at a time; arguments as of `kl_of`."""
+    """Return the mean KL of `blocks`, of all processes, computed for some of them at a time; arguments as of `kl_of`."""
     total = 0.0
     with torch.no_grad():
-        for part in blocks.split(at_once):
+        for part in blocks.split(at_once) if len(blocks) else ():
             total += float(kl_of(model, runner, head, teacher_head, targets, part, real)) * float(real[part].sum())
-    return total / float(real[blocks].sum().clamp_min(1))
+    sums = torch.tensor([total, float(real[blocks].sum())], dtype=torch.float64)
+    add_over_processes(sums)
+    return float(sums[0]) / max(float(sums[1]), 1.0)
 
 
 def hint_loss(states: dict[str, Tensor], hints: dict[str, Tensor], pick: Tensor, real: Tensor) -> Tensor:
     """Return the mean over layers and real tokens of the squared error of states [n S, H] relative to hints [N, S, H]."""
     device = next(iter(states.values())).device
-    weight = real[pick].reshape(-1).float().to(device)
+    weight = real[pick].reshape(-1).to(device, next(iter(states.values())).dtype)
     missed = [
-        (token_mse(states[name], goal[pick].to(device).flatten(0, 1).float()) * weight).sum()
+        (token_mse(states[name], goal[pick].to(states[name].device, states[name].dtype).flatten(0, 1)) * weight).sum()
         for name, goal in hints.items()
     ]
     return torch.stack(missed).mean() / weight.sum().clamp_min(1)
@@ -102,27 +106,25 @@ def heal(
 ) -> dict[str, Any]:
     """Train all weights with forward KL for `heal_epochs` over the build's blocks; keep the values best on held-out ones.
 
+    Several processes train a copy each, on gradients of the blocks of all.
+
     targets [N, S, H]: the teacher's final hidden states. hints: {"hidden-0": [N, S, H], ...} its states after layers of the
     student, which count with weight `heal_hints`. train: how steps are made to fit memory (`heal_settings`). Return a record:
     held-out KL before and after, the step kept, seconds.
     """
     begun, config, runner = time.monotonic(), state.config, state.runner
     rows, held_out = torch.nonzero(~state.held_out).flatten(), torch.nonzero(state.held_out).flatten()
-    if len(held_out) == 0 or len(rows) == 0:
+    share = share_of_rows(len(rows))
+    if not any_row(state.held_out) or share.total == 0:
         return {"heal_best_step": 0}
     real = state.real_tokens.view(runner.ids.shape)
     block = runner.ids.shape[1]
     device = device_with_room(runner.device, heal_bytes(train, state.target, block, on_gpu=runner.device != CPU))
     batch = heal_blocks(config, block)
-    steps = max(1, round(config.heal_epochs * len(rows) / batch))
-    steps_taken, teacher_head = 0, float32_head(state.teacher, device)
-    changes = heal_changes(train)
+    steps = max(1, round(config.heal_epochs * share.total / batch))
+    teacher_head, changes = plain_head(state.teacher, device), heal_changes(train)
 
     def loss(pick: Tensor) -> Tensor:
-        nonlocal steps_taken
-        steps_taken += 1
-        if progress and (steps_taken % _REPORT_EVERY == 0 or steps_taken == steps):
-            progress("heal", steps_taken, steps)
         blocks = rows[pick]
         with captured(model, tuple(hints)) as states:
             kl = kl_of(model, runner, model_head(model), teacher_head, targets, blocks, real)
@@ -132,13 +134,18 @@ def heal(
         at_once = min(_CHECK_BLOCKS, batch) if changes else _CHECK_BLOCKS
         return mean_kl(model, runner, model_head(model), teacher_head, targets, held_out, real, at_once)
 
+    def weigh(pick: Tensor) -> float:
+        return float(real[rows[pick]].sum())  # both losses are means over real tokens
+
+    def tell(step: int) -> None:
+        if progress and (step % _REPORT_EVERY == 0 or step == steps):
+            progress("heal", step, steps)
+
     def run(rate: float) -> Fit:
-        nonlocal steps_taken
-        steps_taken = 0
         with optimizer_of(parameters, train, rate) as optimizer:
             return fit(
-                parameters, loss, held_out_kl, len(rows), steps, rate, batch, state.seed, clip=CLIP, warmup=0.03,
-                optimizer=optimizer, best_rest=CPU,
+                parameters, loss, held_out_kl, share, steps, rate, batch, state.seed, clip=CLIP, warmup=0.03,
+                optimizer=optimizer, best_rest=CPU, weigh=weigh, after_step=tell,
             )  # fmt: skip
 
     with prepared(model, train, state.seed), fast_products():

@@ -34,19 +34,26 @@ def heal_bytes(train: TrainConfig, target: "Target", block: int, on_gpu: bool) -
     return standing_bytes(train, parameters, parameters) + best + head + passing
 
 
-def heal_choices(config: BuildConfig, target: "Target", block: int, on_gpu: bool) -> list[tuple[TrainConfig, int]]:
+def heal_choices(
+    config: BuildConfig, target: "Target", block: int, on_gpu: bool, processes: int = 1
+) -> list[tuple[TrainConfig, int]]:
     """Return the ways to make the heal's steps, each with the bytes it takes, the plain one first.
 
-    Main memory is no home for the optimiser's states here: Adafactor takes as little.
+    Main memory is no home for the optimiser's states here: Adafactor takes as little. Several processes add their gradients up, so
+    none steps in its backward pass.
     """
     plain = TrainConfig(batch=config.heal_batch, micro_batch=heal_blocks(config, block), clip=CLIP)
     ways = [changed(plain, changes) for changes in rungs(plain, block) if not changes.get("offload")]
+    if processes > 1:
+        ways = [way for way in ways if not way.step_in_backward]
     return [(way, heal_bytes(way, target, block, on_gpu)) for way in ways]
 
 
-def heal_settings(config: BuildConfig, target: "Target", block: int, budget: int, on_gpu: bool) -> TrainConfig | None:
+def heal_settings(
+    config: BuildConfig, target: "Target", block: int, budget: int, on_gpu: bool, processes: int = 1
+) -> TrainConfig | None:
     """Return how the heal's steps are made: the first way that fits in `budget` bytes, None where none does."""
-    return next((way for way, need in heal_choices(config, target, block, on_gpu) if need <= budget), None)
+    return next((way for way, need in heal_choices(config, target, block, on_gpu, processes) if need <= budget), None)
 
 
 def least_heal_bytes(config: BuildConfig, target: "Target", block: int, on_gpu: bool) -> int:

@@ -1,6 +1,7 @@
 """Build one layer of the student: its FFN is made, refitted and fitted, then the whole layer is fitted.
 
-Each fit keeps the step that is best on held-out blocks.
+Each fit keeps the step that is best on held-out blocks. Of several processes each has some of the blocks, and all end with the
+same layer: sums over tokens and gradients are those of all.
 """
 
 import math
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor
 
 from moe2dense.common.devices import by_rows, device_with_room
+from moe2dense.common.processes import add_over_processes
+from moe2dense.common.shared_rows import any_row, mean_of_rows, same_as_first, share_of_rows
+from moe2dense.modeling import internals
 from moe2dense.student.build.assemble import put_ffn
 from moe2dense.student.build.cost import choose_count
 from moe2dense.student.build.state import BuildState
 from moe2dense.student.ffn.dense import DenseFFN, dense
-from moe2dense.student.ffn.errors import relative_error, weights_by_size
+from moe2dense.student.ffn.errors import relative_error, weights_by_size, wide_enough
 from moe2dense.student.ffn.local import local
 from moe2dense.student.ffn.make import make_ffn
 from moe2dense.student.ffn.refit import refit, refit_by_held_out
@@ -37,8 +41,10 @@ def build_layer(state: BuildState, layer_pass: LayerPass, index: int) -> tuple[L
     put_ffn(runner.ffn(index), runner.card, ffn.to(runner.device))
     del ffn
     release_freed_memory()
-    if "layer" in state.steps and state.config.layer_steps and bool(state.held_out.any()):
+    if "layer" in state.steps and state.config.layer_steps and any_row(state.held_out):
         record |= fit_layer(state, layer_pass, index)
+    for value in internals.saved_tensors(runner.body.layers[index]).values():
+        value.data.copy_(same_as_first(value.detach()))  # equal already, where devices of one kind round alike
     record["error"] = float(layer_error(state, layer_pass, index, torch.ones_like(state.held_out)))
     return provenance, {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
 
@@ -50,7 +56,8 @@ def build_ffn(
     x, target = ffn_inputs_and_targets(state, layer_pass, index)
     weights = block_weights(state, layer_pass).flatten()[state.real_tokens].to(x.device)
     held_out = held_out_tokens(state).to(x.device)
-    judge = held_out if bool(held_out.any()) else torch.ones_like(held_out)
+    judged = any_row(held_out)
+    judge = held_out if judged else torch.ones_like(held_out)
     with torch.no_grad():
         task = task_of(state, layer_pass, x[~held_out], target[~held_out], weights[~held_out])
         ffn, provenance = make_ffn(task, state.base)
@@ -63,7 +70,7 @@ def build_ffn(
         if "refit" in state.steps:
             ffn, record["ridge"] = _refit(state, ffn, x, target, held_out, weights, device)
             record["error_refit"] = error(ffn)
-    if "local" in state.steps and bool(held_out.any()):
+    if "local" in state.steps and judged:
         ffn, fit_record = fit_ffn(state, ffn, x, target, weights, index)
         record |= fit_record
     return ffn, provenance, record
@@ -85,7 +92,7 @@ def _refit(
     device: torch.device,
 ) -> tuple[DenseFFN, float | None]:
     """Refit on the tokens that are not held out, with the ridge that is set or the one that is best on those that are."""
-    limit = refit_limit(state.teacher.plan.build_bytes)
+    limit = refit_limit(state.build_bytes)
     if state.config.ridge:
         fitted, ridge = ~held_out, state.config.ridge
         return refit(ffn, x[fitted], target[fitted], ridge, limit, device, weights=weights[fitted]), ridge
@@ -121,13 +128,15 @@ def task_of(state: BuildState, layer_pass: LayerPass, x: Tensor, target: Tensor,
         always_on = [dense(part.weights, mean_gate(part.gate, layer_pass)) for part in layer_pass.shared]
         assert layer_pass.router_logits is not None
         probability = layer_pass.router_logits[layer_pass.token_mask].float().softmax(-1).sum(0)
+        add_over_processes(probability)
     index, hidden_size = layer_pass.index, x.shape[1]
     task = FFNTask(
         width=state.target.width, hidden_size=hidden_size, x=x, target=target, weights=weights, always_on=always_on,
         experts=layer_pass.experts or (), stats=state.stats[index] if layer_pass.sparse else None, probability=probability,
         input_scaled=bool(state.teacher.card and state.teacher.card.input_scaled),
         seed=state.seed * 1000 + index, std=getattr(state.target.config, "initializer_range", 0.02), config=state.config,
-        pool_limit=pool_limit(state.teacher.plan.build_bytes, state.target.width, hidden_size), device=state.runner.device,
+        pool_limit=pool_limit(state.build_bytes, state.target.width, hidden_size), device=state.runner.device,
+        share=share_of_rows(len(x)),
     )  # fmt: skip
     if always_on:
         return replace(task, gating=always_on[0].gating)
@@ -155,7 +164,7 @@ def fit_device(state: BuildState, ffn: DenseFFN, x: Tensor) -> torch.device:
     Inputs x [T, H] are brought there some tokens at a time.
     """
     parameters = sum(p.numel() for p in ffn.parameters())
-    limit = refit_limit(state.teacher.plan.build_bytes)
+    limit = refit_limit(state.build_bytes)
     need = layer_bytes(parameters, parameters, ffn.width, x.shape[1], 0, len(x), limit, state.config.local_batch)
     return device_with_room(state.runner.device, need)
 
@@ -174,10 +183,10 @@ def layer_error(state: BuildState, layer_pass: LayerPass, index: int, blocks: Te
     """Return the squared error of the student's layer, over the squared change that the teacher's layer makes.
 
     Each token's count relative to the size of its hidden state (`weights_by_size`), on the real tokens of `blocks` [N]
-    bool; NaN where there are none.
+    bool, of all processes; NaN where there are none.
     """
     runner, weights = state.runner, block_weights(state, layer_pass)
-    missed, size = torch.zeros(2, dtype=torch.float64, device=runner.device)
+    sums = torch.zeros(2, dtype=torch.float64, device=runner.device)
     for rows in runner.chunks():
         picked = torch.arange(rows.start, rows.stop)[blocks[rows]]
         if len(picked) == 0:
@@ -185,8 +194,10 @@ def layer_error(state: BuildState, layer_pass: LayerPass, index: int, blocks: Te
         output = runner.call(index, state.hidden[picked], picked)
         weight = weights[picked].unsqueeze(-1)
         before, after = (t[picked].to(output) for t in (layer_pass.hidden_in, layer_pass.hidden_out))
-        missed += ((output - after).pow(2) * weight).sum()
-        size += ((after - before).pow(2) * weight).sum()
+        sums[0] += ((output - after).pow(2) * weight).sum()
+        sums[1] += ((after - before).pow(2) * weight).sum()
+    add_over_processes(sums)
+    missed, size = sums
     return float(missed) / max(float(size), 1e-30) if float(size) else math.nan
 
 
@@ -196,7 +207,7 @@ def block_weights(state: BuildState, layer_pass: LayerPass) -> Tensor:
     real = state.real_tokens
     states = layer_pass.hidden_out.reshape(-1, shape[2])[real.to(layer_pass.hidden_out.device)]
     weights = torch.zeros(shape[0] * shape[1], device=device)
-    weights[real.to(device)] = weights_by_size(states, device).to(device)
+    weights[real.to(device)] = weights_by_size(states, device).to(weights)
     return weights.view(shape[:2])
 
 
@@ -210,8 +221,10 @@ def fit_layer(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
     rows = torch.nonzero(~state.held_out).flatten()
     weights = block_weights(state, layer_pass)
     streams = [layer_pass.hidden_out, layer_pass.hidden_in]
-    change = by_rows(lambda after, before: (after.float() - before.float()).pow(2).mean(2), streams, runner.device, 8)
-    scale = (change.to(runner.device) * weights).mean().clamp_min(1e-30)
+    change = by_rows(
+        lambda after, before: (wide_enough(after) - wide_enough(before)).pow(2).mean(2), streams, runner.device, 8
+    )
+    scale = mean_of_rows(change.to(runner.device) * weights).clamp_min(1e-30)
 
     def loss(pick: Tensor) -> Tensor:
         blocks = rows[pick]
@@ -225,9 +238,10 @@ def fit_layer(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
     batch = max(1, config.layer_batch // layer_pass.hidden_in.shape[1])
     steps, seed = config.layer_steps, state.seed + index
     parameters: list[Tensor] = list(layer.parameters())
+    share = share_of_rows(len(rows))
 
     def run(rate: float) -> Fit:
-        return fit(parameters, loss, held_out_loss, len(rows), steps, rate, batch, seed, clip=1.0)
+        return fit(parameters, loss, held_out_loss, share, steps, rate, batch, seed, clip=1.0)
 
     return _fit_record("layer", *fit_at_a_rate_that_helps(run, state.rates.get("layer", config.layer_lr)))
 

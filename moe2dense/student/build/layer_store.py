@@ -14,6 +14,7 @@ from torch import nn
 
 from moe2dense.common.devices import CPU
 from moe2dense.common.files import whole_file
+from moe2dense.common.processes import from_first, world
 from moe2dense.config.schema import BuildConfig
 from moe2dense.errors import UserError, first_line
 from moe2dense.modeling import internals
@@ -67,7 +68,12 @@ class LayerStore:
         return self.folder / f"layer-{index:04d}.safetensors"
 
     def write(self, index: int, layer: nn.Module, provenance: LayerProvenance | None, record: dict[str, Any]) -> None:
-        """Write a finished layer; the file appears whole or not at all. Raises UserError when it cannot be written."""
+        """Write a finished layer, of several processes the first one; the file appears whole or not at all.
+
+        Raises UserError when it cannot be written.
+        """
+        if world()[0] > 0:
+            return
         tensors = {name: p.detach().cpu().contiguous() for name, p in internals.saved_tensors(layer).items()}
         if provenance is not None:
             names = [f.name for f in dataclasses.fields(provenance)]
@@ -80,9 +86,10 @@ class LayerStore:
     ) -> tuple[LayerProvenance | None, dict[str, Any]] | None:
         """Fill `layer` from its file, on `device`, and return its provenance and record; None when it is not built yet.
 
-        Raises UserError when the file is damaged, or of a build with another teacher, data, settings or target.
+        Several processes read it together. Raises UserError when the file is damaged, or of a build with another teacher, data,
+        settings or target.
         """
-        if not self.path(index).exists():
+        if not from_first(self.path(index).exists):
             return None
         try:
             opened = safe_open(str(self.path(index)), "pt")
@@ -100,5 +107,5 @@ class LayerStore:
         provenance = {n.removeprefix(_PROVENANCE): t for n, t in tensors.items() if n.startswith(_PROVENANCE)}
         for name, value in tensors.items():
             if not name.startswith(_PROVENANCE):
-                assign(layer, name, value.to(device, torch.float32))
+                assign(layer, name, value.to(device, torch.get_default_dtype()))
         return (LayerProvenance(**provenance) if provenance else None), json.loads(metadata["record"])

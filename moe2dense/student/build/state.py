@@ -23,7 +23,10 @@ Progress = Callable[..., None]
 
 @dataclass
 class BuildState:
-    """What building a layer needs: the teacher, the student so far, its hidden states, the settings."""
+    """What building a layer needs: the teacher, the student so far, its hidden states, the settings.
+
+    Blocks and tokens are this process's share; held-out ones may all be other processes'.
+    """
 
     teacher: Teacher
     runner: LayerRunner
@@ -40,6 +43,8 @@ class BuildState:
     stats: RoutingStats
     # [N, S, H] the student's hidden states before the next layer
     hidden: Tensor
+    # bytes for building a layer: the same on every process, since all must choose from as many neurons
+    build_bytes: int
     # learning rates of the fits, by name, that later layers begin with
     rates: dict[str, float] = field(default_factory=dict)
     # the ridge that the layer before was refitted with

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from moe2dense.common.devices import CPU
+from moe2dense.common.shared_rows import any_row
 from moe2dense.student.build.assemble import present_ffn, put_ffn, unload
 from moe2dense.student.build.layer import (
     block_weights,
@@ -28,7 +29,7 @@ _SEED_STEP = 7919  # between the seeds of sweeps, so that each sees other batche
 
 
 def sweep(state: StudentBuild, data: "Blocks", number: int, progress: Progress | None = None) -> None:
-    """Run sweep `number` (from 2) over the layers of a built student; the teacher is read again on the same tokens.
+    """Run sweep `number` (from 2) over the layers of a built student; the teacher is read again on the same blocks `data`.
 
     A layer is changed only where its error on the held-out blocks falls. Finished layers go to a folder of their own inside
     that of the build.
@@ -86,7 +87,7 @@ def fit_again(state: BuildState, layer_pass: LayerPass, index: int) -> dict[str,
     """
     runner, config = state.runner, state.config
     everything = torch.ones_like(state.held_out)
-    if not bool(state.held_out.any()):
+    if not any_row(state.held_out):
         return {"error": round(layer_error(state, layer_pass, index, everything), 6)}
     before = layer_error(state, layer_pass, index, state.held_out)
     if "local" in state.steps and not runner.card.moe_shaped:

@@ -5,6 +5,7 @@ import math
 import torch
 from torch import Tensor
 
+from moe2dense.common.shared_rows import any_row, mean_of_rows, share_of_rows
 from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.fit import Fit, fit
@@ -25,6 +26,7 @@ def local(
     """Train `ffn` for `steps` batches of tokens towards target [T, H] on inputs x [T, H]; return it and a record of the fit.
 
     weights [T]: how much each token's squared error counts; None = all alike. `held_out` [T] bool marks the tokens that choose the step; the error on them is never above what it was at the start.
+    x and target are this process's tokens; a batch is one of those of all processes.
     Computed on `device`, to which a batch of tokens is brought at a time; the result is where `ffn` is.
     """
     copy = dense(ffn).to(device)
@@ -32,7 +34,7 @@ def local(
     held_out = held_out.to(x.device)
     rows = torch.nonzero(~held_out).flatten()
     judged = x[held_out], target[held_out], weights[held_out]
-    scale = (target.pow(2).mean(1) * weights).mean().clamp_min(1e-30).to(device)
+    scale = mean_of_rows(target.pow(2).mean(1) * weights).clamp_min(1e-30).to(device)
 
     def loss(index: Tensor) -> Tensor:
         pick = rows[index.to(rows.device)]
@@ -43,7 +45,8 @@ def local(
         with torch.no_grad():
             return relative_error(copy, *judged)
 
-    if len(rows) == 0 or not bool(held_out.any()):
+    share = share_of_rows(len(rows))
+    if share.total == 0 or not any_row(held_out):
         return copy.to(ffn.down.device), Fit(math.nan, math.nan, 0)
-    result = fit(copy.parameters(), loss, check, len(rows), steps, lr, batch, seed)
+    result = fit(copy.parameters(), loss, check, share, steps, lr, batch, seed)
     return copy.to(ffn.down.device), result

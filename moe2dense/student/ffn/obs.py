@@ -1,6 +1,7 @@
 """Choose neurons by optimal-brain-surgeon elimination in the space of the layer's output: the method `obs`."""
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -8,15 +9,15 @@ from torch import Tensor
 from moe2dense.common.counters import count_flops
 from moe2dense.common.devices import by_rows, device_with_room, exact_products
 from moe2dense.common.flops import cholesky, product
-from moe2dense.student.ffn.dense import DenseFFN, concatenate, dense
+from moe2dense.common.shared_rows import from_first_process
+from moe2dense.student.ffn.dense import concatenate, dense
+from moe2dense.student.ffn.kernel import FEW_TOKENS, weighted_rows
 from moe2dense.student.ffn.refit import grams
 from moe2dense.student.ffn.ridge import EXACT_WIDTH
 from moe2dense.student.ffn.select import select_method
 from moe2dense.student.ffn.symmetric import add_product
 from moe2dense.student.ffn.task import FFNTask, SourcedFFN
-from moe2dense.student.footprint import activation_bytes, pool_bytes, rows_at_once
-
-FEW_TOKENS = 0.7  # tokens by neurons of the pool below which elimination works on matrices of tokens
+from moe2dense.student.footprint import activation_bytes, pool_bytes
 
 
 def eliminate(
@@ -227,10 +228,15 @@ class _Remaining:
 
 
 def obs_method(task: FFNTask, width: int) -> SourcedFFN:
-    """Eliminate neurons of a pool down to `width`; the pool is preselected by energy where all neurons would not fit in memory."""
+    """Eliminate neurons of a pool down to `width`; the pool is preselected by energy where all neurons would not fit in memory.
+
+    Of several processes each adds its tokens to the Gram matrix, and the first one eliminates: a choice that rounding could turn
+    must be the same on all.
+    """
     pool = select_method(task, task.pool_limit or sum(len(e) for e in task.energies))
     shared = concatenate(task.always_on) if task.always_on else None
-    tokens = slice(0, task.config.gram_tokens or None)
+    own, looked_at = task.gram_tokens
+    tokens = slice(0, own)
     target = task.target[tokens]
     if shared is not None:  # shared neurons stay whole; elimination works on what they leave over
         x, compute = task.x[tokens], shared.down.device
@@ -238,26 +244,16 @@ def obs_method(task: FFNTask, width: int) -> SourcedFFN:
     count = pool.ffn.width
     if count <= width:
         return pool
-    need = pool_bytes(count, task.hidden_size) + activation_bytes(count, len(target))
+    need = pool_bytes(count, task.hidden_size) + activation_bytes(count, looked_at)
     device, step = device_with_room(task.device, need), max(1, count // 256)
     weights = None if task.weights is None else task.weights[tokens]
     plain, x, start = replace(pool.ffn, down_bias=None), task.x[tokens], pool.ffn.down.T.to(device)
     with exact_products():
-        if count > EXACT_WIDTH and len(x) < FEW_TOKENS * count:
-            hidden, target = _weighted(plain.to(device), x, target, weights)
-            keep = eliminate_by_tokens(hidden, target, start, width, task.ridge, step)
+        if count > EXACT_WIDTH and looked_at < FEW_TOKENS * count:
+            rows = weighted_rows(plain.to(device), x, target, weights)
+            choose = partial(eliminate_by_tokens, *rows, start, width, task.ridge, step)
         else:
-            gram, cross = grams(plain, x, target, device=device, weights=weights)
-            keep = eliminate(gram, cross, start, width, task.ridge, step, overwrite=True)
-    keep = keep.cpu()
+            products = grams(plain, x, target, device=device, weights=weights)
+            choose = partial(eliminate, *products, start, width, task.ridge, step, overwrite=True)
+        keep = from_first_process(choose, start.new_empty(width, dtype=torch.int64)).cpu()
     return SourcedFFN(dense(pool.ffn, rows=keep), pool.expert[keep], pool.neuron[keep])
-
-
-def _weighted(ffn: DenseFFN, x: Tensor, target: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Return (activations [T, P], targets [T, H]) on the FFN's device, each token's times the root of its weight."""
-    device = ffn.down.device
-    hidden, target = by_rows(ffn.hidden, [x], device, rows_at_once(ffn.width)).to(device), target.to(device)
-    if weights is None:
-        return hidden, target
-    root = weights.to(device).sqrt()[:, None]
-    return hidden * root, target * root

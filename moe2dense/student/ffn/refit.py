@@ -1,4 +1,7 @@
-"""Fit the output projection to a target in closed form, pulled towards where it came from: the step `refit`."""
+"""Fit the output projection to a target in closed form, pulled towards where it came from: the step `refit`.
+
+Of several processes each adds the products of its own tokens, the first one solves, and each judges the solution on its tokens.
+"""
 
 import functools
 from collections.abc import Callable, Iterator
@@ -10,11 +13,16 @@ from torch import Tensor
 from moe2dense.common.counters import count_flops
 from moe2dense.common.devices import exact_products
 from moe2dense.common.flops import product
+from moe2dense.common.processes import add_over_processes, from_first
+from moe2dense.common.shared_rows import any_row, from_first_process, share_of_rows
 from moe2dense.student.ffn.dense import DenseFFN, dense
 from moe2dense.student.ffn.errors import relative_error
-from moe2dense.student.ffn.ridge import EXACT_WIDTH, RidgeProblem, ridge_solve
+from moe2dense.student.ffn.kernel import FEW_TOKENS, KernelProblem, weighted_rows
+from moe2dense.student.ffn.ridge import EXACT_WIDTH, ROUGHLY, RidgeProblem, ridge_solve
 from moe2dense.student.ffn.symmetric import add_product, mirror
 from moe2dense.student.footprint import rows_at_once
+
+SWEEPS = 2  # over the groups of an FFN that is too wide to be fitted at once
 
 
 def grams(
@@ -27,6 +35,7 @@ def grams(
 ) -> tuple[Tensor, Tensor]:
     """Return (H'H, H'T) on `device`, of the FFN's activations on x [T, H] against target [T, H], summed over chunks of tokens.
 
+    Of the tokens of all processes.
     weights [T]: how much each token's squared error counts; None = all alike. A constant neuron is appended where the FFN has an output bias. By default a chunk's activations take some 64 MB.
     """
     chunk = chunk or rows_at_once(ffn.width)
@@ -44,13 +53,23 @@ def grams(
             add_product(gram, h.T, h, lower=True)
             cross.addmm_(h.T, wanted)
         count_flops(product(size, *wanted.shape), cross.device.type)
+    for total in (gram, cross):
+        add_over_processes(total)
     return mirror(gram), cross
 
 
 def _fitted(
     ffn: DenseFFN, x: Tensor, target: Tensor, ridge: float, device: torch.device | str, weights: Tensor | None
 ) -> DenseFFN:
+    if _few_tokens(ffn, len(x)):
+        rows, start = weighted_rows(ffn.to(device), x, target, weights), _output_weights(ffn)
+        return _with_output(ffn, from_first_process(lambda: KernelProblem(*rows, start).solve(ridge).to(start), start))
     return _solved(ffn, *grams(ffn, x, target, device=device, weights=weights), ridge)
+
+
+def _few_tokens(ffn: DenseFFN, own: int) -> bool:
+    """Return whether a wide FFN is fitted to so few tokens, `own` of them in this process, that matrices of tokens cost less."""
+    return ffn.width > EXACT_WIDTH and share_of_rows(own).total < FEW_TOKENS * ffn.width
 
 
 def _output_weights(ffn: DenseFFN) -> Tensor:
@@ -60,7 +79,8 @@ def _output_weights(ffn: DenseFFN) -> Tensor:
 
 def _solved(ffn: DenseFFN, gram: Tensor, cross: Tensor, ridge: float) -> DenseFFN:
     """Return `ffn` with the output projection that these products and this ridge give."""
-    return _with_output(ffn, ridge_solve(gram, cross, _output_weights(ffn), ridge))
+    start = _output_weights(ffn)
+    return _with_output(ffn, from_first_process(lambda: ridge_solve(gram, cross, start, ridge), start))
 
 
 def _with_output(ffn: DenseFFN, fitted: Tensor) -> DenseFFN:
@@ -77,7 +97,7 @@ def refit(
     ridge: float = 1e-3,
     limit: int = 0,
     device: torch.device | str = "cpu",
-    sweeps: int = 2,
+    sweeps: int = SWEEPS,
     weights: Tensor | None = None,
 ) -> DenseFFN:
     """Return `ffn` with the down projection (and output bias) that fits target [T, H] on inputs x [T, H]; computed on `device`.
@@ -141,7 +161,7 @@ def refit_by_held_out(
     has one valley over the ridge as a rule. Without held-out tokens `first` is taken. The result is never worse on the
     held-out tokens than `ffn` as it came.
     """
-    if not bool(held_out.any()):
+    if not any_row(held_out):
         return RefitResult(refit(ffn, x, target, first, limit, device, weights=weights), first, float("nan"))
     fitted = ~held_out
     inner = None if weights is None else weights[fitted]
@@ -149,6 +169,11 @@ def refit_by_held_out(
     judged = x[held_out], target[held_out]
     start = relative_error(ffn.to(device), *judged, outer)
     wide = ffn.width > EXACT_WIDTH and target.shape[1] > 2 * SKETCH
+    if not (limit and ffn.width > limit) and _few_tokens(ffn, int(fitted.sum())):
+        outside = weighted_rows(ffn.to(device), *judged, outer)
+        return _refit_by_tokens(
+            ffn, weighted_rows(ffn.to(device), x[fitted], target[fitted], inner), outside, first, start
+        )
     if limit and ffn.width > limit:
         wide, fit = False, lambda ridge: refit(ffn, x[fitted], target[fitted], ridge, limit, device, weights=inner)
     else:
@@ -163,6 +188,19 @@ def refit_by_held_out(
 
     ridge, reached = (first, error(first)) if wide else choose_ridge(error, first)
     return RefitResult(at(ridge), ridge, reached) if reached < start else RefitResult(ffn, None, start)
+
+
+def _refit_by_tokens(
+    ffn: DenseFFN, fitted: tuple[Tensor, Tensor], judged: tuple[Tensor, Tensor], first: float, before: float
+) -> RefitResult:
+    """Refit on few tokens (activations, targets) and choose the ridge on others; `before`: the error of `ffn` as it came."""
+    start = _output_weights(ffn)
+    problem = functools.cache(lambda: KernelProblem(*fitted, start))  # the first process alone has one
+    ridge, reached = from_first(lambda: choose_ridge(problem().judge(*judged).error, first))
+    if not reached < before:
+        return RefitResult(ffn, None, before)
+    weights = from_first_process(lambda: problem().solve(ridge).to(start), start)
+    return RefitResult(_with_output(ffn, weights), ridge, reached)
 
 
 def choose_ridge(error: Callable[[float], float], first: float) -> tuple[float, float]:
@@ -193,14 +231,17 @@ def _ridge_by_sketch(
     gram, cross = products
     signs = torch.randint(0, 2, (target.shape[1], SKETCH), generator=torch.Generator().manual_seed(0))
     directions = (2.0 * signs - 1.0).to(gram) / SKETCH**0.5
-    sketched = RidgeProblem(gram, cross @ directions, _output_weights(ffn).to(gram) @ directions)
+    start = _output_weights(ffn).to(gram) @ directions
+    problem = functools.cache(lambda: RidgeProblem(gram, cross @ directions, start))  # the first process alone has one
     parts = _Activations(ffn.to(gram.device), x)
 
     def error(ridge: float) -> float:
-        solution, missed = sketched.solve(ridge), torch.zeros((), dtype=torch.float64, device=gram.device)
+        solution = from_first_process(lambda: problem().solve(ridge, ROUGHLY), start)
+        missed = torch.zeros((), dtype=torch.float64, device=gram.device)
         for rows, hidden in parts:
             squares = (hidden @ solution - target[rows].to(gram) @ directions).pow(2).sum(1)
             missed += (squares if weights is None else squares * weights[rows].to(gram)).sum()
+        add_over_processes(missed)
         return float(missed)
 
     return choose_ridge(error, first)[0]

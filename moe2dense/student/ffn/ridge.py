@@ -18,7 +18,8 @@ EXACT_WIDTH = 2048  # neurons up to which the solution is float64 throughout
 _BLOCK = 1024  # terms of a sum that are added in float32
 _REFINEMENTS = 5
 # size of a correction by that of the solution: what is left after it is about the square, and too large to go on
-_ENOUGH, _TOO_LARGE = 1e-4, 0.3
+_ENOUGH, _TOO_LARGE = 1e-3, 0.3
+ROUGHLY = 3e-2  # enough to tell ridges apart
 
 
 def ridge_solve(gram: Tensor, cross: Tensor, start: Tensor, ridge: float) -> Tensor:
@@ -51,14 +52,14 @@ class RidgeProblem:
         self.missed = cross.double() - summed_product(gram, self.start_there)
         self.scale = gram.diagonal().double().mean().clamp_min(1e-12)
 
-    def solve(self, ridge: float) -> Tensor:
-        """Return W [M, H] for one ridge; in float64 where float32 cannot hold the problem."""
-        change = self._refined(float(ridge * self.scale))
+    def solve(self, ridge: float, enough: float = _ENOUGH) -> Tensor:
+        """Return W [M, H] for one ridge; in float64 where float32 cannot hold the problem. enough: see ROUGHLY."""
+        change = self._refined(float(ridge * self.scale), enough)
         if change is None:
             return _solve_double(self.gram, self.cross, self.start, ridge)
         return (self.start_there.double() + change).to(self.start)
 
-    def _refined(self, damping: float) -> Tensor | None:
+    def _refined(self, damping: float, enough: float = _ENOUGH) -> Tensor | None:
         """Return (gram + damping I)^-1 missed [M, H] in float64; None where refinement does not converge."""
         device, solve = self.gram.device.type, product(len(self.gram), len(self.gram), self.missed.shape[1])
         count_flops(cholesky(len(self.gram)) + solve, device)
@@ -69,27 +70,23 @@ class RidgeProblem:
         if int(failed):
             return None
         with exact_products():
-            solution = torch.cholesky_solve(self.missed.float(), factor).double()
+            part = torch.cholesky_solve(self.missed.float(), factor)
+            solution, left = part.double(), self.missed
             for _ in range(_REFINEMENTS):
                 count_flops(solve, device)
-                correction = torch.cholesky_solve((self.missed - self._times(solution, damping)).float(), factor)
-                share = float(correction.norm() / solution.norm().clamp_min(1e-30))
-                solution += correction
-                if share < _ENOUGH:
+                left = left - self._times(part, damping)  # the parts are float32, so their products lose nothing
+                part = torch.cholesky_solve(left.float(), factor)
+                share = float(part.norm() / solution.norm().clamp_min(1e-30))
+                solution += part
+                if share < enough:
                     return solution
                 if not share < _TOO_LARGE:
                     break
         return None
 
-    def _times(self, solution: Tensor, damping: float) -> Tensor:
-        """Return (gram + damping I) @ solution in float64; solution [M, H] is float64 and enters as two float32 parts."""
-        high = solution.float()
-        low = (solution - high).float()
-        total = summed_product(self.gram, high)
-        if bool(low.any()):
-            count_flops(product(len(self.gram), len(self.gram), low.shape[1]), low.device.type)
-            total += self.gram @ low
-        return total.add_(solution, alpha=damping)
+    def _times(self, part: Tensor, damping: float) -> Tensor:
+        """Return (gram + damping I) @ part [M, H] in float64, of a part in float32."""
+        return summed_product(self.gram, part).add_(part.double(), alpha=damping)
 
 
 def summed_product(left: Tensor, right: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from moe2dense.common.shared_rows import Share
 from moe2dense.config.schema import BuildConfig
 from moe2dense.student.ffn.dense import DenseFFN, Experts, Gating, silu_glu
 from moe2dense.student.ffn.energy import output_energy
@@ -18,7 +19,10 @@ FEW_TOKENS_PER_NEURON = 10
 
 @dataclass
 class FFNTask:
-    """One layer of the student whose FFN is to be made, and its teacher's layer. Tokens are real ones only."""
+    """One layer of the student whose FFN is to be made, and its teacher's layer. Tokens are real ones only, those of this process.
+
+    Statistics of experts are those of all processes.
+    """
 
     # M
     width: int
@@ -46,6 +50,15 @@ class FFNTask:
     weights: Tensor | None = None
     # where Gram matrices are computed and neurons eliminated, if there is room
     device: torch.device | str = "cpu"
+    # what x and target are of the tokens of all processes; None = all
+    share: Share | None = None
+
+    @property
+    def gram_tokens(self) -> tuple[int, int]:
+        """Return how many tokens an elimination looks at: of x, and of all processes."""
+        share = self.share or Share(0, len(self.x), len(self.x))
+        looked_at = min(share.total, self.config.gram_tokens or share.total)
+        return share.of_first(looked_at), looked_at
 
     @property
     def ridge(self) -> float:
@@ -53,7 +66,7 @@ class FFNTask:
 
         On the example teacher 0.1 is best at 1.5 and 3.5 tokens for each of the student's neurons, 1e-3 from 20 on.
         """
-        few = min(len(self.x), self.config.gram_tokens or len(self.x)) < FEW_TOKENS_PER_NEURON * self.width
+        few = self.gram_tokens[1] < FEW_TOKENS_PER_NEURON * self.width
         return self.config.ridge or (1e-1 if few else 1e-3)
 
     @property

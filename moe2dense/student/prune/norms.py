@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from moe2dense.common.shared_rows import mean_of_rows
+
 # N blocks, S block length, H hidden, C channels kept
 
 
@@ -19,16 +21,16 @@ class NormFactors:
 
 
 def norm_factors(hidden: Tensor, keep: Tensor, token_mask: Tensor) -> NormFactors:
-    """Return the means over real tokens of rms(kept channels) / rms(all channels), and of std / std, of hidden [N, S, H]."""
+    """Return the means over real tokens, of all processes, of rms(kept channels) / rms(all channels), and of std / std, of hidden [N, S, H]."""
     flat = hidden.reshape(-1, hidden.shape[-1])[token_mask].double()
 
     def ratio(values: Tensor) -> float:
         kept, every = values[:, keep], values
-        return float((kept.pow(2).mean(1) / every.pow(2).mean(1).clamp_min(1e-30)).sqrt().mean())
+        return float(mean_of_rows((kept.pow(2).mean(1) / every.pow(2).mean(1).clamp_min(1e-30)).sqrt()))
 
     def std_ratio(values: Tensor) -> float:
         kept, every = values[:, keep].var(1, correction=0), values.var(1, correction=0)
-        return float((kept / every.clamp_min(1e-30)).sqrt().mean())
+        return float(mean_of_rows((kept / every.clamp_min(1e-30)).sqrt()))
 
     return NormFactors(ratio(flat), std_ratio(flat))
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from moe2dense.common.devices import by_rows
+from moe2dense.common.shared_rows import mean_of_rows
 from moe2dense.student.ffn.dense import GatedWeights, Gating
 from moe2dense.teacher.experts import ExpertWeights, LayerExperts, SharedFFN
 from moe2dense.teacher.layer_pass import LayerPass
@@ -67,8 +68,8 @@ class CutLayerFFNs:
 
 
 def mean_gate(gate: Tensor | None, layer_pass: LayerPass) -> float:
-    """Return the mean over the real tokens of a shared expert's sigmoid gate; 1 where it has none."""
+    """Return the mean over the real tokens, of all processes, of a shared expert's sigmoid gate; 1 where it has none."""
     if gate is None:
         return 1.0
     inputs = layer_pass.x[layer_pass.token_mask.to(layer_pass.x.device)].float()
-    return float(by_rows(lambda x: torch.sigmoid(x @ gate.float()), [inputs], gate.device).mean())
+    return float(mean_of_rows(by_rows(lambda x: torch.sigmoid(x @ gate.float()), [inputs], gate.device)))

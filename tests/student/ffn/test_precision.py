@@ -6,8 +6,9 @@ import torch
 from moe2dense.student.ffn import refit as refit_module
 from moe2dense.student.ffn import ridge as ridge_module
 from moe2dense.student.ffn.dense import DenseFFN
+from moe2dense.student.ffn.kernel import KernelProblem
 from moe2dense.student.ffn.obs import eliminate, eliminate_by_tokens
-from moe2dense.student.ffn.refit import grams, refit_by_held_out
+from moe2dense.student.ffn.refit import grams, refit, refit_by_held_out
 from moe2dense.student.ffn.ridge import RidgeProblem, ridge_solve, summed_product
 
 T, M, H = 700, 180, 24
@@ -51,7 +52,7 @@ def test_what_float32_cannot_hold_is_solved_in_float64(monkeypatch):
     gram, cross, start = hidden.T @ hidden, hidden.T @ torch.randn(T, H), torch.randn(M, H)
     problem = RidgeProblem(gram, cross, start)
     assert problem._refined(float(1e-12 * problem.scale)) is None
-    monkeypatch.setattr(problem, "_refined", lambda damping: None)
+    monkeypatch.setattr(problem, "_refined", lambda *_: None)
     assert torch.equal(problem.solve(1e-4), ridge_module._solve_double(gram, cross, start, 1e-4))
 
 
@@ -98,6 +99,44 @@ def test_eliminating_by_tokens_is_eliminating(ridge, block):
     assert torch.equal(eliminate_by_tokens(hidden, target, start, 60, ridge, block), want)
     single = eliminate_by_tokens(*(t.float() for t in (hidden, target, start)), 60, ridge, block)
     assert len(set(single.tolist()) & set(want.tolist())) >= 58  # near ties may fall either way
+
+
+@pytest.mark.parametrize("falls", [1.0, 3.0, 6.0])
+@pytest.mark.parametrize("ridge", [1e-4, 1e-2, 1.0])
+def test_few_tokens_are_fitted_as_least_squares_fit_them(falls, ridge):
+    """By matrices of tokens, against float64's lstsq on the rows of ridge and fit; from activations in float32."""
+    hidden, target, start = layer(falls, tokens=97)
+    strength = ridge * hidden.pow(2).sum(0).mean()
+    rows = torch.cat([hidden, strength.sqrt() * torch.eye(M, dtype=torch.float64)])
+    exact = torch.linalg.lstsq(rows, torch.cat([target, strength.sqrt() * start])).solution
+    problem = KernelProblem(*(t.float() for t in (hidden, target, start)))
+    best = objective(hidden, target, start, exact, ridge)
+    assert objective(hidden, target, start, problem.solve(ridge).double(), ridge) <= best * (1 + 1e-5)
+    other, wanted, _ = layer(falls, seed=1, tokens=31)
+    error = float((wanted - other @ exact).pow(2).sum() / wanted.pow(2).sum())
+    assert problem.judge(other.float(), wanted.float()).error(ridge) == pytest.approx(error, rel=1e-3)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_refit_of_few_tokens_is_the_refit(bias, monkeypatch):
+    """The same ridge, weights and error, with weights by token and an output bias too."""
+    g = torch.Generator().manual_seed(3)
+    gate, up, down = (torch.randn(shape, generator=g) / 6 for shape in ((M, 40), (M, 40), (40, M)))
+    ffn = DenseFFN(gate, up, down, None, None, torch.randn(40, generator=g) if bias else None)
+    x = torch.randn(110, 40, generator=g)
+    target = DenseFFN(gate, up, 2 * down)(x) + torch.randn(110, 40, generator=g)
+    held_out, weights = torch.arange(110) % 4 == 0, torch.rand(110, generator=g) + 0.1
+    want = [
+        refit_by_held_out(ffn, x, target, held_out, weights=weights).ffn,
+        refit(ffn, x, target, 1e-2, weights=weights),
+    ]
+    chosen = refit_by_held_out(ffn, x, target, held_out, weights=weights)
+    monkeypatch.setattr(refit_module, "EXACT_WIDTH", 10)
+    got = refit_by_held_out(ffn, x, target, held_out, weights=weights)
+    assert got.ridge == chosen.ridge and got.held_out_error == pytest.approx(chosen.held_out_error, rel=1e-4)
+    for ours, other in zip([got.ffn, refit(ffn, x, target, 1e-2, weights=weights)], want, strict=True):
+        for mine, its in zip(ours.parameters(), other.parameters(), strict=True):
+            assert float((mine - its).norm()) < 1e-3 * float(its.norm())
 
 
 def test_a_wide_refit_chooses_the_ridge_that_all_outputs_choose(monkeypatch):
