@@ -78,7 +78,7 @@ def elimination(pool: int, hidden: int, width: int, step: int) -> float:
 
 def elimination_by_tokens(tokens: int, pool: int, hidden: int, width: int, step: int) -> float:
     """Return the FLOPs of eliminating neurons of a pool by way of a kernel of fewer tokens, their activations included."""
-    total = 2 * product(tokens, hidden, pool) + product(tokens, pool, tokens) + cholesky(tokens)
+    total = 2 * product(tokens, hidden, pool) + symmetric_product(tokens, pool) + cholesky(tokens)
     total += product(tokens, tokens, pool + hidden) / 2 + 2 * product(tokens, pool, hidden)
     stored = left = pool
     waiting = 0

@@ -61,13 +61,10 @@ def eliminate_by_tokens(
     strength = _strength(hidden.pow(2).sum(0).mean(), ridge, hidden.shape[1], hidden.dtype)
     tokens, pool, size = len(hidden), hidden.shape[1], target.shape[1]
     count_flops(
-        product(tokens, pool, tokens)
-        + cholesky(tokens)
-        + product(tokens, tokens, pool + size) / 2
-        + 2 * product(tokens, pool, size),
+        cholesky(tokens) + product(tokens, tokens, pool + size) / 2 + 2 * product(tokens, pool, size),
         hidden.device.type,
     )
-    kernel = hidden @ hidden.T
+    kernel = add_product(hidden.new_zeros(tokens, tokens), hidden, hidden.T, lower=True)
     kernel.diagonal().add_(strength)
     factor = torch.linalg.cholesky(kernel)
     missed = target - hidden @ start
@@ -178,7 +175,9 @@ class _Remaining:
         """Force those weights to zero whose loss costs least."""
         if self.waiting + number > self.most:
             self.settle()
-        score = (self.weights.pow(2).sum(1) / self.diagonal).masked_fill(self.gone.bool(), torch.inf)
+        score = (torch.linalg.vector_norm(self.weights, dim=1).square_() / self.diagonal).masked_fill(
+            self.gone.bool(), torch.inf
+        )
         drop = score.topk(number, largest=False).indices
         columns = self._columns(drop)
         solved = torch.linalg.solve(columns[drop], torch.cat([self.weights[drop], columns.T], dim=1))
