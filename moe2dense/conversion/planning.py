@@ -18,7 +18,7 @@ from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.checks import check_architecture
 from moe2dense.conversion.configure import default_out, stage_sizes, texts_of_folder
 from moe2dense.conversion.machine import calibrate
-from moe2dense.conversion.placement import plan_placement, with_savings
+from moe2dense.conversion.placement import Placement, plan_placement, with_savings
 from moe2dense.conversion.plan_warnings import (
     TOKENS_PER_PARAMETER,
     capacity_warning,
@@ -37,9 +37,10 @@ from moe2dense.distillation.cost import passes
 from moe2dense.errors import UserError
 from moe2dense.families.fields import config_field
 from moe2dense.families.machines import CPU, Machine
+from moe2dense.families.resolve import ResolvedTeacher
 from moe2dense.modeling.empty import empty_model
 from moe2dense.modeling.products import Products, body_products
-from moe2dense.modeling.shape import teacher_geometry
+from moe2dense.modeling.shape import Geometry, teacher_geometry
 from moe2dense.optimizers.memory_ladder import changed
 from moe2dense.student.build.cost import build_tokens, heal_asked
 from moe2dense.student.build.heal_memory import heal_room, heal_settings
@@ -85,17 +86,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     machine = machine or calibrate(teacher.path, device=config.teacher.device)
     placement = plan_placement(config, shape, target, build, machine.device, *_free_memory(config, machine, own))
     budget = placement.gpu_memory or placement.memory
-    split = split_for(shape, budget, placement.memory if placement.gpu_memory else 0)
-    sizes = Sizes(
-        config, shape, target, student_products(config, target), machine, block,
-        blocks=max(1, tokens // block) if tokens else 0, build=max(1, build // block),
-        held_out=held_out_blocks(config.data.eval_blocks, block, max(tokens, build)),
-        texts=1 + bool(config.data.ood), checkpoint=checkpoint_bytes(teacher, shape), resident=split.resident,
-        tied=bool(config_field(teacher.config.get_text_config(), "tie_word_embeddings")), batch=split.macro_batch, budget=budget,
-        memory=placement.memory,
-        passes=config.build.sweeps + scored(target.geometry, config.build.depth),
-        recompute=config.train.gradient_checkpointing,
-    )  # fmt: skip
+    sizes = _sizes(config, teacher, shape, target, machine, placement, block, build)
     if heal_asked(config, target):
         sizes = replace(sizes, heal=_healing(sizes))
     training = fit_training(sizes) if sizes.blocks else None
@@ -146,6 +137,31 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         ood=config.data.ood,
         folder_texts=texts_of_folder(config, teacher),
     )
+
+
+def _sizes(
+    config: RunConfig,
+    teacher: ResolvedTeacher,
+    shape: Geometry,
+    target: Target,
+    machine: Machine,
+    placement: Placement,
+    block: int,
+    build: int,
+) -> Sizes:
+    """Return what all stages are planned from; build: tokens."""
+    budget, tokens = placement.gpu_memory or placement.memory, config.train.tokens
+    split = split_for(shape, budget, placement.memory if placement.gpu_memory else 0)
+    return Sizes(
+        config, shape, target, student_products(config, target), machine, block,
+        blocks=max(1, tokens // block) if tokens else 0, build=max(1, build // block),
+        held_out=held_out_blocks(config.data.eval_blocks, block, max(tokens, build)),
+        texts=1 + bool(config.data.ood), checkpoint=checkpoint_bytes(teacher, shape), resident=split.resident,
+        tied=bool(config_field(teacher.config.get_text_config(), "tie_word_embeddings")), batch=split.macro_batch, budget=budget,
+        memory=placement.memory,
+        passes=config.build.sweeps + scored(target.geometry, config.build.depth),
+        recompute=config.train.gradient_checkpointing,
+    )  # fmt: skip
 
 
 def _healing(sizes: Sizes) -> TrainConfig | None:
