@@ -37,7 +37,7 @@ def text_nll(answers: Reference, judged: Tensor) -> Tensor:
     log_probabilities, _ = label_scores(
         answers.hidden[:, :-1][keep], answers.head, answers.blocks.input_ids[:, 1:][keep]
     )
-    nll = torch.zeros(judged.shape)
+    nll = log_probabilities.new_zeros(judged.shape)
     nll[:, 1:][keep] = -log_probabilities
     return nll
 

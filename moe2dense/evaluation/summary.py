@@ -29,7 +29,7 @@ def summarise(
     """Summarise the per-token numbers of the positions `keep` [N, S-1], with intervals over clusters of the text."""
     block, position = (x.numpy() for x in keep.nonzero(as_tuple=True))
     labels = blocks.input_ids[:, 1:][keep]
-    kl_NS = torch.full(blocks.input_ids.shape, float("nan"))
+    kl_NS = torch.full(blocks.input_ids.shape, float("nan"), dtype=values["kl"].dtype)
     kl_NS[:, :-1][keep] = values["kl"]
     table = TokenTable(
         values={k: v.numpy() for k, v in values.items()},

@@ -40,8 +40,8 @@ class Probes:
         answers = other(inputs.to(other.device, other.dtype)).float().cpu()
         cosine = torch.nn.functional.cosine_similarity(answers, self.output, dim=1)
         count = torch.bincount(self.owner, minlength=self.experts)
-        total = torch.zeros(self.experts).index_add_(0, self.owner, cosine)
-        return torch.where(count > 0, total / count.clamp(min=1), torch.tensor(-1.0))
+        total = cosine.new_zeros(self.experts).index_add_(0, self.owner, cosine)
+        return torch.where(count > 0, total / count.clamp(min=1), cosine.new_tensor(-1.0))
 
 
 @dataclass

@@ -52,7 +52,8 @@ def _provenance(task: FFNTask, expert: Tensor, neuron: Tensor) -> LayerProvenanc
     if not task.experts:
         return None
     energies = torch.stack(task.energies).float()  # [E, F]
-    total, energy_kept = energies.sum(1), torch.zeros(len(energies))
+    total = energies.sum(1)
+    energy_kept = torch.zeros_like(total)
     routed = expert >= 0
     energy_kept.index_add_(0, expert[routed], energies[expert[routed], neuron[routed]])
     mixed = int((expert == MIXED).sum())

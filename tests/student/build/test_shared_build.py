@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from moe2dense.common.counters import metered, resident_memory
 from moe2dense.common.processes import join_processes, world
 from moe2dense.common.shared_rows import Share, any_row, mean_of_rows, share_of_rows
 from moe2dense.config.schema import BuildConfig
@@ -138,6 +139,31 @@ def test_a_build_goes_on_with_another_number_of_processes(tmp_path):
     last = sorted((tmp_path / "two").glob("layer-*.safetensors"))[-1]
     last.unlink()
     same_student(build_together(2, tmp_path / "t", tmp_path / "two", "80%", text()), one)
+
+
+def note_peak(rank, processes, port, teacher, out):
+    """Build on many tokens, and write by how much memory grew at most."""
+    as_rank(rank, processes, port)
+    torch.manual_seed(0)
+    data = Blocks(torch.randint(0, 96, (4096, 32)))
+    with join_processes():
+        source = load_teacher(teacher, experts="streamed")
+        build_student(source, "80%", data[:64], init="select")  # what is loaded once
+        before = resident_memory()
+        with metered() as cost:
+            build_student(source, "80%", data, init="select")
+    (out / f"{processes}-{rank}").write_text(str(cost.memory - before))
+
+
+@pytest.mark.slow
+def test_memory_falls_with_the_number_of_processes(tmp_path):
+    """Hidden states, targets and inputs are most of it here; weights are not divided."""
+    make("mixtral", tmp_path / "t", hidden_size=96)
+    for processes in (1, 2, 4):
+        run_together(processes, note_peak, tmp_path / "t", tmp_path)
+    grown = {n: max(int((tmp_path / f"{n}-{rank}").read_text()) for rank in range(n)) for n in (1, 2, 4)}
+    assert grown[1] > 200e6, grown
+    assert grown[2] < 0.65 * grown[1] and grown[4] < 0.4 * grown[1], grown
 
 
 def rows(rank, processes, port):
