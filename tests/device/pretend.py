@@ -129,7 +129,8 @@ class _Operations(TorchDispatchMode):
         if pretended and name not in _COPIES:
             self._check_together(operation, name, args, tensors)
         asked = kwargs.get("device")
-        onto = pretended if asked is None else torch.device(asked) == _MARK
+        # the function mode does not see calls of hooks, which ask for cuda itself
+        onto = pretended if asked is None else torch.device(asked) == _MARK or _means_cuda(asked)
         if asked is not None and onto:
             kwargs["device"] = _CPU
         if not pretended and not onto:

@@ -78,7 +78,7 @@ def test_text_is_written_there(teacher, tmp_path, mostly_there):
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["teacher", "targets"])
 def test_distill_trains_there(source, run, teacher, tmp_path, mostly_there):
-    text = ("--data", TEXT, "--tokens", "2k", "--block", "128")
+    text = ("--data", TEXT, "--tokens", "4k", "--block", "128")
     given = ("--teacher", teacher)
     if source == "targets":
         run_command("targets", teacher, *text, "--out", tmp_path / "store", *ON_IT)
