@@ -32,6 +32,7 @@ from moe2dense.modeling.empty import count_parameters, empty_model
 from moe2dense.modeling.shape import teacher_geometry
 from moe2dense.student.build.api import build_to_folder
 from moe2dense.student.build.cost import build_bytes
+from moe2dense.student.build.heal_memory import heal_bytes, heal_settings
 from moe2dense.student.ffn.dense import DenseFFN
 from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.ffn.make import make_ffn
@@ -141,7 +142,9 @@ def measure_build(folder: str, dense: int, memory: str, tokens: int) -> tuple[in
     target = Target("build", "build", card, dense, config, count_parameters(empty_model(config)), shape)
     text = Blocks(torch.randint(0, 512, (tokens // 128, 128), generator=torch.Generator().manual_seed(0)))
     build = BuildConfig(local_steps=4, local_batch=256, layer_steps=3, layer_batch=512)
-    plan = build_bytes(RunConfig(build=build), shape, target, tokens, teacher.budget)
+    heal = heal_settings(build, target, 128, teacher.budget, on_gpu=False)
+    healing = heal_bytes(heal, target, 128, on_gpu=False) if heal is not None else 0
+    plan = build_bytes(RunConfig(build=build), shape, target, tokens, teacher.budget, heal, healing)
     with tempfile.TemporaryDirectory() as out:
         begun, peak = time.monotonic(), AnonymousPeak()
         build_to_folder(teacher, target, text, Path(out) / "build" / "student", Path(out) / "build", config=build)
