@@ -86,7 +86,9 @@ class _Calls(TorchFunctionMode):
             return call(*args, **kwargs)
         first = args[0] if args else None
         if isinstance(first, PretendedTensor):
-            if name in ("numpy", "__array__") and not kwargs.get("force"):
+            if name == "numpy" and kwargs.get("force"):
+                return first.cpu().numpy()
+            if name in ("numpy", "__array__"):
                 raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first.")
             if name == "tolist":
                 return first.cpu().tolist()
