@@ -206,7 +206,8 @@ def _start(
     copied = CopiedTensors(model, target, teacher, cut, teacher.device)
     copied.fill(lambda name: not copied.in_layer(name) and not name.startswith("lm_head."))
     internals.move_unsaved_buffers(model, teacher.device)
-    internals.move_unsaved_buffers(internals.decoder(model)[1].embed_tokens, CPU)  # where its table is; it may scale by a buffer
+    # an embedding may scale by a buffer: that stays with its table
+    internals.move_unsaved_buffers(internals.decoder(model)[1].embed_tokens, CPU)
     mask, positions = masks(teacher, own.input_ids, own.attention_mask, own.document_ids)
     states = teacher.plan.states_device(STATE_COPIES * FP32 * target.config.hidden_size * own.input_ids.numel())
     runner = LayerRunner(model, target.card, own.input_ids, mask, positions, teacher.device, states)
