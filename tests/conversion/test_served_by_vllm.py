@@ -49,7 +49,7 @@ WORDS = ["sea", "man", "ship", "night", "house", "king"]
 def vllm(tmp_path_factory):
     """A folder for PATH with vLLM in it; nothing of our own environment reaches it."""
     folder = tmp_path_factory.mktemp("bin")
-    (folder / "vllm").write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec {VLLM} "$@" --enforce-eager\n')
+    (folder / "vllm").write_text(f'#!/bin/sh\nunset PYTHONPATH\nexec {VLLM} "$@" --enforce-eager --dtype float32\n')
     (folder / "vllm").chmod(0o755)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
@@ -69,7 +69,7 @@ def run(vllm, tiny, tmp_path_factory):
 def test_the_export_is_tried_and_what_was_seen_is_said(run):
     check = json.loads((run.out / "report.json").read_text())["student"]["stack"]
     assert check["stack"] == "vllm" and not check["failure"] and not check["untried"] and check["version"]
-    assert check["kl"] < 0.01 and check["equal"] >= 0.95 * check["positions"] == 0.95 * 96
+    assert check["kl"] < 1e-3 and check["positions"] - 2 <= check["equal"] <= check["positions"] == 96
     assert f"Seen in vllm {check['version']}: KL" in (run.model / "README.md").read_text()
 
 

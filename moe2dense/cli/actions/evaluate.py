@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
@@ -99,10 +100,9 @@ def _measure(request: EvalRequest, teacher: Teacher, blocks: Blocks, judge: Judg
         model = open_baseline(name)
         rows[name] = evaluate(model, teacher_states, seed=seed, token_counts=counts)
         if scores is not None:
-            with (
-                moved_to(model, teacher.device),
-                _answering(request, name, model, Path(name), tokenizer) as who,
-            ):
+            # a stack needs the device for itself
+            place = torch.device("cpu") if request.stack else teacher.device
+            with moved_to(model, place), _answering(request, name, model, Path(name), tokenizer) as who:
                 answers = score_tasks({name: who}, tokenizer, tasks, limit=limit, seed=seed)
             for task, metrics in answers.items():
                 for metric, values in metrics.items():
