@@ -32,7 +32,7 @@ YARN = {
 }  # fmt: skip
 WIDE = {
     "rope_type": "yarn", "rope_theta": 12345.0, "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 32.0,
-    "beta_slow": 1.0, "truncate": False,
+    "beta_slow": 1.0,
 }  # fmt: skip
 SCALED = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.3, "logits_scaling": 2.0}
 BY_KIND = {"full_attention": ROPE, "sliding_attention": {"rope_type": "default", "rope_theta": 321.0}}

@@ -20,7 +20,7 @@ def main(folder: str, reference: dict) -> None:
         )  # fmt: skip
         entries = answer["completion_probabilities"][0]["top_logprobs"]
         tops.append({str(entry["id"]): entry["logprob"] for entry in entries})
-    answer = {"version": importlib.metadata.version("xllamacpp"), "greedy": greedy, "tops": tops}
+    answer = {"version": f"xllamacpp {importlib.metadata.version('xllamacpp')}", "greedy": greedy, "tops": tops}
     print("ANSWER " + json.dumps(answer))
 
 
