@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from moe2dense.common.devices import by_rows, device_with_room
-from moe2dense.common.processes import add_over_processes
+from moe2dense.common.processes import add_over_processes, world
 from moe2dense.common.shared_rows import any_row, mean_of_rows, same_as_first, share_of_rows
 from moe2dense.modeling import internals
 from moe2dense.student.build.assemble import put_ffn
@@ -43,8 +43,9 @@ def build_layer(state: BuildState, layer_pass: LayerPass, index: int) -> tuple[L
     release_freed_memory()
     if "layer" in state.steps and state.config.layer_steps and any_row(state.held_out):
         record |= fit_layer(state, layer_pass, index)
-    for value in internals.saved_tensors(runner.body.layers[index]).values():
-        value.data.copy_(same_as_first(value.detach()))  # equal already, where devices of one kind round alike
+    if world()[1] > 1:
+        for value in internals.saved_tensors(runner.body.layers[index]).values():
+            value.data.copy_(same_as_first(value.detach()))  # equal already, where devices of one kind round alike
     record["error"] = float(layer_error(state, layer_pass, index, torch.ones_like(state.held_out)))
     return provenance, {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
 
