@@ -33,8 +33,8 @@ from moe2dense.weights.fingerprint import checkpoint_fingerprint, text_hash
 def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool = False) -> Result | Plan:
     """Convert as resolved settings say. Raises UserError for bad input; a stopped run continues with resume=True.
 
-    Of several processes, started by torchrun, the first one writes the run folder and says what is done. All share the targets,
-    the training and the evaluation; the first one builds, reports and exports, while the others wait.
+    Of several processes, started by torchrun, the first one writes the run folder and says what is done. All share the build, the
+    targets, the training and the evaluation; the first one reports and exports, while the others wait.
     """
     check_settings(settings)
     with join_processes() as rank:
