@@ -64,6 +64,9 @@ def same_weights(one: Path, other: Path) -> None:
 
 def arguments_of(tiny, out: Path, folder: Path) -> list[str]:
     settings = quick(folder, "[evaluate]\nsamples = 0\nskills = 0\n")
+    settings.write_text(
+        settings.read_text().replace("[train]", '[train]\noptimizer = "adamw"')
+    )  # Muon iterates in bfloat16
     return ["convert", str(tiny), "--to", "3.2m", "--out", str(out), "--config", str(settings)]
 
 

@@ -203,10 +203,10 @@ class StoredTargets:
 
     @cached_property
     def head(self) -> Head | None:
-        """The teacher's head, in float32; None for formats that need none."""
+        """The teacher's head, in torch's default precision, float32; None for formats that need none."""
         if self.options.format != "hidden":
             return None
-        tensors = {k: v.float() for k, v in read_tensors(self.folder / HEAD, _REMEDY).items()}
+        tensors = {k: v.to(torch.get_default_dtype()) for k, v in read_tensors(self.folder / HEAD, _REMEDY).items()}
         return Head(tensors["weight"], tensors.get("bias"), **self.manifest["head"])
 
     @property
