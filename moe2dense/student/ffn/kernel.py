@@ -59,7 +59,7 @@ class KernelProblem:
             yield slice(start, start + _COLUMNS)
 
     def _missed(self, hidden: Tensor, target: Tensor) -> Tensor:
-        count_flops(product(*hidden.shape, target.shape[1]), hidden.device.type)
+        count_flops(product(hidden.shape[0], hidden.shape[1], target.shape[1]), hidden.device.type)
         return (target - hidden @ self.start).double()
 
     def coefficients(self, ridge: float) -> Tensor:
@@ -78,13 +78,13 @@ class KernelProblem:
         cross = torch.zeros(len(hidden), len(self.hidden), dtype=torch.float64, device=hidden.device)
         for columns in self._columns():
             cross += hidden[:, columns].double() @ self.hidden[:, columns].double().T
-        count_flops(product(*hidden.shape, len(self.hidden)), hidden.device.type)
+        count_flops(product(hidden.shape[0], hidden.shape[1], len(self.hidden)), hidden.device.type)
         return Judge(self, cross, self._missed(hidden, target), float(target.double().pow(2).sum()))
 
     def solve(self, ridge: float) -> Tensor:
         """Return W [M, H]."""
         coefficients = self.coefficients(ridge)
-        count_flops(product(self.hidden.shape[1], *coefficients.shape), coefficients.device.type)
+        count_flops(product(self.hidden.shape[1], len(coefficients), coefficients.shape[1]), coefficients.device.type)
         weights = self.start.clone()
         for columns in self._columns():
             weights[columns] += (self.hidden[:, columns].double().T @ coefficients).to(weights)
@@ -100,6 +100,6 @@ class Judge:
     def error(self, ridge: float) -> float:
         """Return the squared error of the solution with this ridge, relative to the targets' squared size."""
         coefficients = self.problem.coefficients(ridge)
-        count_flops(product(*self.cross.shape, coefficients.shape[1]), self.cross.device.type)
+        count_flops(product(self.cross.shape[0], self.cross.shape[1], coefficients.shape[1]), self.cross.device.type)
         missed = self.missed - self.cross @ coefficients
         return float(missed.pow(2).sum()) / max(self.size, 1e-30)
