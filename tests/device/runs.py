@@ -41,7 +41,7 @@ STREAMED = {"resident": False, "hidden_bytes": 4000}
 
 def make_teacher(family: str, folder: Path, **sizes: Any) -> Path:
     """Write a random teacher of a family, two layers of it where their kinds do not depend on the number, with the example's tokenizer."""
-    if not {"num_hidden_layers", "layer_types", "layer_group_size"} & FAMILIES[family].keys():
+    if not {"num_hidden_layers", "layer_types", "mlp_layer_types", "layer_group_size"} & FAMILIES[family].keys():
         sizes = {"num_hidden_layers": 2, "mlp_only_layers": []} | sizes
     wide: dict[str, Any] = {name: 32 for name in WIDTHS if name in FAMILIES[family]}
     fields: dict[str, Any] = {"vocab_size": 4096, "pad_token_id": 2} | wide | sizes
