@@ -38,10 +38,9 @@ def text(n: int = 8, s: int = 12) -> Blocks:
     return Blocks(torch.randint(3, 101, (n, s), generator=torch.Generator().manual_seed(1)))
 
 
-STREAMS = [
-    *((family, "ram") for family in ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")),
-    *(pytest.param(f, where, marks=pytest.mark.slow) for f in sorted(FAMILIES) for where in ("gpu", "ram", "disk")),
-]
+QUICK = [(family, "ram") for family in ("mixtral", "deepseek_v3", "gpt_oss", "llama4_text")]
+ALL = [(family, where) for family in sorted(FAMILIES) for where in ("gpu", "ram", "disk")]
+STREAMS = [*QUICK, *(pytest.param(*case, marks=pytest.mark.slow) for case in ALL if case not in QUICK)]
 
 
 @pytest.mark.parametrize(("family", "where"), STREAMS)
