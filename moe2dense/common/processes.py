@@ -73,6 +73,11 @@ def join_processes() -> Iterator[int]:
         dist.destroy_process_group()
 
 
+def writers_group() -> dist.ProcessGroup:
+    """Return a new group of all processes, in which threads that write files may talk while training goes on. All processes call it."""
+    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+
+
 def wait_for_all() -> None:
     """Return once every process has come here."""
     if world()[1] > 1:

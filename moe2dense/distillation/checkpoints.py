@@ -2,7 +2,8 @@
 
 A checkpoint is a folder `step-000050` with weights.safetensors (what trains), optimizer.safetensors and state.json. It
 is written under another name, synced and renamed. What trains on a GPU is copied first and written by a thread, while training
-goes on. Of a sharded training each process writes its own part: weights/ and optimizer/ are folders then (weights/sharded.py).
+goes on. Of a sharded training each process writes its own part, always behind the training: weights/ and optimizer/ are folders
+then (weights/sharded.py).
 """
 
 import contextlib
@@ -17,13 +18,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch import distributed as dist
 from torch.distributed.tensor import DTensor
 
 from moe2dense.common.files import place_errors, put_folder, whole_folder
+from moe2dense.common.processes import writers_group
 from moe2dense.distillation.fsdp import full_tensor, shard_like
 from moe2dense.errors import UserError
 from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
-from moe2dense.weights.sharded import load_into, load_sharded, save_sharded, sharded_sizes
+from moe2dense.weights.sharded import load_into, load_sharded, save_sharded, sharded_sizes, wait_for_saves
 
 _NAME = re.compile(r"^step-(\d+)$")
 
@@ -82,11 +85,8 @@ def _number(name: str, value: Tensor) -> Tensor:
     return value.reshape(()) if name.endswith("/step") else value
 
 
-def load_shards(folder: Path, names: dict[Tensor, str]) -> dict[str, Tensor]:
-    """Fill the parameters `names` with this process's part of a sharded checkpoint; return its part of the optimiser's state.
-
-    Every process calls it.
-    """
+def _own_shards(folder: Path, names: dict[Tensor, str]) -> dict[str, Tensor]:
+    """Fill the parameters `names` from the folder of a sharded checkpoint and return the optimiser's state, see `load_shards`."""
     parameters = {name: p.detach() for p, name in names.items()}
     load_into(dict(parameters), folder / "weights")
     state: dict[str, Tensor] = {}
@@ -109,6 +109,7 @@ class Checkpoints:
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._writer: Future[None] | None = None
+        self._groups: dict[str, dist.ProcessGroup] = {}  # in which processes talk while they write a folder of shards
 
     def steps(self) -> list[int]:
         """Return the steps of the checkpoints, ascending."""
@@ -132,26 +133,38 @@ class Checkpoints:
         step: int,
         parts: dict[str, dict[str, Tensor]],
         state: dict[str, Any],
+        best: int | None,
         first: bool,
         wait: Callable[[], None],
     ) -> None:
-        """Write a checkpoint of which each process has a part; all call it. first: whether this process makes and renames the folder.
+        """Begin to write a checkpoint of which each process has a part; all call it. A thread writes copies of the tensors.
 
-        parts: tensors by name, for each folder of the checkpoint. wait: returns once every process has come there.
+        Once every process has written its part, the first one renames the folder and removes all checkpoints but it and that of step
+        `best`. A run that is killed before leaves a hidden folder, which the next save removes.
+        parts: tensors by name, for each folder of the checkpoint. wait: returns once every process has come there. Raises UserError
+        where the checkpoint before this one could not be written.
         """
+        self.wait()
         place = self.folder / f".{self.path(step).name}.partial-0-shards"
-        with place_errors(self.folder):
-            if first:
-                shutil.rmtree(place, ignore_errors=True)
+        if first:
+            with place_errors(self.folder):
+                for leftover in self.folder.glob(".step-*.partial-0-shards"):
+                    shutil.rmtree(leftover, ignore_errors=True)
                 place.mkdir(parents=True)
-            wait()
-            for name, tensors in parts.items():
-                save_sharded(tensors, place / name)
-            wait()
-            if first:
-                (place / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-                put_folder(place, self.path(step))
-            wait()
+        wait()
+        if not self._groups:
+            self._groups = {name: writers_group() for name in sorted(parts)}  # in the same order on every process
+        saves = [save_sharded(tensors, place / name, self._groups[name]) for name, tensors in parts.items()]
+
+        def finish() -> None:
+            with place_errors(self.folder):
+                wait_for_saves(saves)
+                if first:
+                    (place / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
+                    put_folder(place, self.path(step))
+                    self.keep(step, best)
+
+        self._write_behind(finish)
 
     def is_sharded(self, step: int) -> bool:
         """Return whether a checkpoint was written in parts."""
@@ -179,6 +192,10 @@ class Checkpoints:
         if not behind:
             write()
             return
+        self._write_behind(write)
+
+    def _write_behind(self, write: Callable[[], None]) -> None:
+        """Let a thread write, for which `wait` waits."""
         pool = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._writer = pool.submit(write)
         pool.shutdown(wait=False)
@@ -217,6 +234,14 @@ class Checkpoints:
                 weights = load_file(folder / "weights.safetensors")
                 optimizer = load_file(folder / "optimizer.safetensors")
         return weights, optimizer, self.state(step)
+
+    def load_shards(self, step: int, names: dict[Tensor, str]) -> dict[str, Tensor]:
+        """Fill the parameters `names` with this process's part of a sharded checkpoint; return its part of the optimiser's state.
+
+        Every process calls it. Raises UserError where the checkpoint cannot be read.
+        """
+        with self._read_errors(step):
+            return _own_shards(self.path(step), names)
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:

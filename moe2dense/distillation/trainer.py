@@ -22,7 +22,6 @@ from moe2dense.distillation.batches import Batches
 from moe2dense.distillation.batching import total_steps
 from moe2dense.distillation.checkpoints import (
     Checkpoints,
-    load_shards,
     on_cpu,
     optimizer_fields,
     optimizer_tensors,
@@ -182,6 +181,7 @@ class Trainer:
                 self._after_step(record, seconds, time.perf_counter() - begin, progress)
                 if asked_anywhere(self.accelerator, interrupts.asked) and self.step < self.steps:
                     self._save()
+                    self._settle_saved()
                     raise KeyboardInterrupt
         return self._finish(time.perf_counter() - begin, quiet)
 
@@ -272,14 +272,14 @@ class Trainer:
             self._settle_saved()
 
     def _save_shards(self, metadata: dict[str, Any], best: int | None) -> None:
-        """Write this process's part of a checkpoint."""
+        """Begin to write this process's part of a checkpoint, once the one before is there."""
         assert self.checkpoints is not None
+        self._settle_saved()
         weights = {n: p.detach() for p, n in self.names.items()}
         state = optimizer_fields(self.optimizer.optimizer, self.names) | {_RNG: torch.get_rng_state()}
         parts, main = {"weights": weights, "optimizer": state}, self.accelerator.is_main_process
-        self.checkpoints.save_shards(self.step, parts, metadata, main, self.accelerator.wait_for_everyone)
-        if main:
-            self.checkpoints.keep(self.step, best)
+        self.checkpoints.save_shards(self.step, parts, metadata, best, main, self.accelerator.wait_for_everyone)
+        self._saving = self.step
 
     @contextlib.contextmanager
     def _saves(self) -> Iterator[None]:
@@ -330,7 +330,7 @@ class Trainer:
                 f"{now.get(changed)}); use the same settings, or another --out"
             )
         if self.sharded and self.checkpoints.is_sharded(step):
-            state = load_shards(self.checkpoints.path(step), self.names)
+            state = self.checkpoints.load_shards(step, self.names)
         else:
             weights, state, _ = self.checkpoints.load(step)
             with torch.no_grad():

@@ -3,19 +3,47 @@
 Nothing is pickled: where a part lies in its tensor stands in the header of its file. What several processes wrote is read by any number.
 """
 
+import contextlib
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, wait
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.state_dict_saver import async_save
 
 
-def save_sharded(tensors: dict[str, Tensor], folder: Path) -> None:
-    """Write tensors to a new folder; every process calls it with the same names. A number without dimensions gets one."""
+def save_sharded(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> Future[None]:
+    """Begin to write tensors to a new folder; every process calls it with the same names. A number without dimensions gets one.
+
+    The tensors are copied to the CPU first and may change afterwards. What is returned is done on the first process once every
+    process has written its part. group: of all processes, on gloo; one save at a time talks in it.
+    """
     flat = {name: value.reshape(1) if value.dim() == 0 else value for name, value in tensors.items()}
-    save(flat, storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True))
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    saving = async_save(flat, storage_writer=writer, process_group=group)
+    assert isinstance(saving, Future)
+    return saving
+
+
+def wait_for_saves(saves: Iterable[Future[None]]) -> None:
+    """Return once all saves have ended. Raises what kept a process from writing its part, on every process."""
+    for save in wait(saves).done:
+        with _first_failure():
+            save.result()
+
+
+@contextlib.contextmanager
+def _first_failure() -> Iterator[None]:
+    """Raise what went wrong in one of the processes instead of torch's collection, which is no Exception."""
+    try:
+        yield
+    except CheckpointException as error:
+        raise next(iter(error.failures.values()))[0] from error
 
 
 def sharded_sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
@@ -27,10 +55,12 @@ def sharded_sizes(folder: Path) -> dict[str, tuple[torch.Size, torch.dtype]]:
 def load_sharded(folder: Path) -> dict[str, Tensor]:
     """Return all tensors of a folder, whole, on the CPU. One process alone may call it."""
     tensors = {name: torch.empty(size, dtype=dtype) for name, (size, dtype) in sharded_sizes(folder).items()}
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
+    with _first_failure():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)), no_dist=True)
     return tensors
 
 
 def load_into(tensors: dict[str, Tensor], folder: Path) -> None:
     """Fill tensors, spread or not, from a folder; every process calls it with the same names and reads its own parts."""
-    load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
+    with _first_failure():
+        load(tensors, storage_reader=HuggingFaceStorageReader(str(folder)))
