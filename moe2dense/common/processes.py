@@ -75,7 +75,9 @@ def join_processes() -> Iterator[int]:
 
 def writers_group() -> dist.ProcessGroup:
     """Return a new group of all processes, in which threads that write files may talk while training goes on. All processes call it."""
-    return dist.new_group(backend="gloo", timeout=_PATIENCE)
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup), "every process is in it"
+    return group
 
 
 def wait_for_all() -> None:
