@@ -54,6 +54,7 @@ def evaluate_checkpoint(
         argument(
             "Let this serving stack answer the tasks: it is started on each model in turn.",
             group="Comparison",
+            example="vllm",
             default="they are answered here",
         ),
     ] = None,

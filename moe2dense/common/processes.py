@@ -20,6 +20,7 @@ T = TypeVar("T")
 # the launcher, which stops the others
 _PATIENCE = timedelta(days=60)
 _alone = False
+_left: list[dist.ProcessGroup | None] = []  # groups that were left, see `leave_processes`
 
 
 @contextlib.contextmanager
@@ -70,6 +71,17 @@ def join_processes() -> Iterator[int]:
     try:
         yield dist.get_rank()
     finally:
+        leave_processes()
+
+
+def leave_processes() -> None:
+    """End the talk with other processes, where there is any.
+
+    The group itself stays until this process exits. If a trained model were the last to refer to it, it would be freed with that
+    model: its destructor waits for a thread while it holds Python's lock, for which that thread may be waiting (torch 2.13, Gloo).
+    """
+    if dist.is_available() and dist.is_initialized():
+        _left.append(dist.group.WORLD)
         dist.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe2dense.common.processes import joined
+from moe2dense.common.processes import joined, leave_processes
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.adapters import merge_adapters
 from moe2dense.distillation.batches import Batches
@@ -371,7 +371,7 @@ class Trainer:
         for tracker in self.accelerator.trackers:
             tracker.finish()
         if not self.joined_before:  # else whoever joined the processes has more for them to do
-            self.accelerator.end_training()
+            leave_processes()
         if self.config.compile:
             release_layers(self.model)
         model = merge_adapters(self.model) if self.config.lora else self.model

@@ -509,7 +509,8 @@ class TestFeatures:
                 goal_last = self.before_norm(teacher, ids)
             first, last = other(ids, output_hidden_states=True).hidden_states[1], self.before_norm(other, ids)
             pairs = ((first, goal_first), (last, goal_last))
-            mse = sum(((s - t).square().sum(-1) / t.square().sum(-1)).mean() for s, t in pairs) / 2
+            errors = [(s - t).square().sum(-1) / t.square().sum(-1) for s, t in pairs]
+            mse = sum((2 * (1 + e).sqrt() - 2).mean() for e in errors) / 2
             with torch.no_grad():
                 p = teacher(ids).logits.softmax(-1)
             kd = (p * (p.log() - other(ids).logits.log_softmax(-1))).sum(-1).mean()
