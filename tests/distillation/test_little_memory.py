@@ -5,7 +5,7 @@ import torch
 
 from moe2dense.distillation.api import distill
 from moe2dense.errors import UserError
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, same, settings, weights
 
 
 @pytest.fixture(scope="module")

@@ -17,7 +17,7 @@ from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 
 
 def free_port() -> int:
@@ -170,7 +170,7 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 
 from moe2dense.training import distill
 

@@ -15,7 +15,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.errors import UserError
 from tests.distillation.test_processes import as_rank, free_port
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 
 pytestmark = pytest.mark.slow
 PATIENCE = 60

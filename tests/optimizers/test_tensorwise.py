@@ -12,7 +12,7 @@ from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
 from moe2dense.optimizers.packed_state import pack, unpack
 from moe2dense.optimizers.rounding import round_at_random
 from moe2dense.optimizers.tensorwise import BETAS, TensorwiseOptimizer
-from tests.distillation.test_trainer import make_student, weights
+from tests.distillation.tiny_run import make_student, weights
 
 
 def gradients(model, seed):

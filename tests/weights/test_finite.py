@@ -15,7 +15,7 @@ from moe2dense.student.build.api import build_student
 from moe2dense.teacher.load import load_teacher
 from moe2dense.teacher.stream import Stream
 from moe2dense.weights.finite import all_finite, refuse_not_finite
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 from tests.teacher.families import blocks, make
 
 

@@ -13,7 +13,7 @@ from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.regimes.mtp import HEADS_FILE, Heads, keep_heads_of, load_heads, pairs
 from moe2dense.errors import UserError
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, same, settings, weights
 
 DOUBLE = torch.float64
 

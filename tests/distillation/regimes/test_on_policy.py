@@ -18,7 +18,7 @@ from moe2dense.errors import UserError
 from moe2dense.generation.in_memory import continued
 from moe2dense.generation.sampling import Sampling, nucleus
 from tests.distillation.regimes.kills import run_killed
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, same, settings, weights
 
 OPTIONS = RegimeConfig(share="0.5", rollout_steps=3, prompt=0.3, top_p=0.9)
 

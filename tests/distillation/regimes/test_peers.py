@@ -20,7 +20,7 @@ from moe2dense.errors import UserError
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.teacher_rows import LogitRows
 from tests.distillation.regimes.kills import run_killed
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, same, settings, weights
 
 DOUBLE = torch.float64
 

@@ -22,7 +22,7 @@ from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.teacher_rows import LogitRows
 from moe2dense.teacher.decode import Decoder
 from moe2dense.teacher.load import load_teacher
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 
 DOUBLE = torch.float64
 WORDS, LENGTH = 3, 3

@@ -13,7 +13,7 @@ from moe2dense.distillation.regimes.make import implementation, make_regime
 from moe2dense.distillation.regimes.registry import REGIMES, writes_text
 from moe2dense.errors import UserError
 from tests.distillation.regimes.test_peers import make_peer
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, same, settings, weights
 
 
 @pytest.mark.parametrize("name", REGIMES)

@@ -6,7 +6,7 @@ import torch
 from moe2dense.config.training import RegimeConfig
 from tests.distillation.regimes.test_peers import make_peer
 from tests.distillation.test_processes import as_rank, close, launch
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, settings
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 
 pytestmark = pytest.mark.slow
 NAMES = ["on-policy", "policy-gradient", "online", "mutual", "ema", "multiview", "mtp"]

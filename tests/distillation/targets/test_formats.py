@@ -11,7 +11,7 @@ from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.registry import DIVERGENCES
-from tests.distillation.test_trainer import make_blocks, make_teacher
+from tests.distillation.tiny_run import make_blocks, make_teacher
 
 
 @pytest.mark.parametrize("name", TARGET_FORMATS)

@@ -16,7 +16,7 @@ from moe2dense.distillation.targets.rolling import Order, rolling_targets, store
 from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.errors import UserError
-from tests.distillation.test_trainer import make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, same, settings, weights
 
 PER_STEP, EPOCHS, SEED = 4, 2.0, 3
 
