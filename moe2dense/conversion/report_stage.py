@@ -19,7 +19,7 @@ from moe2dense.conversion.choice import Choice
 from moe2dense.conversion.configure import CONFIG
 from moe2dense.conversion.job import Job
 from moe2dense.conversion.scoring import TextScores, reference_for
-from moe2dense.conversion.stack_check import StackCheck, check_in_stack
+from moe2dense.conversion.stack_check import StackCheck, check_export
 from moe2dense.conversion.stages import training_targets
 from moe2dense.data.frequency import count_tokens
 from moe2dense.distillation.regimes.mtp import copy_heads
@@ -36,8 +36,6 @@ from moe2dense.evaluation.skills import measure_skills
 from moe2dense.evaluation.transfer.measure import measure_transfer
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
-from moe2dense.exporting.model_card import add_sentence
-from moe2dense.exporting.stacks import STACKS, flags_of, served_model
 from moe2dense.modeling.head import head_on
 from moe2dense.reporting.assemble import assemble_report
 from moe2dense.reporting.html import save_report
@@ -290,13 +288,10 @@ def export_model(job: Job, student: Student, report: Report, choice: Choice | No
 
 
 def _checked_in_stack(student: Student, folder: Path, options: ExportConfig) -> StackCheck | None:
-    """Try the export in the stack that it is for and add what was seen to its card; None where it is for none, or is quantised."""
+    """Try the export in the stack that it is for; None where it is for none, or is quantised."""
     if not options.stack or options.quantize:
         return None
-    stack = STACKS[options.stack]
-    check = check_in_stack(student.model, served_model(folder), stack, flags_of(student.card, stack))
-    add_sentence(folder, check.sentence())
-    return check
+    return check_export(student, folder, options.stack)
 
 
 def show_result(folder: Path, console: Console) -> None:

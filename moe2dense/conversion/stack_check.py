@@ -13,8 +13,11 @@ from moe2dense.distillation.targets.served.answers import TopK
 from moe2dense.distillation.targets.served.protocols import PROTOCOLS
 from moe2dense.distillation.targets.served.server import TeacherServer, connect
 from moe2dense.errors import UserError
+from moe2dense.exporting.model_card import add_sentence
 from moe2dense.exporting.running import running
-from moe2dense.exporting.stacks import Stack
+from moe2dense.exporting.stacks import STACKS, Stack, flags_of, served_model
+from moe2dense.modeling.head import model_head
+from moe2dense.student.types import Student
 
 # V vocabulary, k likeliest tokens, n positions
 
@@ -58,6 +61,13 @@ class StackCheck:
         return asdict(self)
 
 
+def check_export(student: Student, folder: Path, stack: str) -> StackCheck:
+    """Try an export of a student in the stack that it is for, with that host's flags, and add what was seen to its model card."""
+    check = check_in_stack(student.model, served_model(folder), STACKS[stack], flags_of(student.card, STACKS[stack]))
+    add_sentence(folder, check.sentence())
+    return check
+
+
 def check_in_stack(model: PreTrainedModel, exported: Path, stack: Stack, flags: tuple[str, ...]) -> StackCheck:
     """Start a stack on an export, in processes of its own, compare a few distributions with the model's and stop it.
 
@@ -89,9 +99,9 @@ def check_in_stack(model: PreTrainedModel, exported: Path, stack: Stack, flags: 
 @torch.no_grad()
 def _difference(model: PreTrainedModel, server: TeacherServer) -> tuple[float, int, int]:
     """Return the mean KL from the model to the server over the positions of a few random sequences, and where the likeliest agree."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]  # type: ignore[union-attr]
+    vocabulary = model_head(model).weight.shape[0]
     draw = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, int(vocabulary), (_SEQUENCES, _LENGTH), generator=draw)
+    ids = torch.randint(3, vocabulary, (_SEQUENCES, _LENGTH), generator=draw)
     log_p = model(input_ids=ids.to(model.device), use_cache=False).logits.double().log_softmax(-1).cpu()
     answers = server.likeliest(ids.tolist())
     pairs = list(zip(log_p, answers, strict=True))

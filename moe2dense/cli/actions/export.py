@@ -8,15 +8,14 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe2dense.common.units import show_bytes
-from moe2dense.conversion.stack_check import check_in_stack
+from moe2dense.conversion.stack_check import check_export
 from moe2dense.data.load import load_blocks
 from moe2dense.errors import UserError
 from moe2dense.exporting.api import export
 from moe2dense.exporting.card_info import card_info
 from moe2dense.exporting.gguf.tools import TYPES as K_QUANTS
 from moe2dense.exporting.hub import push_to_hub
-from moe2dense.exporting.model_card import add_sentence
-from moe2dense.exporting.stacks import STACKS, check_stack, flags_of, format_for, served_model
+from moe2dense.exporting.stacks import STACKS, check_stack, format_for
 from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.reporting.report_file import read_report, report_errors
 from moe2dense.student.locate import is_run, student_folder
@@ -70,10 +69,8 @@ def run_export(
     for name, value in (exported.checked | exported.quantized).items():
         console.print(f"  {name.replace('_', ' ')}: {value:.4g}")
     if stack and not quantize:
-        served = served_model(exported.path)
         console.print(f"trying the export in {stack} ...", highlight=False)
-        check = check_in_stack(student.model, served, STACKS[stack], flags_of(student.card, STACKS[stack]))
-        add_sentence(exported.path, check.sentence())
+        check = check_export(student, exported.path, stack)
         if check.failure:
             raise UserError(f"--for {stack}: {check.failure}; the export is in {exported.path}")
         console.print(check.sentence(), highlight=False, markup=False)
