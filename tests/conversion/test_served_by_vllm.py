@@ -9,6 +9,7 @@ import pytest
 
 import moe2dense as m2d
 from moe2dense.__main__ import main
+from tests.evaluation.choice_task import CHOICE
 
 VLLM = os.environ.get("MOE2DENSE_VLLM", "")
 pytestmark = [
@@ -29,18 +30,6 @@ eval_every = 1000
 [evaluate]
 samples = 0
 skills = 0
-"""
-CHOICE = """
-task: choice
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}]
 """
 WORDS = ["sea", "man", "ship", "night", "house", "king"]
 

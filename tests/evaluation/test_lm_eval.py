@@ -17,21 +17,10 @@ from moe2dense.__main__ import main
 from moe2dense.evaluation.lm_eval_model import prefill_lm
 from moe2dense.evaluation.lm_eval_tasks import read_tasks, run_tasks
 from moe2dense.teacher.load import load_teacher
+from tests.evaluation.choice_task import CHOICE
 
 pytestmark = pytest.mark.slow
 
-CHOICE = """
-task: tiny_choice
-dataset_path: json
-dataset_kwargs:
-  data_files: {{test: {data}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{question}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: label
-metric_list: [{{metric: acc}}]
-"""
 REST = """
 task: {task}
 dataset_path: json

@@ -93,10 +93,10 @@ def test_what_came_in_before_a_kill_is_not_asked_for_again(tiny, text, tokenizer
     assert 0 <= twice <= 2 * under_way
     own = open_targets(write_targets(model, blocks, tmp_path / "own", "topk", k=K), blocks)
     served = open_targets(store, blocks, tokenizer=tokenizer)
-    ours, theirs = own.batch(range(COUNT)), served.batch(range(COUNT))
-    same = ours.ids == theirs.ids
-    assert same.float().mean() > 0.99 and (ours.log_p - theirs.log_p)[same].abs().max() < 0.02
-    assert torch.equal(ours.ids[:, 0], theirs.ids[:, 0])
+    expected, given = own.batch(range(COUNT)), served.batch(range(COUNT))
+    same = expected.ids == given.ids
+    assert same.float().mean() > 0.99 and (expected.log_p - given.log_p)[same].abs().max() < 0.02
+    assert torch.equal(expected.ids[:, 0], given.ids[:, 0])
 
 
 class RealServer:
