@@ -14,6 +14,7 @@ import functools
 import statistics
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from moe2dense.student.ffn.errors import relative_error
 from moe2dense.student.ffn.obs import eliminate, eliminate_by_tokens
 from moe2dense.student.ffn.randomized import random_ffn
 from moe2dense.student.ffn.refit import FIRST_RIDGE, choose_ridge, grams, refit_by_held_out
+
+Result = TypeVar("Result")
 
 HIDDEN, WIDTH, POOL, TOKENS = 4096, 14336, 20_000, 6000
 
@@ -68,14 +71,15 @@ def ours(ffn: DenseFFN, x: Tensor, target: Tensor, held_out: Tensor) -> DenseFFN
     return refit_by_held_out(ffn, x, target, held_out).ffn
 
 
-def timed(*ways: Callable[[], object], repeat: int) -> tuple[list[list[float]], list[object]]:
+def timed(*ways: Callable[[], Result], repeat: int) -> tuple[list[list[float]], list[Result]]:
     """Return the CPU seconds of each way, run in turn, and their last results."""
     seconds: list[list[float]] = [[] for _ in ways]
-    results: list[object] = [None] * len(ways)
+    results: list[Result] = []
     for _ in range(repeat):
+        results = []
         for number, way in enumerate(ways):
             begun = time.process_time()
-            results[number] = way()
+            results.append(way())
             seconds[number].append(time.process_time() - begun)
     return seconds, results
 
@@ -108,7 +112,7 @@ def main() -> None:
             lambda: by_tokens(ffn, x, target, width, step),
             repeat=options.repeat,
         )
-        first, second = (set(k.tolist()) for k in neurons)  # type: ignore[attr-defined]
+        first, second = (set(k.tolist()) for k in neurons)
         keep = torch.tensor(sorted(second))
         show("elimination", seconds, f"{len(first & second) / width:.2%} of the neurons are the same")
     narrow = dense(ffn, rows=keep)
@@ -116,7 +120,7 @@ def main() -> None:
     seconds, fitted = timed(
         lambda: in_double(narrow, x, target, held_out), lambda: ours(narrow, x, target, held_out), repeat=options.repeat
     )
-    errors = [relative_error(f, x[held_out], target[held_out]) for f in fitted]  # type: ignore[arg-type]
+    errors = [relative_error(f, x[held_out], target[held_out]) for f in fitted]
     show("refit", seconds, f"held-out errors {errors[0]:.6f} and {errors[1]:.6f}")
 
 

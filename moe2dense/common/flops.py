@@ -107,9 +107,8 @@ def refined_ridge(width: float, hidden: float, corrections: int = 2) -> float:
 
 def sketched_ridge(width: float, hidden: float, sketch: float, tries: int) -> float:
     """Return the FLOPs of a ridge chosen on a sketch of the outputs, and of the solution with it."""
-    rough = refined_ridge(width, sketch, corrections=1) - product(
-        width, width, sketch
-    )  # what the start misses is found once
+    # what the start misses is found once
+    rough = refined_ridge(width, sketch, corrections=1) - product(width, width, sketch)
     shared = product(width, hidden, 2 * sketch) + product(width, width, sketch)
     return shared + tries * rough + refined_ridge(width, hidden)
 

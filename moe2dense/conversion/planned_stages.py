@@ -148,7 +148,7 @@ def _build(sizes: Sizes) -> StagePlan:
         sizes.reading(sizes.parts(blocks) * sizes.passes)
         + again
         + _copied(sizes)
-        + (sizes.heal is not None and not head_read_before(sizes)) * sizes.table
+        + (sizes.heal is not None and not _head_read_before(sizes)) * sizes.table
     )
     if sizes.resident:
         read += sizes.checkpoint - (1 if sizes.tied else 2) * sizes.table
@@ -169,7 +169,7 @@ def _build(sizes: Sizes) -> StagePlan:
     )
 
 
-def head_read_before(sizes: Sizes) -> bool:
+def _head_read_before(sizes: Sizes) -> bool:
     """Return whether the teacher's head is in memory before the build: stores that follow one another are measured with it."""
     return sizes.blocks > 0 and answers_of(sizes).windows > 1
 
@@ -295,7 +295,7 @@ def _evaluate(sizes: Sizes) -> StagePlan:
     if sizes.blocks and answers_of(sizes).windows == 1:
         own = scoring_flops(sizes.target, sizes.body, min(_TRAINING_TEXT, sizes.blocks), length)
     parts = sizes.texts * sizes.parts(blocks)
-    read = sizes.reading(parts) + (sizes.heal is None and not head_read_before(sizes)) * sizes.table
+    read = sizes.reading(parts) + (sizes.heal is None and not _head_read_before(sizes)) * sizes.table
     shared = sizes.devices(blocks)
     return _plan(
         (_half(sizes), passes, shared), ("single", scores, shared), ("single", own, 1), read=read, bus=sizes.bus(parts)

@@ -115,9 +115,8 @@ def _gradients(
             value.backward()
         return value.detach()
     own = share.pick(index)
-    sums = torch.zeros(
-        2, dtype=torch.float64, device=parameters[0].device
-    )  # of the weights, and of the weighted losses
+    # of the weights, and of the weighted losses
+    sums = torch.zeros(2, dtype=torch.float64, device=parameters[0].device)
     if len(own):
         weight = float(weigh(own))
         value = loss(own) * weight

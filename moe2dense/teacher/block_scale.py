@@ -49,9 +49,8 @@ def measure_block_scale(block: nn.Module, routed: nn.Module, shared: nn.Module |
     of_shared = once.new_ones(()) if shared is None else output(0.0, 1.0).mean()
     linear = (twice - 2 * once).abs() <= 1e-8 + 2e-2 * once.abs()
     even = (once - once.mean()).abs() <= 1e-2
-    measured = torch.stack(
-        [once.mean(), of_shared, linear.all().float(), even.all().float()]
-    ).tolist()  # one wait for a GPU
+    # one wait for a GPU
+    measured = torch.stack([once.mean(), of_shared, linear.all().float(), even.all().float()]).tolist()
     if not all(measured[2:]):
         raise UserError(
             f"{type(block).__name__}: the MoE block does more with the sum of its experts than multiply it by a number "

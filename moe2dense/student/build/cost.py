@@ -163,8 +163,8 @@ def build_reads(config: RunConfig, shape: Geometry, memory: int) -> float:
 
 def unkept_experts(shape: Geometry, memory: int) -> float:
     """Return the share of a layer's experts that finds no room in `memory` bytes and is read again by whoever looks at the layer."""
-    kept = memory // EXPERT_CACHE / max(1, _STORED_BYTES * shape.num_experts * shape.expert_parameters)
-    return max(0.0, 1 - kept)
+    cached = memory // EXPERT_CACHE / max(1, _STORED_BYTES * shape.num_experts * shape.expert_parameters)
+    return max(0.0, 1 - cached)
 
 
 def choose_count(blocks: int, share: float) -> int:
