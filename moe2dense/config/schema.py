@@ -308,6 +308,14 @@ class RunConfig:
         shown="none: needed, unless --config names it",
     )
     out: str = option("", help="Folder of the run.", example="out/first", shown="./TEACHER-TARGET")
+    mirror: str = option(
+        "",
+        help="Object store where the run folder is copied to after every stage and checkpoint, so that --resume can go on elsewhere: "
+        "any URL that fsspec opens.",
+        example="s3://bucket/run",
+        shown="none",
+        group="Output",
+    )
     seed: int = option(0, help="Seed of everything random.", example="1", group="Training")
     control: bool = option(
         False,

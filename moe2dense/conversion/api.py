@@ -111,6 +111,7 @@ def convert(
     data: Annotated[Text, flag("data.path")] = None,
     tokens: Annotated[str | int | None, flag("train.tokens")] = None,
     out: Annotated[str | Path | None, flag("out")] = None,
+    mirror: Annotated[Text, flag("mirror")] = None,
     resume: Annotated[
         bool,
         argument(
@@ -156,8 +157,9 @@ def convert(
     """
     options = given_options(convert, locals())
 
-    from moe2dense.conversion.configure import configure, resumed_settings
-    from moe2dense.conversion.pipeline import run_conversion
+    from moe2dense.conversion.configure import configure
+    from moe2dense.conversion.pipeline import resume_conversion, run_conversion
 
-    settings = resumed_settings(config=config, options=options) if resume else configure(config=config, options=options)
-    return run_conversion(settings, resume=resume, dry_run=dry_run)
+    if resume:
+        return resume_conversion(config, options, dry_run=dry_run)
+    return run_conversion(configure(config=config, options=options), dry_run=dry_run)

@@ -13,6 +13,7 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import texts_of_folder
 from moe2dense.conversion.job import Text, load_split, split_source
 from moe2dense.conversion.machine import check_device
+from moe2dense.conversion.mirroring import check_mirror
 from moe2dense.conversion.run import check_out
 from moe2dense.conversion.text_options import text_options
 from moe2dense.data.counts import TextCounts
@@ -166,9 +167,10 @@ def check_architecture(settings: RunConfig, target: Target) -> None:
 
 
 def check_places(settings: RunConfig, resume: bool) -> None:
-    """Refuse a device that is not there and a run folder that cannot be used. Raises UserError."""
+    """Refuse a device that is not there and a run folder or mirror that cannot be used. Raises UserError."""
     check_device(settings.teacher.device)
     check_out(settings.out, resume)
+    check_mirror(settings, resume)
 
 
 def check_text(settings: RunConfig, teacher: ResolvedTeacher, block: int) -> None:

@@ -15,6 +15,7 @@ CONFIG = "moe2dense.toml"  # in a run folder its settings; in a teacher's folder
 # What may differ between a run and its resumption: none of it changes the result.
 FREE_KEYS = (
     "out",
+    "mirror",
     "teacher.memory",
     "teacher.gpu_memory",
     "teacher.device",
@@ -103,6 +104,11 @@ def configure(
     return settings if settings.out else replace(settings, out=default_out(resolved.name, settings.to))
 
 
+def resumed_folder(config: str | Path | None, options: dict[str, Any]) -> Path:
+    """Return the folder of the run that --resume continues. Raises UserError where nothing names it."""
+    return Path(options["out"] if "out" in options else configure(config=config, options=options).out)
+
+
 def resumed_settings(config: str | Path | None = None, options: dict[str, Any] | None = None) -> RunConfig:
     """Return the settings of the run that --resume continues: those in its folder.
 
@@ -110,7 +116,7 @@ def resumed_settings(config: str | Path | None = None, options: dict[str, Any] |
     holds no run, and naming every option that differs.
     """
     options = with_temperature(options or {})
-    folder = Path(options["out"] if "out" in options else configure(config=config, options=options).out)
+    folder = resumed_folder(config, options)
     if not (folder / CONFIG).is_file():
         raise UserError(f"--resume: {folder} holds no run (no {CONFIG}); start it without --resume")
     stored = read_config(folder / CONFIG)

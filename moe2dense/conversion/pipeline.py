@@ -12,8 +12,10 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
 from moe2dense.conversion.choice import BUILT, Choice, choose
+from moe2dense.conversion.configure import resumed_settings
 from moe2dense.conversion.for_stack import for_stack
 from moe2dense.conversion.job import Job, Text, load_text, shortfall
+from moe2dense.conversion.mirroring import fetch_run, mirrored
 from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Plan, Result
 from moe2dense.conversion.run import open_run
@@ -41,6 +43,14 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
         return _run(settings, resume, dry_run, Console(quiet=rank > 0))
 
 
+def resume_conversion(config: str | Path | None, options: dict[str, Any], *, dry_run: bool = False) -> Result | Plan:
+    """Continue a run, fetched from its mirror first where that is newer than what is here. Raises UserError as `run_conversion`."""
+    with join_processes() as rank:
+        from_first(lambda: fetch_run(config, options, Console(quiet=rank > 0)))
+        settings = resumed_settings(config=config, options=options)
+        return run_conversion(settings, resume=True, dry_run=dry_run)
+
+
 def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> Result | Plan:
     """Convert, with whatever other processes have joined."""
     from_first(lambda: check_places(settings, resume))
@@ -53,7 +63,11 @@ def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> 
     print_plan(plan, settings, console)
     if dry_run:
         return plan
-    with open_run(settings.out, settings, resume) as run, progress_for(console) as progress:
+    with (
+        open_run(settings.out, settings, resume) as run,
+        mirrored(run, settings, console),
+        progress_for(console) as progress,
+    ):
         options = settings.teacher
         teacher = load_teacher(
             from_first(lambda: fetch(source)),

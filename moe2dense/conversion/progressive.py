@@ -90,10 +90,11 @@ def _run_stage(job: Job, name: str, target: Target, rows: range, intermediate_te
     """
     folder, text = job.run.folder / "stages" / name, _text(job, rows)
     train = replace(job.settings.train, tokens=text.train.tokens if job.plan.tokens else 0)
-    settings = replace(job.settings, to=target.to, out=str(folder), stages="", control=False, train=train)
+    settings = replace(job.settings, to=target.to, out=str(folder), mirror="", stages="", control=False, train=train)
     begun = from_first(lambda: _begun(folder))
     with ExitStack() as stack:
         run = stack.enter_context(open_run(folder, settings, resume=begun))
+        run.after_change = job.run.after_change
         plan = replace(job.plan, target=target, tokens=train.tokens)
         stage = replace(
             job, run=run, settings=settings, plan=plan, text=text, intermediate_teacher=intermediate_teacher

@@ -8,7 +8,7 @@ import json
 import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +34,8 @@ class Run:
         """Open a folder. lock: None for a process that leaves writing to the first one."""
         self.folder, self.config, self.manifest, self._lock = folder, config, manifest, lock
         self.inner_costs: list[Cost] = []  # of each stage that is being measured: what stages inside it have cost
+        # called by all processes after each stage and each checkpoint
+        self.after_change: Callable[[], None] | None = None
 
     def finished(self, stage: str) -> dict[str, Any] | None:
         """Return the entry of a finished stage, or None."""
@@ -44,6 +46,8 @@ class Run:
         entry = from_first(lambda: {"finished": round(time.time(), 3), **entry})
         self.manifest["stages"][stage] = entry
         self.save()
+        if self.after_change is not None:
+            self.after_change()
 
     def cost(self) -> dict[str, Cost]:
         """Return what each stage has cost so far, over all starts of the run."""
@@ -101,7 +105,8 @@ def _read_manifest(file: Path) -> dict[str, Any]:
     return manifest
 
 
-def _lock(folder: Path) -> BaseFileLock:
+def lock_folder(folder: Path) -> BaseFileLock:
+    """Return the lock of a run folder, taken. Raises UserError where another run has it."""
     lock = FileLock(folder / _LOCK)
     try:
         lock.acquire(timeout=0)
@@ -173,7 +178,7 @@ def _begin(folder: Path, config: RunConfig, resume: bool, created: bool) -> Run:
         raise UserError(
             f"--out {folder} cannot be created: {error.strerror}; choose a folder you can write to"
         ) from error
-    lock = _lock(folder)
+    lock = lock_folder(folder)
     try:
         for path in folder.glob(".*.tmp"):  # of a process that was killed: the lock says that no other is at work
             path.unlink(missing_ok=True)

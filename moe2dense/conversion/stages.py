@@ -116,6 +116,7 @@ def train(job: Job, student: Student, row: str = "student", built: Path | None =
             device=job.source.device,
             progress=progress,
             token_counts=job.text.token_counts,
+            after_save=job.run.after_change,
         )
         student = _whole(job, student, built or job.run.folder / "build" / "student", folder)
         from_first(lambda: save_student(student, final))

@@ -55,6 +55,7 @@ def distill(
     regime: Regime | None = None,
     token_counts: Tensor | None = None,
     device: torch.device | None = None,
+    after_save: Callable[[], None] | None = None,
 ) -> TrainResult:
     """Train `student` (a Student or a transformers causal language model) in place to answer like its teacher.
 
@@ -65,7 +66,8 @@ def distill(
     config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
     puts the result into a whole model. token_counts [V]: how often each id occurs in the text that says which held-out tokens
     are rare; by default `data`. `regime` changes where text, targets or models come from
-    (moe2dense.distillation.regimes). device: the CPU, to train there although there is a GPU. Raises UserError for arguments that do not fit together, for targets of another text,
+    (moe2dense.distillation.regimes). device: the CPU, to train there although there is a GPU. after_save: called by every process
+    once a checkpoint is whole; checkpoints are then not written behind the training. Raises UserError for arguments that do not fit together, for targets of another text,
     and when the loss is not finite.
     """
     model = language_model(student)
@@ -98,7 +100,7 @@ def distill(
             ahead = ReadAhead(answers, len(data), per_step, config.epochs, seed, config.micro_batch, *launched())
             stack.callback(ahead.close)
             batches.targets = ahead
-        trainer = Trainer(model, batches, held_out, config, seed, out, accelerator, match, regime, device)
+        trainer = Trainer(model, batches, held_out, config, seed, out, accelerator, match, regime, device, after_save)
         return trainer.run(resume, progress)
 
 

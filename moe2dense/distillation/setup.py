@@ -16,6 +16,7 @@ from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.documents import understands_positions
 from moe2dense.modeling.forward import model_inputs
 from moe2dense.optimizers.prepare import prepare_weights
+from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
 
 _HEAD_TOLERANCE = 0.05  # of the logits' standard deviation
 
@@ -85,3 +86,14 @@ def check_head(model: PreTrainedModel, data: Blocks) -> None:
             f"student: {type(model).__name__} changes its logits after the output embedding in a way that is not known "
             f"here (they differ by {error:.2g} standard deviations), so its loss would be wrong"
         )
+
+
+def step_in_backward(optimizer: torch.optim.Optimizer, config: TrainConfig, processes: int, per_step: int) -> None:
+    """Let the backward pass step the tensors. Raises UserError where it sees only a part of a step's gradient."""
+    if processes > 1 or per_step > config.micro_batch:
+        raise UserError(
+            "train.step_in_backward needs one process and a whole step in one pass: a batch of at most micro_batch blocks "
+            f"(now {per_step} and {config.micro_batch})"
+        )
+    assert isinstance(optimizer, TensorwiseOptimizer)
+    optimizer.step_in_backward(config.clip)

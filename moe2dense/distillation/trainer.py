@@ -40,12 +40,12 @@ from moe2dense.distillation.setup import (
     make_accelerator,
     prepare_model,
     release_layers,
+    step_in_backward,
 )
 from moe2dense.distillation.step import StepPlan, asked_anywhere, plan_step, train_step, validate
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_match import FeatureMatch
 from moe2dense.modeling.precision import cast_weights
-from moe2dense.optimizers.tensorwise import TensorwiseOptimizer
 from moe2dense.weights.fingerprint import text_hash
 from moe2dense.weights.finite import all_finite
 
@@ -89,6 +89,7 @@ class Trainer:
         match: FeatureMatch | None = None,
         regime: Regime | None = None,
         device: torch.device | None = None,
+        after_save: Callable[[], None] | None = None,
     ):
         self.regime = Regime() if regime is None else regime
         self.batches, self.held_out, self.config, self.seed = batches, held_out, config, seed
@@ -117,7 +118,7 @@ class Trainer:
             optimizer = make_optimizer(objective, config, muon_matrices(self.model, config))
             self.objective, self.optimizer = self.accelerator.prepare(objective, optimizer)
         if config.step_in_backward:
-            self._step_in_backward()
+            step_in_backward(self.optimizer.optimizer, config, self.accelerator.num_processes, self.per_step)
         # the student's parameters under their own names; projectors of features are kept for resuming, never exported
         self.names: dict[Tensor, str] = {
             p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad
@@ -128,22 +129,12 @@ class Trainer:
         self.best: tuple[float, int] | None = None
         self.first_kl: float | None = None
         self.step = 0
+        self.after_save = after_save
         self._saving: int | None = None  # step of the checkpoint that is being written
         folder = None if out is None else Path(out)
         self.regime.begin(
             RunView(self.model, batches, self.steps, self.per_step, seed, self.accelerator, config, folder)
         )
-
-    def _step_in_backward(self) -> None:
-        """Let the backward pass step the tensors. Raises UserError where it sees only a part of a step's gradient."""
-        if self.accelerator.num_processes > 1 or self.per_step > self.config.micro_batch:
-            raise UserError(
-                "train.step_in_backward needs one process and a whole step in one pass: a batch of at most micro_batch blocks "
-                f"(now {self.per_step} and {self.config.micro_batch})"
-            )
-        inner = self.optimizer.optimizer
-        assert isinstance(inner, TensorwiseOptimizer)
-        inner.step_in_backward(self.config.clip)
 
     def run(self, resume: bool, progress: Callable[..., None] | None, quiet: bool = False) -> TrainResult:
         """Train to the last step and leave the student with its final weights, adapters merged, where it was.
@@ -259,8 +250,10 @@ class Trainer:
         best = self.best[1] if self.best else None
         if self.sharded:
             self._save_shards(metadata, best)
+            self._saving = self.step
+            self._settle_saved()
             return
-        behind = written_behind(self.accelerator.device)
+        behind = written_behind(self.accelerator.device) and self.after_save is None
         weights = on_cpu({n: p for p, n in self.names.items()}, main)
         state = optimizer_tensors(self.optimizer.optimizer, self.names, main) | {_RNG: torch.get_rng_state()}
         state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
@@ -293,13 +286,15 @@ class Trainer:
         self._settle_saved()
 
     def _settle_saved(self) -> None:
-        """Wait until the checkpoint that is being written is there, and tell the regime."""
+        """Wait until the checkpoint that is being written is there, and tell the regime and the caller."""
         if self.checkpoints is None or self._saving is None:
             return
         self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
         saved, self._saving = self._saving, None
         self.regime.saved(saved)
+        if self.after_save is not None:
+            self.after_save()
 
     def _check_weights(self, weights: dict[str, Tensor]) -> None:
         """Raise UserError where training has left NaN or infinity among the weights: after the last step no loss would show it."""

@@ -13,7 +13,7 @@ from moe2dense.__main__ import main
 from moe2dense.cli.app import COMMANDS
 
 FLAGS = {
-    "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts gpu-memory init judge lora loss lr memory ood out"
+    "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts gpu-memory init judge lora loss lr memory mirror ood out"
     " quantize report-to resume seed stack stages targets-disk teacher-card temperature to tokens valid",
     "plan": "block chat-template config control data device disk-speed epochs experts gpu-memory init json lora loss machine memory ood out speed stages targets-disk teacher-card to tokens valid",
     "list": "all json",
