@@ -8,7 +8,7 @@ import pytest
 from moe2dense.common.mirror import Mirror, fetch_mirror, newest_manifest
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.distillation.api import distill
-from tests.distillation.test_trainer import Stop, make_blocks, make_student, make_teacher, same, settings, weights
+from tests.distillation.tiny_run import Stop, make_blocks, make_student, make_teacher, same, settings, weights
 
 
 def test_training_goes_on_from_its_mirror_bit_by_bit(tmp_path):
