@@ -23,6 +23,8 @@ RECORD = ".mirror.json"  # in the local folder: which run and revision of a mirr
 _MANIFEST = re.compile(r"^manifest-(\d{8})-([0-9a-f]{32})\.json$")
 _OBJECTS = "objects"
 _CHUNK = 1 << 22
+_SMALL = 1 << 24  # bytes of a file that is read once and stored as it was then, although it is written to meanwhile
+_TRIES = 3  # to copy a larger file that changes meanwhile
 
 
 @dataclass(frozen=True)
@@ -92,6 +94,12 @@ def _parsed(data: bytes, where: str) -> Manifest:
         return Manifest(str(value["run"]), int(value["revision"]), files)
 
 
+def _version(path: Path) -> tuple[int, int]:
+    """Return (bytes, time of the last change in ns) of a file."""
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def local_record(folder: Path) -> tuple[str, int] | None:
     """Return (run, revision) of the mirror that a local folder is as new as, None where it was never mirrored. Raises UserError."""
     file = folder / RECORD
@@ -150,16 +158,13 @@ class Mirror:
     def update(self) -> None:
         """Make the mirror like the folder now. Raises UserError where it cannot be; the manifest before then still holds.
 
-        Nothing else may write to the folder meanwhile.
+        What is written to meanwhile is stored as it was at one moment, and what is removed meanwhile is left out. Files that mean
+        something only together must rest.
         """
         newest = self._checked(newest_manifest(self.store))
-        files = self._files()
+        files = {name: file for name in self._names() if (file := self._copied(name)) is not None}
         if newest is not None and newest.files == files and newest.revision == self._revision:
             return
-        for name, file in files.items():
-            if file.object not in self._stored:
-                self.store.put(self.folder / name, file.object)
-                self._stored.add(file.object)
         revision = max(self._revision, newest.revision if newest else 0) + 1
         manifest = Manifest(self._run, revision, files)
         self._attempted.add(manifest.name)
@@ -168,19 +173,44 @@ class Mirror:
         _write_record(self.folder, manifest)
         self._remove_old(manifest)
 
-    def _files(self) -> dict[str, MirroredFile]:
-        """Return the folder's files by relative name; only what changed since the last time is read."""
-        digests = {}
-        for path in sorted(self.folder.rglob("*")):
-            relative = path.relative_to(self.folder)
-            if any(part.startswith(".") for part in relative.parts) or not path.is_file():
-                continue
-            status, name = path.stat(), relative.as_posix()
-            version = (status.st_size, status.st_mtime_ns)
-            before = self._digests.get(name)
-            digests[name] = before if before and before[0] == version else (version, file_digest(path))
-        self._digests = digests
-        return {name: file for name, (_, file) in digests.items()}
+    def _names(self) -> list[str]:
+        """Return the relative names of the folder's files."""
+        paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
+        relative = [path.relative_to(self.folder) for path in paths]
+        return [name.as_posix() for name in relative if not any(part.startswith(".") for part in name.parts)]
+
+    def _copied(self, name: str) -> MirroredFile | None:
+        """Return what a file holds, once that is in the store; only what changed since the last time is read. None if it is gone."""
+        path = self.folder / name
+        for _ in range(_TRIES):
+            try:
+                version = _version(path)
+                file = self._copied_as_it_is(path, name, version)
+                if version[0] <= _SMALL or version == _version(path):
+                    self._digests[name] = version, file
+                    self._stored.add(file.object)
+                    return file
+            except (FileNotFoundError, UserError):
+                if path.exists():
+                    raise
+                return None
+        raise UserError(f"{path} changes while it is copied to {self.store.what}")
+
+    def _copied_as_it_is(self, path: Path, name: str, version: tuple[int, int]) -> MirroredFile:
+        """Return the content of a file of this version, and see that the store has it."""
+        known = self._digests.get(name)
+        if known is not None and known[0] == version and known[1].object in self._stored:
+            return known[1]
+        if version[0] <= _SMALL:
+            data = path.read_bytes()
+            file = MirroredFile(len(data), xxhash.xxh3_128_hexdigest(data))
+            if file.object not in self._stored:
+                self.store.write(file.object, data)
+            return file
+        file = file_digest(path)
+        if file.object not in self._stored:
+            self.store.put(path, file.object)
+        return file
 
     def _remove_old(self, manifest: Manifest) -> None:
         """Remove manifests before this one first, then objects that it does not name: what a manifest names is there."""

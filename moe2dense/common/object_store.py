@@ -61,11 +61,14 @@ class ObjectStore:
             self._files.rm_file(self._path(name))
 
     def put(self, local: Path, name: str) -> None:
-        """Copy a local file there. A name that is there already is replaced."""
+        """Copy a local file there, and compare the sizes. A name that is there already is replaced."""
 
         def copy() -> None:
             self._make_parent(name)
             self._files.put_file(str(local), self._path(name))
+            self._files.invalidate_cache()
+            if (size := self._files.size(self._path(name))) != local.stat().st_size:
+                raise OSError(f"{size} of {local.stat().st_size} bytes of {name} arrived")
 
         self._try(copy)
 

@@ -105,7 +105,8 @@ class RunMirror:
 def mirrored(run: Run, settings: RunConfig, console: Console) -> Iterator[None]:
     """Mirror a run's folder within the context, and once more at its end unless an error ends it.
 
-    The first of several processes copies while the others wait, so that nothing changes meanwhile.
+    The first of several processes copies, so all must see one folder. After a stage the others wait for it, so that nothing changes
+    meanwhile; a checkpoint is copied while training goes on.
     """
     if not settings.mirror:
         yield
@@ -118,13 +119,10 @@ def mirrored(run: Run, settings: RunConfig, console: Console) -> Iterator[None]:
         if copies is not None:
             copies.update()
 
-    def update_all() -> None:
-        from_first(update)
-
-    run.after_change = update_all
+    run.after_change = update
     try:
         yield
-        update_all()
+        from_first(update)
     finally:
         if copies is not None:
             copies.close()

@@ -34,7 +34,7 @@ class Run:
         """Open a folder. lock: None for a process that leaves writing to the first one."""
         self.folder, self.config, self.manifest, self._lock = folder, config, manifest, lock
         self.inner_costs: list[Cost] = []  # of each stage that is being measured: what stages inside it have cost
-        # called by all processes after each stage and each checkpoint
+        # what the first process does after each stage and, in a thread, after each checkpoint
         self.after_change: Callable[[], None] | None = None
 
     def finished(self, stage: str) -> dict[str, Any] | None:
@@ -47,7 +47,7 @@ class Run:
         self.manifest["stages"][stage] = entry
         self.save()
         if self.after_change is not None:
-            self.after_change()
+            from_first(self.after_change)
 
     def cost(self) -> dict[str, Cost]:
         """Return what each stage has cost so far, over all starts of the run."""

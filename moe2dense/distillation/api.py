@@ -66,8 +66,8 @@ def distill(
     config.shard on several processes the student is left spread over them; `Checkpoints(out / "checkpoints").load_weights`
     puts the result into a whole model. token_counts [V]: how often each id occurs in the text that says which held-out tokens
     are rare; by default `data`. `regime` changes where text, targets or models come from
-    (moe2dense.distillation.regimes). device: the CPU, to train there although there is a GPU. after_save: called by every process
-    once a checkpoint is whole; checkpoints are then not written behind the training. Raises UserError for arguments that do not fit together, for targets of another text,
+    (moe2dense.distillation.regimes). device: the CPU, to train there although there is a GPU. after_save: called by a
+    thread of the first process once a checkpoint is whole; the next checkpoint waits for it, the steps before do not. Raises UserError for arguments that do not fit together, for targets of another text,
     and when the loss is not finite.
     """
     model = language_model(student)

@@ -104,10 +104,14 @@ def written_behind(device: torch.device) -> bool:
 
 
 class Checkpoints:
-    """The checkpoints of one run in a folder; keeps the last and the best."""
+    """The checkpoints of one run in a folder; keeps the last and the best.
 
-    def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+    after_save: what a thread does, while training goes on, with each checkpoint that has been written, such as a copy of it
+    elsewhere. Nothing is written or removed here until it returns.
+    """
+
+    def __init__(self, folder: str | Path, after_save: Callable[[], None] | None = None):
+        self.folder, self._after_save = Path(folder), after_save
         self._writer: Future[None] | None = None
         self._groups: dict[str, dist.ProcessGroup] = {}  # in which processes talk while they write a folder of shards
 
@@ -163,6 +167,8 @@ class Checkpoints:
                     (place / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
                     put_folder(place, self.path(step))
                     self.keep(step, best)
+            if first:
+                self._saved()
 
         self._write_behind(finish)
 
@@ -191,8 +197,20 @@ class Checkpoints:
 
         if not behind:
             write()
+            if self._after_save is not None:
+                self._write_behind(self._after_save)
             return
-        self._write_behind(write)
+
+        def write_behind() -> None:
+            write()
+            self._saved()
+
+        self._write_behind(write_behind)
+
+    def _saved(self) -> None:
+        """Do what is to be done with a checkpoint that has been written."""
+        if self._after_save is not None:
+            self._after_save()
 
     def _write_behind(self, write: Callable[[], None]) -> None:
         """Let a thread write, for which `wait` waits."""
@@ -201,7 +219,7 @@ class Checkpoints:
         pool.shutdown(wait=False)
 
     def wait(self) -> None:
-        """Return once what is being written is written. Raises UserError where it could not be."""
+        """Return once what is being written is written, and `after_save` done. Raises UserError where it could not be."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.result()

@@ -124,12 +124,12 @@ class Trainer:
             p: n.removeprefix("model.") for n, p in objective.named_parameters() if p.requires_grad
         }
         main = out is not None and self.accelerator.is_main_process
-        self.checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoints")
+        self.checkpoints = None if out is None else Checkpoints(Path(out) / "checkpoints", after_save)
         self.metrics = MetricsFile(Path(out) / "metrics.jsonl" if out is not None and main else None)
         self.best: tuple[float, int] | None = None
         self.first_kl: float | None = None
         self.step = 0
-        self.after_save = after_save
+        self._copied = after_save is not None  # by a thread, while training goes on
         self._saving: int | None = None  # step of the checkpoint that is being written
         folder = None if out is None else Path(out)
         self.regime.begin(
@@ -250,10 +250,8 @@ class Trainer:
         best = self.best[1] if self.best else None
         if self.sharded:
             self._save_shards(metadata, best)
-            self._saving = self.step
-            self._settle_saved()
             return
-        behind = written_behind(self.accelerator.device) and self.after_save is None
+        behind = written_behind(self.accelerator.device)
         weights = on_cpu({n: p for p, n in self.names.items()}, main)
         state = optimizer_tensors(self.optimizer.optimizer, self.names, main) | {_RNG: torch.get_rng_state()}
         state |= {f"{_REGIME}{k}": v for k, v in self.regime.state().items()}
@@ -261,7 +259,7 @@ class Trainer:
         if main:
             self.checkpoints.save_last(self.step, weights, state, metadata, best, behind)
         self._saving = self.step
-        if not behind:
+        if not (behind or self._copied):
             self._settle_saved()
 
     def _save_shards(self, metadata: dict[str, Any], best: int | None) -> None:
@@ -286,15 +284,13 @@ class Trainer:
         self._settle_saved()
 
     def _settle_saved(self) -> None:
-        """Wait until the checkpoint that is being written is there, and tell the regime and the caller."""
+        """Wait until the checkpoint that is being written is there, and tell the regime."""
         if self.checkpoints is None or self._saving is None:
             return
         self.checkpoints.wait()
         self.accelerator.wait_for_everyone()
         saved, self._saving = self._saving, None
         self.regime.saved(saved)
-        if self.after_save is not None:
-            self.after_save()
 
     def _check_weights(self, weights: dict[str, Tensor]) -> None:
         """Raise UserError where training has left NaN or infinity among the weights: after the last step no loss would show it."""

@@ -6,6 +6,7 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from moe2dense.common import mirror as mirroring
 from moe2dense.common import object_store
 from moe2dense.common.mirror import RECORD, Mirror, fetch_mirror, newest_manifest, same_place
 from moe2dense.common.object_store import ObjectStore
@@ -47,6 +48,15 @@ def _no_waiting(monkeypatch):
     monkeypatch.setattr(object_store, "WAIT", 0.0)
 
 
+@pytest.fixture(params=["small", "large"])
+def _sizes(request, monkeypatch):
+    """Every file is a small one, read once, or a large one, copied as a file."""
+    monkeypatch.setattr(mirroring, "_SMALL", 2**24 if request.param == "small" else -1)
+
+
+both_sizes = pytest.mark.usefixtures("_sizes")
+
+
 @pytest.fixture(params=["memory", "file"])
 def store(request, tmp_path):
     """An empty store, in memory and on disk."""
@@ -84,6 +94,7 @@ def fetched(store, folder):
     return {name: text for name, text in content(folder).items() if name != RECORD}
 
 
+@both_sizes
 def test_a_mirror_follows_changed_new_and_removed_files(store, tmp_path):
     run = tmp_path / "run"
     write(run, a="one", deep__er__b="two", same="two", empty="")
@@ -110,18 +121,21 @@ def test_hidden_files_stay_here(store, tmp_path):
     assert fetched(store, tmp_path / "copy") == {"a": "one"}
 
 
+@both_sizes
 def test_nothing_is_written_where_nothing_has_changed(store, tmp_path, monkeypatch):
     write(tmp_path / "run", a="one")
     mirror = Mirror(store, tmp_path / "run")
     mirror.update()
     before = store.names()
     monkeypatch.setattr(store, "put", lambda *_: pytest.fail("copied again"))
+    monkeypatch.setattr(store, "write", lambda *_: pytest.fail("written again"))
     mirror.update()
     again = Mirror(store, tmp_path / "run")  # as a resumed run does
     again.update()
     assert store.names() == before
 
 
+@both_sizes
 @pytest.mark.parametrize("writes", range(1, 5))
 def test_a_copy_cut_anywhere_leaves_the_state_before_it(cut, tmp_path, writes):
     run = tmp_path / "run"
@@ -153,19 +167,77 @@ def test_a_run_that_was_killed_while_it_copied_goes_on(cut, tmp_path):
     assert len(cut.names("objects")) == 2
 
 
-def test_a_short_failure_is_tried_again(cut, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["put_file", "pipe_file"])
+def test_a_short_failure_is_tried_again(cut, tmp_path, monkeypatch, method):
     write(tmp_path / "run", a="one")
+    monkeypatch.setattr(mirroring, "_SMALL", 0)
     failures = [OSError("reset"), OSError("reset")]
-    put = Cut.put_file
+    put = getattr(Cut, method)
 
     def flaky(self, *args, **kwargs):
         if failures:
             raise failures.pop()
         put(self, *args, **kwargs)
 
-    monkeypatch.setattr(Cut, "put_file", flaky)
+    monkeypatch.setattr(Cut, method, flaky)
     Mirror(cut, tmp_path / "run").update()
     assert not failures and fetched(cut, tmp_path / "copy") == {"a": "one"}
+
+
+def test_a_file_that_arrives_by_half_is_sent_again(cut, tmp_path, monkeypatch):
+    write(tmp_path / "run", a="one", b="two")
+    monkeypatch.setattr(mirroring, "_SMALL", 0)
+    put, halves = Cut.put_file, [1]
+
+    def silent(self, lpath, rpath, **kwargs):
+        if halves:
+            MemoryFileSystem.pipe_file(self, rpath, b"o" * halves.pop())
+        else:
+            put(self, lpath, rpath)
+
+    monkeypatch.setattr(Cut, "put_file", silent)
+    Mirror(cut, tmp_path / "run").update()
+    assert fetched(cut, tmp_path / "copy") == {"a": "one", "b": "two"}
+
+
+@both_sizes
+def test_what_is_written_to_or_removed_meanwhile_is_stored_as_it_was_once(store, tmp_path, monkeypatch):
+    """As metrics.jsonl, to which training appends, and a window of targets that it drops."""
+    run = tmp_path / "run"
+    write(run, log="1\n", a_window="old", other="same")
+    mirror, send = Mirror(store, run), {name: getattr(store, name) for name in ("put", "write")}
+    steps = iter(range(2, 4))
+
+    def meanwhile(name, first, *rest):
+        if (step := next(steps, None)) is not None:
+            with open(run / "log", "a") as file:
+                file.write(f"{step}\n")
+            (run / "a_window").unlink(missing_ok=True)
+        send[name](first, *rest)
+
+    for name in send:
+        monkeypatch.setattr(store, name, lambda *a, name=name: meanwhile(name, *a))
+    mirror.update()
+    copy = fetched(store, tmp_path / "copy")
+    assert copy["log"] == "1\n2\n3\n"[: len(copy["log"])] and copy["log"].endswith("\n") and copy["other"] == "same"
+    assert copy.get("a_window", "old") == "old"
+    mirror.update()
+    assert fetched(store, tmp_path / "copy") == {"log": "1\n2\n3\n", "other": "same"}
+    assert len(store.names("objects")) == 2
+
+
+def test_a_large_file_that_never_rests_is_named(store, tmp_path, monkeypatch):
+    write(tmp_path / "run", a="one")
+    monkeypatch.setattr(mirroring, "_SMALL", 0)
+    put = store.put
+
+    def touch(path, name):
+        put(path, name)
+        path.write_text(path.read_text() + "+")
+
+    monkeypatch.setattr(store, "put", touch)
+    with pytest.raises(UserError, match=r"run/a changes while it is copied to --mirror"):
+        Mirror(store, tmp_path / "run").update()
 
 
 @pytest.mark.parametrize("damage", [b"onE", b"on", None])

@@ -12,6 +12,8 @@ import pytest
 import torch
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
+from moe2dense.common.mirror import Mirror
+from moe2dense.common.object_store import ObjectStore
 from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.errors import UserError
 from tests.distillation.test_processes import as_rank, free_port
@@ -91,13 +93,21 @@ def fill_disk(rank, monkeypatch):
     monkeypatch.setattr(HuggingFaceStorageWriter, "write_data", full)
 
 
+def leave_after_step_5(stage, done, total, **_):
+    """Stop one step after the checkpoint of step 4."""
+    if stage == "distill" and done == 5:
+        raise InterruptedError
+
+
 def worker(rank, port, out, resume, stop, argument):
     """Train as one of two processes; the exit code says how it ended: 0 done, 3 left, 4 asked to stop, 2 a full disk, 6 unreadable."""
     as_rank(rank, 2, port)
     from moe2dense.distillation.api import distill
 
     with pytest.MonkeyPatch.context() as monkeypatch:
-        progress = None
+        progress = after_save = None
+        if stop == "mirror":
+            progress, after_save = leave_after_step_5, Mirror(ObjectStore(argument, "--mirror"), out).update
         if stop == "leave":
             progress = leave(monkeypatch)
         elif stop == "signal":
@@ -107,7 +117,15 @@ def worker(rank, port, out, resume, stop, argument):
         elif stop == "full":
             fill_disk(rank, monkeypatch)
         config = settings(epochs=2.0, batch=60, micro_batch=2, save_every=2, shard=True)
-        options = dict(valid=make_blocks(5, seed=9), config=config, seed=3, out=out, resume=resume, progress=progress)
+        options = dict(
+            valid=make_blocks(5, seed=9),
+            config=config,
+            seed=3,
+            out=out,
+            resume=resume,
+            progress=progress,
+            after_save=after_save,
+        )
         try:
             distill(make_student(), make_teacher(), make_blocks(20), **options)
         except InterruptedError:
