@@ -1,7 +1,9 @@
 """What a stage of a run takes: as counted while it ran, or as planned. No torch here, so that plans and reports need none."""
 
 import math
-from dataclasses import asdict, dataclass, field, fields, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import zip_longest
 from typing import Any
 
 
@@ -11,6 +13,8 @@ class Cost:
 
     memory: the most resident memory of the process, of which `began` was there before; gpu_memory: the most that torch held on
     its GPU. peak: FLOP/s in bfloat16 that the GPU is sold with, 0 where there is none or it is not known.
+    Of several processes: FLOPs, bytes and `peak` are those of all; memory and gpu_memory are the most that one of them held, and
+    memory_of_each and gpu_memory_of_each, by rank, what each held. The lists are empty where one process did it alone.
     """
 
     flops: dict[str, float] = field(default_factory=dict)
@@ -21,6 +25,8 @@ class Cost:
     gpu_memory: int = 0
     seconds: float = 0.0
     peak: float = 0.0
+    memory_of_each: list[int] = field(default_factory=list)
+    gpu_memory_of_each: list[int] = field(default_factory=list)
 
     @property
     def utilisation(self) -> float | None:
@@ -39,6 +45,8 @@ class Cost:
             max(self.gpu_memory, other.gpu_memory),
             round(self.seconds + other.seconds, 3),
             max(self.peak, other.peak),
+            _higher(self.memory_of_each, other.memory_of_each),
+            _higher(self.gpu_memory_of_each, other.gpu_memory_of_each),
         )
 
     def __sub__(self, part: "Cost") -> "Cost":
@@ -60,8 +68,30 @@ class Cost:
     def from_dict(cls, entry: dict[str, Any]) -> "Cost":
         """Return what `to_dict` wrote. Raises TypeError or ValueError for anything else."""
         cost = cls(**entry)
-        flops, *numbers = (getattr(cost, f.name) for f in fields(cls))
-        for number in (*flops.values(), *numbers):
+        sizes = (cost.disk, cost.bus, cost.memory, cost.began, cost.gpu_memory)
+        lists = (*cost.memory_of_each, *cost.gpu_memory_of_each)
+        for number in (*cost.flops.values(), *sizes, cost.seconds, cost.peak, *lists):
             if isinstance(number, bool) or not isinstance(number, int | float) or not math.isfinite(number):
                 raise ValueError(f"{number!r} is no number")
         return cost
+
+
+def cost_of_all(costs: Sequence[Cost]) -> Cost:
+    """Return what processes that worked at the same time took together; `costs` are theirs, by rank."""
+    if len(costs) == 1:
+        return costs[0]
+    whole, most = sum(costs, Cost()), max(costs, key=lambda cost: cost.memory)
+    gpu_memories = [cost.gpu_memory for cost in costs]
+    return replace(
+        whole,
+        began=most.began,
+        seconds=max(cost.seconds for cost in costs),
+        peak=sum(cost.peak for cost in costs),
+        memory_of_each=[cost.memory for cost in costs],
+        gpu_memory_of_each=gpu_memories if any(gpu_memories) else [],
+    )
+
+
+def _higher(ours: Sequence[int], others: Sequence[int]) -> list[int]:
+    """Return the higher number of each process; a run may have gone on with more or fewer of them."""
+    return [max(pair) for pair in zip_longest(ours, others, fillvalue=0)]

@@ -1,7 +1,7 @@
 """Count what a run costs while it runs: FLOPs by device, bytes from disk and over the bus, the most memory of each stage.
 
 The code that makes a product or reads a file adds its size here; `metered` takes the difference between two moments. Counting
-is an addition under a lock, so it is always on. Sums are of this process.
+is an addition under a lock, so it is always on. Sums are of this process; `common.costs.cost_of_all` joins those of several.
 """
 
 import threading

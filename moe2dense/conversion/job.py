@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe2dense.common.costs import Cost
+from moe2dense.common.costs import Cost, cost_of_all
 from moe2dense.common.counters import metered
+from moe2dense.common.processes import gather_objects
 from moe2dense.common.progress import Report
 from moe2dense.common.units import show_count
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
@@ -86,15 +87,21 @@ class Job:
 
     @contextlib.contextmanager
     def metered(self, stage: str) -> Iterator[None]:
-        """Add what the body costs to the run's record of a stage, and to no stage around it."""
+        """Add what the body costs to the run's record of a stage, and to no stage around it.
+
+        Processes that have joined must all come here; the cost is that of all.
+        """
         self.run.inner_costs.append(Cost())
-        cost = Cost()
+        cost, ended = Cost(), False
         try:
             with metered() as cost:
                 yield
+            ended = True
         finally:
             inner = self.run.inner_costs.pop()
-            self.run.spend(stage, replace(cost - inner, peak=_peak(self.source.device)))
+            own = replace(cost - inner, peak=_peak(self.source.device))
+            # where this process was stopped, others may never come here: waiting for them could take for ever
+            self.run.spend(stage, cost_of_all(gather_objects(own)) if ended else own)
             if self.run.inner_costs:
                 self.run.inner_costs[-1] += cost
 

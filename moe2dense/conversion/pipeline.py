@@ -36,7 +36,8 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     """Convert as resolved settings say. Raises UserError for bad input; a stopped run continues with resume=True.
 
     Of several processes, started by torchrun, the first one writes the run folder and says what is done. All share the build, the
-    targets, the training and the evaluation; the first one reports and exports, while the others wait.
+    targets, the training, the evaluation and the report's scores; what became of the experts, texts and the export are the
+    first one's work, while the others wait.
     """
     check_settings(settings)
     with join_processes() as rank:
@@ -133,11 +134,12 @@ def _stages(job: Job) -> Result:
             rows["direct"] = scoring.score(job, progressive.direct(whole))
     rows |= scoring.score_baselines(job)
 
-    def tell() -> tuple[Path, dict[str, Any]]:
-        report = report_stage.write_report(job, student, rows, choice, last, control)
+    report = report_stage.write_report(job, student, rows, choice, last, control)
+
+    def write_model() -> tuple[Path, dict[str, Any]]:
         return report_stage.export_model(job, student, report, choice), report["rows"]
 
-    model, table = from_first(tell)
+    model, table = from_first(write_model)
     exported, gained = (choice.exported, choice.gained) if choice else (BUILT, None)
     return Result(job.run.folder, model, job.run.folder / "report.html", table, exported, gained)
 

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from moe2dense.common.devices import moved_to
 from moe2dense.common.jsonable import clean
+from moe2dense.common.processes import from_first
 from moe2dense.common.versions import versions
 from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
 from moe2dense.config.serving import ExportConfig
@@ -57,6 +58,8 @@ def write_report(
 ) -> Report:
     """Write report.html and report.json from everything the run measured; return the report.
 
+    Processes that have joined must all call it: they share the forward passes over text.
+
     choice: which student is exported, where one was trained. last: scores of the last step by text, where another is exported.
     control: folder of the control.
     """
@@ -71,33 +74,40 @@ def write_report(
         "layers": model.config.num_hidden_layers,
         "moe_shaped": student.card.moe_shaped,
     }
-    report = assemble_report(
-        config=job.settings,
-        plan=job.plan.to_dict(),
-        teacher_remarks=job.teacher.remarks,
-        student=facts,
-        rows={name: scores["valid"] for name, scores in rows.items()},
-        ood={name: scores["ood"] for name, scores in rows.items() if "ood" in scores},
-        build=[*stages.get("build", {}).get("history", [])],
-        choice=choice.to_dict() if choice else None,
-        last=last or {},
-        history=stages.get("train-student", {}).get("history", []),
-        control_history=stages.get("train-control", {}).get("history", []),
-        transfer=transfer(job, student, rows),
-        samples=samples(job, student),
-        skills=skills(job, student, control),
-        hashes=hashes(job),
-        allow_loss=job.settings.evaluate.allow_loss,
-        train_scores=score_training_text(job, student),
-        versions=versions(),
-        timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
-        cost=plain_cost(job),
-        data=_text_facts(job),
-        command=command_line(job.settings),
-        tokenizer=job.teacher.tokenizer(),
-    )
-    save_report(report, job.run.folder)
-    return report
+    measured = {
+        "transfer": transfer(job, student, rows),
+        "samples": samples(job, student),
+        "skills": skills(job, student, control),
+        "train_scores": score_training_text(job, student),
+    }
+
+    def write() -> Report:
+        report = assemble_report(
+            config=job.settings,
+            plan=job.plan.to_dict(),
+            teacher_remarks=job.teacher.remarks,
+            student=facts,
+            rows={name: scores["valid"] for name, scores in rows.items()},
+            ood={name: scores["ood"] for name, scores in rows.items() if "ood" in scores},
+            build=[*stages.get("build", {}).get("history", [])],
+            choice=choice.to_dict() if choice else None,
+            last=last or {},
+            history=stages.get("train-student", {}).get("history", []),
+            control_history=stages.get("train-control", {}).get("history", []),
+            hashes=hashes(job),
+            allow_loss=job.settings.evaluate.allow_loss,
+            versions=versions(),
+            timings={name: entry["seconds"] for name, entry in stages.items() if "seconds" in entry},
+            cost=plain_cost(job),
+            data=_text_facts(job),
+            command=command_line(job.settings),
+            tokenizer=job.teacher.tokenizer(),
+            **measured,
+        )
+        save_report(report, job.run.folder)
+        return report
+
+    return from_first(write)
 
 
 def samples(job: Job, student: Student) -> dict[str, Any] | None:
@@ -122,7 +132,7 @@ def samples(job: Job, student: Student) -> dict[str, Any] | None:
         )
     if texts is None:
         return None
-    return texts | {"sheet": [p.name for p in write_sheet(texts, job.run.folder, seed)]}
+    return texts | {"sheet": from_first(lambda: [p.name for p in write_sheet(texts, job.run.folder, seed)])}
 
 
 def skills(job: Job, student: Student, control: Path | None) -> dict[str, Any] | None:
@@ -167,7 +177,8 @@ def score_training_text(job: Job, student: Student, most: int = 24) -> Scores | 
     """
     if not job.plan.tokens or job.intermediate_teacher is not None:
         return None
-    if job.run.finished("targets") and not (job.run.folder / "targets").is_dir():
+    folder = job.run.folder / "targets"
+    if job.run.finished("targets") and not from_first(folder.is_dir):  # one answer for all processes
         return None
     store = training_targets(job)
     if not isinstance(store, StoredTargets) or store.head is None:
@@ -194,8 +205,9 @@ def transfer(job: Job, student: Student, rows: dict[str, TextScores]) -> dict[st
     config, shape = student.model.config, job.plan.shape
     if (config.num_hidden_layers, config.hidden_size) != (shape.num_hidden_layers, shape.hidden_size):
         return None
-    with job.timed("transfer"):
-        measured = measure_transfer(
+
+    def measure() -> dict[str, Any]:
+        return measure_transfer(
             job.teacher,
             job.text.valid,
             student,
@@ -205,8 +217,10 @@ def transfer(job: Job, student: Student, rows: dict[str, TextScores]) -> dict[st
             tokenizer=job.teacher.tokenizer(),
             seed=job.settings.seed,
             progress=job.progress,
-        )
-    return measured.to_dict()
+        ).to_dict()
+
+    with job.timed("transfer"):
+        return from_first(measure)
 
 
 def plain_cost(job: Job) -> dict[str, Any]:

@@ -62,6 +62,7 @@ def evaluate(
     keep = scored_positions(blocks)
     if not keep.any():
         raise UserError("data: no position to judge; every block needs at least two real tokens of one document")
+    batch = max(1, min(batch, len(blocks) // world()[1]))  # so that each process has some
     starts = range(0, len(blocks), batch)
     shared = len(starts) >= world()[1] > 1
     parts, teacher_head = [], in_float32(truth.head)

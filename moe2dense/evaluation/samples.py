@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from moe2dense.common.devices import moved_to
+from moe2dense.common.processes import from_first
 from moe2dense.config.schema import EvaluateConfig
 from moe2dense.data.blocks import Blocks, right_padded
 from moe2dense.evaluation.judge import Judge
@@ -39,6 +40,7 @@ def side_by_side(
 ) -> dict[str, Any] | None:
     """Let student and teacher continue the same held-out prompts; both score every text, and so does `judge`.
 
+    Processes that have joined must all call it: the first one lets the models write, all score.
     Returns the report's section "samples": {"rows": [{"domain", "prompt", "student", "teacher" (None where it wrote
     nothing), "text" (how the held-out text goes on)}], "scores": {writer: {"teacher", "student" (NLL in nats per token),
     "judge" (nats per byte), "distinct" (share of distinct bigrams)}}, "how", "prompt_tokens", "tokens", "temperature",
@@ -47,16 +49,20 @@ def side_by_side(
     rows, prompt, new = choose_prompts(blocks, options.samples, options.prompt_tokens, options.sample_tokens, seed)
     if not rows or prompt < 1 or new < 1:
         return None
-    most, how = teacher_tokens(teacher, new, options.teacher_read)
-    new = most or new
     prompts = blocks.input_ids[rows, :prompt]
     sampling = Sampling(temperature=options.sample_temperature, seed=seed)
     end: Any = tokenizer.eos_token_id  # an id, for a tokenizer of one text
     stop = set() if end is None else {end}
-    with moved_to(student, teacher.device):
-        ids = {"student": student_texts(student, prompts, new, stop, sampling)}
-    if most:
-        ids["teacher"] = [completion.ids for completion in generate(teacher, prompts.tolist(), new, stop, sampling)]
+
+    def write() -> tuple[int, str, dict[str, list[list[int]]]]:
+        most, how = teacher_tokens(teacher, new, options.teacher_read)
+        with moved_to(student, teacher.device):
+            ids = {"student": student_texts(student, prompts, most or new, stop, sampling)}
+        if most:
+            ids["teacher"] = [answer.ids for answer in generate(teacher, prompts.tolist(), most, stop, sampling)]
+        return most or new, how, ids
+
+    new, how, ids = from_first(write)
     ids["text"] = blocks.input_ids[rows, prompt : prompt + new].tolist()
     texts = {writer: _texts(tokenizer, prompts, written) for writer, written in ids.items()}
     shown_prompts = [str(tokenizer.decode(p)) for p in prompts.tolist()]

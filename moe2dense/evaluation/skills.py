@@ -21,7 +21,8 @@ def solved(model: AnyModel, probes: Sequence[Probe]) -> list[bool]:
     """Return, for each probe, whether its right candidate is the likeliest.
 
     A candidate's likelihood is that of its own tokens after the prompt. Candidates that differ in their last token alone are read
-    from one row of text. A streamed teacher reads its layers once for all.
+    from one row of text. A streamed teacher reads its layers once for all. Processes that have joined must all call it; they share
+    the rows.
     """
     rows: dict[tuple[int, ...], int] = {}
     owners, positions, labels = [], [], []

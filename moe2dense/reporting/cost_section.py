@@ -14,12 +14,13 @@ COST_HELP = (
     "FLOPs are those of matrix products, a multiplication and an addition each; with a GPU the share that the CPU made is given. "
     "Of the GPU's peak: its FLOPs over the stage's time, by what the card is sold with in bfloat16 (model FLOPs utilisation). "
     "Read: weights and stored targets from disk. Bus: sent to the GPU or fetched from it. Memory: the most that the process held, "
-    "of the GPU where there is one."
+    "of the GPU where there is one. Of several processes: FLOPs, speed and bytes are those of all together, memory is that of the one "
+    "that held most, and the last column has that of each; it is empty where the first process worked alone."
 )
 
 
 def cost_rows(report: Report) -> list[dict[str, str]]:
-    """Return {"stage", "time", "flops", "rate", "peak", "read", "bus", "memory"} of each stage, and of the whole run; [] where unknown."""
+    """Return {"stage", "time", "flops", "rate", "peak", "read", "bus", "memory", "each"} of each stage and of the run; [] where unknown."""
     stages = {name: Cost.from_dict(entry) for name, entry in (report["run"].get("cost") or {}).items()}
     if not stages:
         return []
@@ -43,6 +44,7 @@ def _row(stage: str, cost: Cost) -> dict[str, str]:
         "read": show_bytes(cost.disk),
         "bus": show_bytes(cost.bus) if cost.bus else "",
         "memory": show_bytes(cost.gpu_memory or cost.memory),
+        "each": ", ".join(show_bytes(size) for size in cost.gpu_memory_of_each or cost.memory_of_each),
     }
 
 
@@ -70,4 +72,5 @@ def cost_section(report: Report) -> dict[str, Any] | None:
     keys |= {"read": "Read from disk"}
     keys |= {"bus": "Over the bus"} if any(row["bus"] for row in rows) else {}
     keys |= {"memory": "Most memory"}
+    keys |= {"each": "Of each process"} if any(row["each"] for row in rows) else {}
     return {"head": list(keys.values()), "rows": [[row[key] for key in keys] for row in rows], "help": COST_HELP}

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moe2dense.common import flops
-from moe2dense.common.costs import Cost
+from moe2dense.common.costs import Cost, cost_of_all
 from moe2dense.common.counters import count_bus, count_disk, count_flops, metered
 from moe2dense.student.ffn.dense import DenseFFN
 from moe2dense.student.ffn.local import local
@@ -33,6 +33,20 @@ def test_costs_are_those_of_the_context_alone():
     assert inner.flops == {"cuda": 7.0} and (inner.disk, inner.bus) == (11, 0)
     assert (outer - inner).flops == {"cpu": 100.0} and (outer - inner).disk == 0
     assert (outer + inner).flops == {"cpu": 100.0, "cuda": 14.0} and Cost(**outer.to_dict()) == outer
+
+
+def test_processes_cost_what_they_cost_together():
+    first = Cost({"cpu": 100.0}, disk=5, bus=1, memory=900, began=100, gpu_memory=40, seconds=2.0, peak=1e12)
+    second = Cost({"cuda": 7.0}, disk=6, bus=2, memory=700, began=300, gpu_memory=70, seconds=3.0, peak=1e12)
+    both = cost_of_all([first, second])
+    assert both.flops == {"cpu": 100.0, "cuda": 7.0} and (both.disk, both.bus, both.seconds) == (11, 3, 3.0)
+    assert (both.memory, both.began, both.gpu_memory) == (900, 100, 70)
+    assert both.memory_of_each == [900, 700] and both.gpu_memory_of_each == [40, 70]
+    assert both.utilisation == 7.0 / (3.0 * 2e12), "of both GPUs' speed"
+    assert cost_of_all([first]) == first
+    later = both + cost_of_all([first, first, second])
+    assert later.memory_of_each == [900, 900, 700] and (later.disk, later.seconds) == (27, 6.0)
+    assert Cost.from_dict(later.to_dict()) == later
 
 
 def test_the_peak_of_memory_is_the_context_s_own():

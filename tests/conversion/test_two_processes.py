@@ -18,8 +18,8 @@ import psutil
 import pytest
 from safetensors.torch import load_file
 
+from moe2dense.common.costs import Cost
 from moe2dense.common.processes import alone, from_first, launched, world
-from tests.conversion.test_pipeline import quick
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {
@@ -28,6 +28,32 @@ ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
+
+# AdamW, since Muon iterates in bfloat16
+SMALL = """
+[data]
+block = 128
+eval_blocks = 8
+[build]
+min_tokens = 1024
+local_steps = 8
+layer_steps = 4
+heal_epochs = 1.0
+gram_tokens = 512
+[train]
+optimizer = "adamw"
+tokens = 4096
+batch = 512
+save_every = 2
+eval_every = 3
+[evaluate]
+samples = 2
+prompt_tokens = 24
+sample_tokens = 12
+skills = 3
+[export]
+dtype = "float32"
+"""
 
 
 def command(processes: int, *arguments) -> list[str]:
@@ -62,11 +88,33 @@ def same_weights(one: Path, other: Path) -> None:
         assert (value - theirs[name]).norm() <= 1e-5 * value.norm(), name
 
 
-def arguments_of(tiny, out: Path, folder: Path) -> list[str]:
-    settings = quick(folder, "[evaluate]\nsamples = 0\nskills = 0\n")
-    settings.write_text(
-        settings.read_text().replace("[train]", '[train]\noptimizer = "adamw"')
-    )  # Muon iterates in bfloat16
+def plain(value):
+    """Return a report's numbers without what says how long something took."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items() if k not in ("seconds", "tokens_per_second", "memory")}
+    return [plain(v) for v in value] if isinstance(value, list) else value
+
+
+def same_numbers(ours, others, where: str) -> None:
+    """Compare what a report says: words and counts alike, numbers to 1e-5."""
+    assert type(ours) is type(others), where
+    if isinstance(ours, dict):
+        assert ours.keys() == others.keys(), where
+        for key, value in ours.items():
+            same_numbers(value, others[key], f"{where}.{key}")
+    elif isinstance(ours, list):
+        assert len(ours) == len(others), where
+        for number, (value, other) in enumerate(zip(ours, others, strict=True)):
+            same_numbers(value, other, f"{where}[{number}]")
+    elif isinstance(ours, float):
+        assert ours == pytest.approx(others, rel=1e-5, abs=1e-6, nan_ok=True), where
+    else:
+        assert ours == others, where
+
+
+def arguments_of(tiny, out: Path, folder: Path, shard: bool = False) -> list[str]:
+    settings = folder / "small.toml"
+    settings.write_text(SMALL.replace("[train]", f"[train]\nshard = {str(shard).lower()}"))
     return ["convert", str(tiny), "--to", "3.2m", "--out", str(out), "--config", str(settings)]
 
 
@@ -90,17 +138,20 @@ def test_several_processes_convert_as_one(processes, tiny, one, tmp_path):
             assert scores[name]["value"] == pytest.approx(reports[1]["rows"][row][name]["value"], rel=1e-5, abs=1e-6), (
                 row
             )
-    stages = [set(json.loads((folder / "run.json").read_text())["stages"]) for folder in (tmp_path / "out", one)]
-    assert stages[0] == stages[1]
+    for section in ("transfer", "samples", "skills", "train_scores", "history", "build"):
+        same_numbers(*(plain(report[section]) for report in reports), section)
+    records = [json.loads((folder / "run.json").read_text()) for folder in (tmp_path / "out", one)]
+    assert set(records[0]["stages"]) == set(records[1]["stages"])
+    costs = [{stage: Cost.from_dict(entry) for stage, entry in record["cost"].items()} for record in records]
+    assert costs[0].keys() == costs[1].keys()
+    for stage, cost in costs[0].items():
+        if stage != "export":
+            assert len(cost.memory_of_each) == processes and cost.memory == max(cost.memory_of_each), stage
 
 
 @pytest.mark.slow
 def test_sharded_training_is_exported(tiny, one, tmp_path):
-    arguments = arguments_of(tiny, tmp_path / "out", tmp_path)
-    (tmp_path / "quick.toml").write_text(
-        (tmp_path / "quick.toml").read_text().replace("[train]", "[train]\nshard = true")
-    )
-    run(2, *arguments, "--no-control")
+    run(2, *arguments_of(tiny, tmp_path / "out", tmp_path, shard=True), "--no-control")
     same_weights(tmp_path / "out/model", one / "model")
 
 

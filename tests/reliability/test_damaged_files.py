@@ -179,6 +179,8 @@ def test_a_shard_outside_the_store_is_refused(tmp_path):
         '{"stages": {}, "cost": {"build": {"memory": "1"}}}',
         '{"stages": {}, "cost": {"build": {"flops": {"cpu": null}}}}',
         '{"stages": {}, "cost": {"build": {"flops": [1.0]}}}',
+        '{"stages": {}, "cost": {"build": {"memory_of_each": ["1"]}}}',
+        '{"stages": {}, "cost": {"build": {"memory_of_each": 3}}}',
     ],
 )
 def test_a_damaged_run_is_refused(tmp_path, text):
