@@ -35,7 +35,7 @@ class TrainConfig:
         0.0,
         help="Peak learning rate.",
         example="2e-4",
-        shown="by the hidden size: 1e-3 at 192, 1e-4 at 4096; three times that for --lora",
+        shown="1e-3 up to hidden size 192 and 4 layers, 1e-4 at 4096 and 32; three times that for --lora",
     )
     optimizer: str = option(
         "auto",

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from moe2dense.common.processes import launched
+from moe2dense.config.rates import training_rate
 from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.frequency import count_tokens, rare_labels
@@ -20,7 +21,6 @@ from moe2dense.distillation.checks import check_training, needs_teacher
 from moe2dense.distillation.cost import passes
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.make import make_regime
-from moe2dense.distillation.setup import default_learning_rate
 from moe2dense.distillation.targets.memory import as_targets, hidden_targets
 from moe2dense.distillation.targets.protocols import HiddenStates, RoutedTargets, Targets
 from moe2dense.distillation.targets.read_ahead import ReadAhead
@@ -118,7 +118,8 @@ def _with_learning_rate(config: TrainConfig, model: PreTrainedModel) -> TrainCon
     """Return `config` with a learning rate that suits the model, where none was chosen."""
     if config.lr > 0:
         return config
-    rate = default_learning_rate(model.config.get_text_config().hidden_size, config.lora > 0)
+    sizes = model.config.get_text_config()
+    rate = training_rate(sizes.hidden_size, sizes.num_hidden_layers, config.lora > 0)
     return dataclasses.replace(config, lr=rate)
 
 

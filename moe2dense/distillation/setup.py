@@ -42,15 +42,6 @@ def make_accelerator(config: TrainConfig, out: str | Path | None, device: torch.
     return accelerator
 
 
-def default_learning_rate(hidden_size: int, lora: bool = False) -> float:
-    """Return a peak rate for AdamW that falls with the width: 1e-3 at 192 (measured there) to about 1e-4 at 4096.
-
-    The larger end follows what pruned models are distilled with (Minitron, 2407.14679: 1e-4 at 3072 and 4096); adapters take
-    three times as much.
-    """
-    return 1e-3 * (192 / hidden_size) ** 0.75 * (3 if lora else 1)
-
-
 def prepare_model(model: PreTrainedModel, config: TrainConfig) -> PreTrainedModel:
     """Return a model as it trains: in the precision of config.weights (float64 stays), with adapters and activation checkpointing."""
     prepare_weights(model, config)

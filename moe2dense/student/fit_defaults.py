@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+from moe2dense.config.rates import layer_rate, model_rate
 from moe2dense.config.schema import BuildConfig
 
 # steps of the local fit: what more of them bring, the heal brings sooner
@@ -10,7 +11,7 @@ LOCAL_STEPS_BEFORE_HEAL, LOCAL_STEPS_ALONE = 600, 1200
 MOST_LOCAL_PASSES = 14
 # passes of the heal over the build's text: the training that follows does the same with more text
 HEAL_PASSES_BEFORE_TRAINING, HEAL_PASSES_ALONE = 4.0, 16.0
-# rates at hidden size 192, where they were measured, and below it
+# rates at hidden size 192 in 4 layers, where they were measured (config/rates.py)
 LOCAL_RATE, LAYER_RATE, HEAL_RATE = 4e-3, 1e-3, 1e-3
 
 
@@ -28,18 +29,18 @@ def heal_passes(wanted: float, trained: bool) -> float:
     return wanted if wanted >= 0 else (HEAL_PASSES_BEFORE_TRAINING if trained else HEAL_PASSES_ALONE)
 
 
-def rate_at(hidden_size: int, rate: float) -> float:
-    """Return the rate of a fit at a hidden size, given that at 192: it falls as the training's does (setup.py)."""
-    return rate * min(1.0, (192 / hidden_size) ** 0.75)
+def settle_fits(
+    config: BuildConfig, hidden_size: int, layers: int, tokens: int, healed: bool, trained: bool = False
+) -> BuildConfig:
+    """Return the settings with every length and rate as a number, for a student of this hidden size and number of layers.
 
-
-def settle_fits(config: BuildConfig, hidden_size: int, tokens: int, healed: bool, trained: bool = False) -> BuildConfig:
-    """Return the settings with every length and rate as a number. healed, trained: whether a heal and training follow."""
+    tokens: of the build's text. healed, trained: whether a heal and training follow.
+    """
     return replace(
         config,
         local_steps=local_steps(config.local_steps, healed, tokens, config.local_batch),
         heal_epochs=heal_passes(config.heal_epochs, trained),
-        local_lr=config.local_lr or rate_at(hidden_size, LOCAL_RATE),
-        layer_lr=config.layer_lr or rate_at(hidden_size, LAYER_RATE),
-        heal_lr=config.heal_lr or rate_at(hidden_size, HEAL_RATE),
+        local_lr=config.local_lr or layer_rate(LOCAL_RATE, hidden_size),
+        layer_lr=config.layer_lr or layer_rate(LAYER_RATE, hidden_size),
+        heal_lr=config.heal_lr or model_rate(HEAL_RATE, hidden_size, layers),
     )

@@ -2,9 +2,10 @@
 
 import pytest
 
+from moe2dense.config.rates import layer_rate, model_rate
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.config.toml import merge_flags
-from moe2dense.student.fit_defaults import heal_passes, local_steps, rate_at, settle_fits
+from moe2dense.student.fit_defaults import heal_passes, local_steps, settle_fits
 
 
 def test_local_steps_are_as_wanted_or_by_what_follows():
@@ -26,17 +27,12 @@ def test_the_heal_is_short_where_training_follows():
     assert heal_passes(3, trained=True) == heal_passes(3, trained=False) == 3
 
 
-def test_rates_fall_with_the_hidden_size_and_no_further_up():
-    assert rate_at(24, 4e-3) == rate_at(192, 4e-3) == 4e-3
-    assert rate_at(4096, 4e-3) == pytest.approx(4e-4, rel=0.02)
-    assert rate_at(16 * 192, 1e-3) == pytest.approx(1e-3 / 8)
-
-
 def test_every_rule_is_settled_and_what_is_set_stays():
-    config = settle_fits(BuildConfig(), 576, 16_384, healed=True)
+    config = settle_fits(BuildConfig(), 576, 30, 16_384, healed=True)
     assert (config.local_steps, config.heal_epochs) == (448, 16)
-    assert (config.local_lr, config.layer_lr, config.heal_lr) == tuple(rate_at(576, r) for r in (4e-3, 1e-3, 1e-3))
+    assert (config.local_lr, config.layer_lr) == (layer_rate(4e-3, 576), layer_rate(1e-3, 576))
+    assert config.heal_lr == model_rate(1e-3, 576, 30)
     own = {"local_steps": 5, "heal_epochs": 2.0, "local_lr": 0.1, "layer_lr": 0.2, "heal_lr": 0.3}
     given = merge_flags(RunConfig(), {f"build.{key}": value for key, value in own.items()}).build
-    settled = settle_fits(given, 576, 16_384, healed=True)
+    settled = settle_fits(given, 576, 30, 16_384, healed=True)
     assert {key: getattr(settled, key) for key in own} == own

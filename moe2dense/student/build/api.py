@@ -220,7 +220,7 @@ def _start(
     )  # fmt: skip
     healed = _will_heal(state)
     state.steps = steps_of(init, healed, target.card.join)
-    state.config = settle_fits(config, state.hidden.shape[-1], data.tokens, healed)
+    state.config = settle_fits(config, state.hidden.shape[-1], len(runner.body.layers), data.tokens, healed)
     if out:
         state.store = LayerStore(out, teacher, data, init, config, seed, target)
         unload(runner.body.embed_tokens)

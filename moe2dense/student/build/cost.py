@@ -138,7 +138,7 @@ def build_flops(
     """
     layers, heal = target.config.num_hidden_layers, healing is not None
     trains, tokens = config.train.tokens > 0, blocks * length
-    c = settle_fits(config.build, target.config.hidden_size, tokens, heal, trains)
+    c = settle_fits(config.build, target.config.hidden_size, layers, tokens, heal, trains)
     config = replace(config, build=c)
     steps = steps_of(c.init, heal, target.card.join)
     held = choose_count(blocks, c.hold_out)

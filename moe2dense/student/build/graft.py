@@ -80,7 +80,7 @@ def _graft(
     """Graft as `graft` says, where the student is."""
     model, card = student.model.eval(), student.card
     base, steps = parse_method(init)
-    config = settle_fits(config, target.config.hidden_size, data.tokens, healed=False)
+    config = settle_fits(config, target.config.hidden_size, target.config.num_hidden_layers, data.tokens, healed=False)
     held_out = choose_held_out(len(data), config.hold_out, seed)
     judge = _Judge(student, teacher, data[torch.nonzero(held_out).flatten()])
     mask, positions = masks(teacher, data.input_ids, data.attention_mask, data.document_ids)
