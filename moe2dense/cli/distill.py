@@ -87,6 +87,7 @@ def distill_checkpoint(
     memory: Annotated[str | None, flag("teacher.memory")] = None,
     gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
+    attention: Annotated[str | None, flag("attention")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:
     """Train a dense checkpoint towards a teacher's distributions.

@@ -74,6 +74,7 @@ def evaluate_checkpoint(
     memory: Annotated[str | None, flag("teacher.memory")] = None,
     gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
+    attention: Annotated[str | None, flag("attention")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:
     """Compare a student with its teacher on held-out text: KL, NLL, agreement, rare tokens, domains, with 95% intervals."""
@@ -82,6 +83,7 @@ def evaluate_checkpoint(
         raise UserError("--stack and --endpoint answer tasks; add --tasks")
 
     from moe2dense.cli.actions.evaluate import EvalRequest, run_evaluation
+    from moe2dense.modeling.attention import attention_setting
 
     request = EvalRequest(
         student=student,
@@ -95,4 +97,5 @@ def evaluate_checkpoint(
         samples=samples,
         stack=stack or "",
     )
-    run_evaluation(request, out, as_json=json)
+    with attention_setting(settings.attention):
+        run_evaluation(request, out, as_json=json)

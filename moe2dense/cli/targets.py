@@ -86,6 +86,7 @@ def targets(
     gpu_memory: Annotated[str | None, flag("teacher.gpu_memory")] = None,
     experts: Annotated[str | None, flag("teacher.experts")] = None,
     device: Annotated[str | None, flag("teacher.device")] = None,
+    attention: Annotated[str | None, flag("attention")] = None,
     teacher_card: Annotated[str | None, flag("teacher.card")] = None,
 ) -> None:
     """Stream the teacher once and store its targets for `moe2dense distill --targets`.
@@ -97,6 +98,7 @@ def targets(
 
     from moe2dense.cli.actions.served_targets import run_served_targets
     from moe2dense.cli.actions.targets import TargetsRequest, run_targets
+    from moe2dense.modeling.attention import attention_setting
 
     request = TargetsRequest(
         teacher=teacher,
@@ -114,4 +116,5 @@ def targets(
     if settings.endpoint.url:
         run_served_targets(request, analyze=analyze)
     else:
-        run_targets(request, analyze=analyze, as_json=json)
+        with attention_setting(settings.attention):
+            run_targets(request, analyze=analyze, as_json=json)

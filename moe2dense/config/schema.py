@@ -13,6 +13,7 @@ from moe2dense.config.teacher import TeacherConfig
 from moe2dense.config.training import RegimeConfig, TrainConfig
 
 DEFAULT_CORPUS = "HuggingFaceFW/fineweb-edu"
+ATTENTION = ("auto", "sdpa", "flex")
 
 
 @dataclass(frozen=True)
@@ -331,6 +332,15 @@ class RunConfig:
         example="47%,40%",
         shown="straight to --to",
         group="Build",
+    )
+    attention: str = option(
+        "auto",
+        help="How teacher and student attend where tokens must not see all before them (packed documents, padding, sliding windows): through "
+        "dense masks, whose memory grows with the square of a block's length (sdpa), or through tiles of 128 by 128 tokens (flex).",
+        choices=ATTENTION,
+        example="flex",
+        shown="auto: flex on a GPU for blocks of 1024 tokens and more, where the model can; else sdpa",
+        group="Training",
     )
     teacher: TeacherConfig = field(default_factory=TeacherConfig)
     endpoint: EndpointConfig = field(default_factory=EndpointConfig)

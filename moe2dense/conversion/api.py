@@ -37,6 +37,7 @@ def plan(
     gpu_memory: Annotated[Text, flag("teacher.gpu_memory")] = None,
     experts: Annotated[Text, flag("teacher.experts")] = None,
     device: Annotated[Text, flag("teacher.device")] = None,
+    attention: Annotated[Text, flag("attention")] = None,
     teacher_card: Annotated[Text, flag("teacher.card")] = None,
     machine: Annotated[
         Text,
@@ -146,6 +147,7 @@ def convert(
     gpu_memory: Annotated[Text, flag("teacher.gpu_memory")] = None,
     experts: Annotated[Text, flag("teacher.experts")] = None,
     device: Annotated[Text, flag("teacher.device")] = None,
+    attention: Annotated[Text, flag("attention")] = None,
     teacher_card: Annotated[Text, flag("teacher.card")] = None,
     endpoint: Annotated[Text, flag("endpoint.url")] = None,
     endpoint_model: Annotated[Text, flag("endpoint.model")] = None,

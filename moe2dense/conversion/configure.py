@@ -16,6 +16,7 @@ CONFIG = "moe2dense.toml"  # in a run folder its settings; in a teacher's folder
 FREE_KEYS = (
     "out",
     "mirror",
+    "attention",
     "teacher.memory",
     "teacher.gpu_memory",
     "teacher.device",

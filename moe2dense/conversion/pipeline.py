@@ -25,6 +25,7 @@ from moe2dense.conversion.training_text import with_training_text
 from moe2dense.data.overlap import overlap_warning, seen_share
 from moe2dense.distillation.cost import passes
 from moe2dense.families.resolve import fetch, resolve_teacher
+from moe2dense.modeling.attention import attention_setting
 from moe2dense.student.store import load_student
 from moe2dense.student.types import Student
 from moe2dense.teacher.load import load_teacher
@@ -40,7 +41,7 @@ def run_conversion(settings: RunConfig, *, resume: bool = False, dry_run: bool =
     first one's work, while the others wait.
     """
     check_settings(settings)
-    with join_processes() as rank:
+    with attention_setting(settings.attention), join_processes() as rank:
         return _run(settings, resume, dry_run, Console(quiet=rank > 0))
 
 

@@ -98,7 +98,7 @@ def memory_warnings(sizes: Sizes, stages: Mapping[str, StagePlan], training: Tra
         if name in stages and stages[name].memory > total:
             warnings.append(f"memory: {name} takes {show_bytes(stages[name].memory)} and {have}; {remedy}")
     if heal_asked(config, sizes.target) and sizes.heal is None:
-        least = least_heal_bytes(config.build, sizes.target, sizes.length, sizes.machine.device != CPU)
+        least = least_heal_bytes(config.build, sizes.target, sizes.length, sizes.machine.device != CPU, sizes.masks)
         warnings.append(
             f"the build ends without its end-to-end fit, which takes at least {show_bytes(least)}; "
             f"{'--memory' if sizes.machine.device == CPU else '--gpu-memory'} is {show_bytes(sizes.budget)}"

@@ -10,6 +10,7 @@ from moe2dense.distillation.cost import stored_states
 from moe2dense.distillation.rehearsal import rehearse
 from moe2dense.evaluation.token_metrics import CHUNK
 from moe2dense.families.machines import CPU
+from moe2dense.modeling.mask_memory import mask_bytes
 from moe2dense.optimizers.footprint import standing_bytes
 from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
 from moe2dense.student.build.cost import build_bytes
@@ -34,7 +35,11 @@ class TrainingFit:
 
 def stage_memory(sizes: Sizes, training: TrainingFit | None) -> dict[str, float]:
     """Return the bytes of every stage."""
-    healing = heal_bytes(sizes.heal, sizes.target, sizes.length, sizes.machine.device != CPU) if sizes.heal else 0
+    healing = (
+        heal_bytes(sizes.heal, sizes.target, sizes.length, sizes.machine.device != CPU, sizes.masks)
+        if sizes.heal
+        else 0
+    )
     build_tokens = sizes.build * sizes.length
     build = float(build_bytes(sizes.config, sizes.shape, sizes.target, build_tokens, sizes.budget, sizes.heal, healing))
     streaming = _streaming(sizes, max(sizes.held_out, 1))
@@ -101,8 +106,18 @@ def _rehearsed(sizes: Sizes, config: TrainConfig) -> int:
     target, half = sizes.target, sizes.machine.device != CPU
     matched = stored_states(sizes.config, target)
     peak = rehearse(target.config, sizes.shape, config, sizes.length, matched, half).peak
+    peak += training_mask_bytes(sizes, config)
     # a GPU's backward pass gives each tensor's gradient and copies back; states rest in main memory
     return peak - (3 * _FLOAT * target.parameters if config.offload and half else 0)
+
+
+def training_mask_bytes(sizes: Sizes, config: TrainConfig) -> int:
+    """Return the bytes of the masks of a training pass."""
+    blocks = min(config.micro_batch, max(1, config.batch // sizes.length))
+    itemsize = _FLOAT if sizes.machine.device == CPU else 2
+    return mask_bytes(
+        sizes.target.config, sizes.masks, blocks, sizes.length, itemsize, again=config.gradient_checkpointing
+    )
 
 
 def healing_sentence(sizes: Sizes) -> str:
@@ -110,7 +125,7 @@ def healing_sentence(sizes: Sizes) -> str:
     changes = heal_changes(sizes.heal) if sizes.heal is not None else {}
     if sizes.heal is None or not changes:
         return ""
-    need = heal_bytes(sizes.heal, sizes.target, sizes.length, sizes.machine.device != CPU)
+    need = heal_bytes(sizes.heal, sizes.target, sizes.length, sizes.machine.device != CPU, sizes.masks)
     return f"to fit {show_bytes(sizes.budget)}, where it takes {show_bytes(need)}, {in_words(changes, named=False)}"
 
 

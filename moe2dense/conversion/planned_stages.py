@@ -19,6 +19,7 @@ from moe2dense.distillation.targets.rolling import store_bytes_besides, store_by
 from moe2dense.distillation.targets.store import token_bytes
 from moe2dense.evaluation.cost import head_flops, scoring_flops, skill_tokens, transfer_flops
 from moe2dense.families.machines import CPU, Machine
+from moe2dense.modeling.mask_memory import NO_DOCUMENTS, MaskUse
 from moe2dense.modeling.products import Products
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.build.cost import build_flops, build_reads, unkept_experts
@@ -37,7 +38,7 @@ class Sizes:
     body: the products of the student's layers. blocks, build, held_out: of text, of `length` tokens each; texts: how many held-out
     texts are scored. checkpoint: bytes of the teacher, `resident` where it stays in memory, `tied` where its head is its embedding;
     batch: tokens that share a reading. budget: bytes for the build, of the device that computes; memory: of main memory. heal: how
-    the build's end-to-end fit makes its steps, if it is made.
+    the build's end-to-end fit makes its steps, if it is made. masks: how passes of the student make theirs.
     """
 
     config: RunConfig
@@ -59,6 +60,7 @@ class Sizes:
     passes: int
     recompute: bool
     heal: TrainConfig | None = None
+    masks: MaskUse = NO_DOCUMENTS
 
     @property
     def student(self) -> int:

@@ -38,6 +38,7 @@ from moe2dense.errors import UserError
 from moe2dense.families.fields import config_field
 from moe2dense.families.machines import CPU, Machine
 from moe2dense.families.resolve import ResolvedTeacher
+from moe2dense.modeling.attention import planned_mask_use
 from moe2dense.modeling.empty import empty_model
 from moe2dense.modeling.products import Products, body_products
 from moe2dense.modeling.shape import Geometry, teacher_geometry
@@ -161,6 +162,9 @@ def _sizes(
         memory=placement.memory,
         passes=config.build.sweeps + scored(target.geometry, config.build.depth),
         recompute=config.train.gradient_checkpointing,
+        masks=planned_mask_use(
+            empty_model(target.config), config.attention, machine.device != CPU, block, config.data.document_masks == "on"
+        ),
     )  # fmt: skip
 
 
@@ -168,7 +172,7 @@ def _healing(sizes: Sizes) -> TrainConfig | None:
     """Return how the build's end-to-end fit makes its steps; None where it does not fit."""
     on_gpu = sizes.machine.device != CPU
     room = heal_room(sizes.budget, resident_bytes(sizes.shape, 2) if sizes.resident else 0, on_gpu)
-    return heal_settings(sizes.config.build, sizes.target, sizes.length, room, on_gpu, sizes.machine.count)
+    return heal_settings(sizes.config.build, sizes.target, sizes.length, room, on_gpu, sizes.machine.count, sizes.masks)
 
 
 def _free_memory(config: RunConfig, machine: Machine, own: bool) -> tuple[int, int | None]:

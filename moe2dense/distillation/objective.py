@@ -1,5 +1,6 @@
 """The student and its objective as one module, so that wrappers for many processes wrap a single forward pass."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,18 +69,21 @@ def _teacher_features(teacher: TeacherRows | None, names: Sequence[str], dtype: 
 
 def _tokens(inputs: dict[str, Tensor], options: dict[str, Any], hidden: Tensor) -> Tokens:
     """Return which tokens count for features, and which each sees: its document up to itself, without padding."""
-    shape = inputs["input_ids"].shape
     mask = options.get("mask")
     counted = torch.ones(len(hidden), device=hidden.device) if mask is None else mask
-    seen = torch.ones(*shape, shape[1], dtype=torch.bool, device=hidden.device).tril()
+    return Tokens(counted.to(hidden.dtype) / options["denominator"], functools.partial(_seen, inputs))
+
+
+def _seen(inputs: dict[str, Tensor]) -> Tensor:
+    """Return [N, S, S] bool: which tokens (columns) each token sees."""
+    shape, device = inputs["input_ids"].shape, inputs["input_ids"].device
+    seen = torch.ones(*shape, shape[1], dtype=torch.bool, device=device).tril()
     if "position_ids" in inputs:
         documents = document_numbers(inputs["position_ids"])
         seen &= documents[:, :, None] == documents[:, None, :]
     if "attention_mask" in inputs:
-        seen &= inputs["attention_mask"][:, None, :].bool() | torch.eye(
-            shape[1], dtype=torch.bool, device=hidden.device
-        )
-    return Tokens(counted.to(hidden.dtype) / options["denominator"], seen)
+        seen &= inputs["attention_mask"][:, None, :].bool() | torch.eye(shape[1], dtype=torch.bool, device=device)
+    return seen
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from moe2dense.distillation.objective import Objective
 from moe2dense.distillation.optimizers import make_optimizer, muon_matrices
 from moe2dense.distillation.setup import prepare_model
 from moe2dense.losses.teacher_rows import HiddenRows
+from moe2dense.modeling.attention import unmasked
 from moe2dense.modeling.empty import count_parameters, empty_model
 from moe2dense.modeling.head import Head
 from moe2dense.modeling.shape import Geometry
@@ -95,7 +96,7 @@ def rehearse(
 
     matched: layers whose hidden states are matched. half: passes compute in bfloat16 (on a GPU). The operations are those of a CPU,
     some of which keep a little more than a GPU's. Students of many layers are rehearsed with a few, and what each further one adds is
-    added for the rest. A rehearsal is made once for the same sizes.
+    added for the rest. Masks of attention are left out (`mask_memory.mask_bytes` counts them). A rehearsal is made once for the same sizes.
     """
     step = replace(_STANDARD, **{name: getattr(config, name) for name in _MATTERS})
     key = (student.to_json_string(use_diff=False), teacher.hidden_size, teacher.vocab_size, step, length, matched, half)
@@ -154,7 +155,7 @@ def _two_steps(
 ) -> _Phases:
     """Make a model and two steps on blocks of `shape`; return what was alive in the second, which has what the first left."""
     phases = _Phases()
-    with FakeTensorMode(), _Alive() as alive:
+    with unmasked(), FakeTensorMode(), _Alive() as alive:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(student, dtype=getattr(torch, config.weights))
         with _nothing_moves():
             model = prepare_model(model, config)

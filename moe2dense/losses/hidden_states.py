@@ -3,7 +3,9 @@
 FitNets (1412.6550) for hints with projectors, Patient-KD (1908.09355) and TinyBERT (1909.10351) for the layer maps.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,13 @@ class Tokens:
 
     # [n], 0 where masked; they sum to the pass's share of the whole step
     weights: Tensor
-    # [N, S, S] bool: which tokens (columns) a token may attend to
-    seen: Tensor
+    # makes `seen`, which only relations between tokens need: it grows with the square of a block's length
+    pairs: Callable[[], Tensor]
+
+    @cached_property
+    def seen(self) -> Tensor:
+        """Return [N, S, S] bool: which tokens (columns) a token may attend to."""
+        return self.pairs()
 
 
 def token_mse(student: Tensor, teacher: Tensor) -> Tensor:

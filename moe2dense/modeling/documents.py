@@ -24,26 +24,6 @@ def same_document(position_ids: Tensor) -> Tensor:
     return (documents[:, :, None] == documents[:, None, :])[:, None]
 
 
-def close_masks(calls: list[dict[str, Any]], position_ids: Tensor) -> None:
-    """Close the masks [n, 1, S, S] in the arguments of decoder layers across documents, in place.
-
-    Documents start at position 0. Not every family's own masks keep them apart.
-    """
-    same = same_document(position_ids)
-    count, length = position_ids.shape
-    causal = torch.ones(length, length, dtype=torch.bool, device=same.device).tril().expand(count, 1, -1, -1)
-    closed: dict[int, tuple[Tensor, Tensor]] = {}  # by identity: layers share masks
-    for arguments in calls:
-        mask = arguments.get("attention_mask", causal)
-        if mask is not None and mask.ndim != 4:
-            continue
-        mask = causal if mask is None else mask
-        if id(mask) not in closed:
-            lowest = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-            closed[id(mask)] = (mask, mask.masked_fill(~same, lowest))
-        arguments["attention_mask"] = closed[id(mask)][1]
-
-
 def understands_positions(config: PreTrainedConfig) -> bool:
     """Return whether an architecture's own forward keeps documents apart whose positions start again at 0.
 

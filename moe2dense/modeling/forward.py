@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from moe2dense.data.blocks import Blocks
+from moe2dense.modeling.attention import use_attention
 from moe2dense.modeling.decoder import decoder_of
 from moe2dense.modeling.documents import separated
 from moe2dense.modeling.kinds import without_adapters
@@ -22,6 +23,7 @@ def final_hidden(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     from one to the next.
     """
     causal = without_adapters(model)
+    use_attention(causal, next(iter(inputs.values())).device)
     apart = separated(inputs, causal.config, causal.dtype)
     products, grad = body_products(causal), torch.is_grad_enabled()
     again = causal.training and recomputes(causal)

@@ -11,9 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import PreTrainedConfig
 
 from moe2dense.errors import UserError
+from moe2dense.modeling.attention import eager_attention
 from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.kinds import without_adapters
 
@@ -32,6 +32,11 @@ def feature_name(name: str | int) -> str:
             f"feature {name!r} must be KIND-LAYER with a kind of {', '.join(FEATURE_KINDS)}, such as hidden-3"
         )
     return f"{kind}-{int(layer)}"
+
+
+def asks_for_maps(names: Iterable[str]) -> bool:
+    """Return whether attention maps are among these features."""
+    return any(name.startswith("maps-") for name in names)
 
 
 def split_name(name: str) -> tuple[str, int]:
@@ -77,19 +82,6 @@ def hook_attention(layer: nn.Module, name: str, keep: Callable[[str, Tensor], No
 
 
 @contextlib.contextmanager
-def eager_attention(config: PreTrainedConfig, names: Iterable[str]) -> Iterator[None]:
-    """Use eager attention within the context where attention maps are asked for: no other implementation returns them."""
-    config = config.get_text_config()
-    before = config._attn_implementation
-    if any(n.startswith("maps-") for n in names):
-        config._attn_implementation = "eager"
-    try:
-        yield
-    finally:
-        config._attn_implementation = before
-
-
-@contextlib.contextmanager
 def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tensor]]:
     """Fill a dict with the features asked for while the model runs; other layers are left alone.
 
@@ -101,7 +93,7 @@ def captured(model: nn.Module, names: Sequence[str]) -> Iterator[dict[str, Tenso
         return
     causal, layers = without_adapters(model), decoder_layers(model)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(eager_attention(causal.config, names))
+        stack.enter_context(eager_attention(causal.config, asks_for_maps(names)))
         for name in names:
             kind, index = split_name(name)
             if kind == "hidden":

@@ -13,6 +13,7 @@ from moe2dense.common.devices import free_bytes
 from moe2dense.data.vocabulary import check_vocabulary
 from moe2dense.errors import UserError, first_line
 from moe2dense.families.cards import TeacherCard
+from moe2dense.modeling.attention import use_attention
 from moe2dense.modeling.forward import document_positions, one_document
 from moe2dense.modeling.shape import check_config
 from moe2dense.teacher.backends import ExpertRuntime, choose_backend
@@ -54,6 +55,7 @@ class Teacher(Skeleton):
         check_quantization(path, quantization_of(config))
         check_config(config, card)
         super().__init__(path, config, card, device, quantize)
+        use_attention(self.model, self.device)
         self.resample = resample
         self.layers = [Layer(self, index) for index in range(len(self.body.layers))]
         check_coverage(self, self.layers)

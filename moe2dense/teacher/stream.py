@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from moe2dense.common.counters import count_move
 from moe2dense.errors import UserError
 from moe2dense.modeling import internals
-from moe2dense.modeling.documents import close_masks
+from moe2dense.modeling.attention import use_attention
+from moe2dense.modeling.documents import separated
 from moe2dense.modeling.hooks import first_tensor
 from moe2dense.modeling.products import count_pass, layer_products
 from moe2dense.teacher.backends import ExpertRuntime, run_experts
@@ -63,7 +64,7 @@ class Stream:
         self.hidden_states: Tensor | None = None
         real = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         self.token_mask = real.reshape(-1).bool()
-        self._inputs: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._inputs: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
         self._arity: dict[nn.Module, int] = {}  # of what a mixer returns; 0 = no tuple
         self._layers = self._run()
 
@@ -96,9 +97,10 @@ class Stream:
         device = self.skeleton.device
         mask = None if self.mask is None else self.mask[rows].to(device)
         positions = None if self.positions is None else self.positions[rows].to(device)
-        internals.run_body(self.skeleton.body, embeddings, mask, positions, note)
-        if positions is not None:
-            close_masks(calls, positions)
+        inputs = {} if positions is None else {"position_ids": positions}
+        model = self.skeleton.model
+        apart = separated({**inputs, "attention_mask": mask}, model.config, self.skeleton.dtype)
+        internals.run_body(self.skeleton.body, embeddings, apart["attention_mask"], positions, note)
         return calls, first[0]
 
     @torch.no_grad()
@@ -106,7 +108,8 @@ class Stream:
         """Return the keyword arguments of decoder layer `index` for these blocks: masks and positions as the family makes them."""
         a, b, _ = rows.indices(self.shape[0])
         plain = self.mask is None and self.positions is None
-        key = (0, b - a) if plain else (a, b)  # without masks every chunk of the same size gets the same arguments
+        way = use_attention(self.skeleton.model, self.skeleton.device)
+        key = (way, 0, b - a) if plain else (way, a, b)  # without masks every chunk of one size gets the same arguments
         if key not in self._inputs:
             room = _ARGUMENT_BYTES // (4 * (b - a) * self.shape[1] ** 2)
             if len(self._inputs) >= max(2, room):

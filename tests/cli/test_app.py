@@ -13,18 +13,18 @@ from moe2dense.__main__ import main
 from moe2dense.cli.app import COMMANDS
 
 FLAGS = {
-    "convert": "allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts gpu-memory init judge lora loss lr memory mirror ood out"
+    "convert": "attention allow-loss alpha baseline block chat-template config control data device dry-run dtype endpoint endpoint-k endpoint-model epochs experts gpu-memory init judge lora loss lr memory mirror ood out"
     " quantize report-to resume seed stack stages targets-disk teacher-card temperature to tokens valid",
-    "plan": "block chat-template config control data device disk-speed epochs experts gpu-memory init json lora loss machine memory ood out speed stages targets-disk teacher-card to tokens valid",
+    "plan": "attention block chat-template config control data device disk-speed epochs experts gpu-memory init json lora loss machine memory ood out speed stages targets-disk teacher-card to tokens valid",
     "list": "all json",
     "inspect": "block chat-template data gpu-memory json memory teacher-card tokens",
-    "targets": "analyze block chat-template data device draws endpoint endpoint-kind endpoint-model endpoint-parallel endpoint-rate experts features format gpu-memory json k memory out seed teacher-card temperature"
+    "targets": "attention analyze block chat-template data device draws endpoint endpoint-kind endpoint-model endpoint-parallel endpoint-rate experts features format gpu-memory json k memory out seed teacher-card temperature"
     " token-weights tokens",
-    "distill": "alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-k endpoint-model epochs gpu-memory lora loss lr memory out report-to resume seed targets targets-disk teacher"
+    "distill": "attention alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-k endpoint-model epochs gpu-memory lora loss lr memory out report-to resume seed targets targets-disk teacher"
     " teacher-card temperature tokens valid",
     "generate": "beams block config data device duplicates experts gpu-memory learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
     " same-script seed teacher-card temperature tokens top-p",
-    "eval": "allow-loss baseline block chat-template data device endpoint endpoint-model gpu-memory json judge limit memory out samples seed split stack tasks teacher teacher-card tokens",
+    "eval": "attention allow-loss baseline block chat-template data device endpoint endpoint-model gpu-memory json judge limit memory out samples seed split stack tasks teacher teacher-card tokens",
     "report": "json",
     "export": "data dtype format k max-kl out overwrite public push-to-hub quantize seed shard-size stack tokenizer tokens yes",
     "serve": "dry-run port stack",

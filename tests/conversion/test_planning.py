@@ -67,6 +67,22 @@ def test_lora_and_build_only_save_memory_and_disk(mixtral):
     assert build.build_tokens > 0
 
 
+def test_masks_of_packed_documents_are_counted():
+    """Dense ones grow with the square of a block, tiles do not; plain text needs none."""
+    memory = {}
+    for masks in ("off", "on"):
+        for attention in ("sdpa", "flex"):
+            plan = planned(
+                train__tokens=400_000, train__fit_memory=False, data__block=8192, data__document_masks=masks,
+                attention=attention,
+            )  # fmt: skip
+            memory[masks, attention] = plan.stages["train-student"].memory
+    assert memory["off", "sdpa"] == memory["off", "flex"]
+    layers, blocks = 32, 1  # a batch of 2048 tokens is one block
+    assert memory["on", "sdpa"] - memory["off", "sdpa"] == blocks * 8192**2 * (1 + 4 * layers)
+    assert 0 < memory["on", "flex"] - memory["off", "flex"] < 1e6
+
+
 def test_warnings():
     assert any("capacity gap" in w for w in planned("qwen3-30b-a3b", "1.5b").warnings)
     assert not any("capacity gap" in w for w in planned().warnings)

@@ -46,7 +46,7 @@ def both(text, models, counted=None, documents=None):
         teacher.model(**inputs)
     counted = torch.ones(3, 9, dtype=torch.bool) if counted is None else counted
     weights = counted.flatten().double() / counted.sum()
-    return match(s, t, Tokens(weights, seen), [1.0] * len(match.terms)), s, t
+    return match(s, t, Tokens(weights, lambda: seen), [1.0] * len(match.terms)), s, t
 
 
 def test_captured_features_are_the_models_own(models):
@@ -119,7 +119,7 @@ def test_rkd_within_each_block(models, kind):
 def test_terms_add_up_with_their_weights(models):
     torch.manual_seed(3)
     _, s, t = both("mse:last+attention:last+rkd:last", models)
-    tokens = Tokens(torch.full((27,), 1 / 27, dtype=torch.float64), torch.ones(3, 9, 9).bool().tril())
+    tokens = Tokens(torch.full((27,), 1 / 27, dtype=torch.float64), lambda: torch.ones(3, 9, 9).bool().tril())
     match = FeatureMatch("mse:last+attention:last+rkd:last", (2, 16), (4, 24), 2).double()
     alone = [term(s, t, tokens).item() for term in match.terms]
     total, plain = match(s, t, tokens, (0.5, 0.0, 2.0))

@@ -68,20 +68,20 @@ def test_hidden_match_is_the_mean_over_pairs_of_counted_tokens(kind):
     student, teacher = ({f"hidden-{i}": normal(7, d) for i in range(n)} for n, d in ((2, 6), (4, 9)))
     counted = torch.tensor([1, 1, 0, 1, 0, 1, 1]).bool()
     student["hidden-0"][2] = float("nan")
-    value = match(student, teacher, Tokens(counted.double() / 5, torch.empty(0)))
+    value = match(student, teacher, Tokens(counted.double() / 5, lambda: torch.empty(0)))
     measure = token_mse if kind == "mse" else token_cosine
     parts = [
         measure(match.projectors[i](student[f"hidden-{s}"][counted]), teacher[f"hidden-{t}"][counted]).mean()
         for i, (s, t) in enumerate([(0, 1), (1, 3)])
     ]
     torch.testing.assert_close(value, sum(parts) / 2)
-    assert match(student, teacher, Tokens(torch.zeros(7, dtype=DOUBLE), torch.empty(0))).item() == 0
+    assert match(student, teacher, Tokens(torch.zeros(7, dtype=DOUBLE), lambda: torch.empty(0))).item() == 0
 
 
 def test_a_learned_map_finds_the_right_layer():
     match = HiddenMatch("learned", "mse", (1, 5), (3, 5))
     teacher = {f"hidden-{i}": torch.randn(64, 5) for i in range(3)}
-    tokens = Tokens(torch.full((64,), 1 / 64), torch.empty(0))
+    tokens = Tokens(torch.full((64,), 1 / 64), lambda: torch.empty(0))
     optimizer = torch.optim.Adam(match.parameters(), lr=0.1)
     for _ in range(150):
         optimizer.zero_grad()

@@ -26,6 +26,7 @@ from moe2dense.distillation.trainer import TrainResult
 from moe2dense.errors import UserError
 from moe2dense.evaluation.likelihood import answer_nll
 from moe2dense.exporting.api import export
+from moe2dense.modeling.attention import attention_setting
 from moe2dense.student.locate import student_folder
 from moe2dense.student.open import open_student
 from moe2dense.student.types import Student
@@ -36,7 +37,7 @@ def run_distillation(request: DistillRequest) -> None:
 
     Under torchrun all processes train; the first one writes and prints.
     """
-    with join_processes() as rank:
+    with attention_setting(request.settings.attention), join_processes() as rank:
         _run(request, Console(quiet=rank > 0))
 
 

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from moe2dense.distillation.targets.token_weights import check_token_weights
 from moe2dense.errors import UserError
-from moe2dense.modeling.hooks import eager_attention, hook_attention, split_name
+from moe2dense.modeling.attention import eager_attention
+from moe2dense.modeling.hooks import asks_for_maps, hook_attention, split_name
 from moe2dense.teacher.layer_pass import LayerPass
 from moe2dense.teacher.model import Teacher
 from moe2dense.teacher.observer import Observer
@@ -33,7 +34,7 @@ class FeatureRecorder(Observer):
         Raises UserError where the attention has no such part.
         """
         with contextlib.ExitStack() as stack:
-            stack.enter_context(eager_attention(teacher.model.config, self.parts))
+            stack.enter_context(eager_attention(teacher.model.config, asks_for_maps(self.parts)))
             for name in self.parts:
                 kind, index = split_name(name)
                 if kind != "hidden":

@@ -165,8 +165,8 @@ def _heal_room(teacher: Teacher) -> int:
 def _healing(state: StudentBuild) -> TrainConfig | None:
     """Return how the end-to-end fit makes its steps; None where it does not fit. The same on every process."""
     block, on_gpu, processes = state.runner.ids.shape[1], state.teacher.device != CPU, world()[1]
-    room = from_first(lambda: _heal_room(state.teacher))
-    return heal_settings(state.config, state.target, block, room, on_gpu, processes)
+    room, masks = from_first(lambda: (_heal_room(state.teacher), state.runner.mask_use()))
+    return heal_settings(state.config, state.target, block, room, on_gpu, processes, masks)
 
 
 def _will_heal(state: StudentBuild) -> bool:
@@ -187,7 +187,7 @@ def _unhealed(state: StudentBuild) -> list[dict[str, Any]]:
         return []
     option = "--memory" if state.teacher.device.type == "cpu" else "--gpu-memory"
     block, on_gpu = state.runner.ids.shape[1], state.teacher.device != CPU
-    need = show_bytes(least_heal_bytes(state.config, state.target, block, on_gpu))
+    need = show_bytes(least_heal_bytes(state.config, state.target, block, on_gpu, state.runner.mask_use()))
     have = show_bytes(_heal_room(state.teacher))
     return [{"heal_skipped": f"training the student end to end takes at least {need}, {option} is {have}"}]
 

@@ -119,7 +119,8 @@ def heal(
         return {"heal_best_step": 0}
     real = state.real_tokens.view(runner.ids.shape)
     block = runner.ids.shape[1]
-    device = device_with_room(runner.device, heal_bytes(train, state.target, block, on_gpu=runner.device != CPU))
+    need = heal_bytes(train, state.target, block, on_gpu=runner.device != CPU, masks=runner.mask_use())
+    device = device_with_room(runner.device, need)
     batch = heal_blocks(config, block)
     steps = max(1, round(config.heal_epochs * share.total / batch))
     teacher_head, changes = plain_head(state.teacher, device), heal_changes(train)

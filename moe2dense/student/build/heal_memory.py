@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from moe2dense.config.schema import BuildConfig
 from moe2dense.config.training import TrainConfig
+from moe2dense.modeling.mask_memory import NO_DOCUMENTS, MaskUse, mask_bytes
 from moe2dense.optimizers.footprint import activation_bytes, standing_bytes, weight_bytes
 from moe2dense.optimizers.memory_ladder import changed, rungs
 from moe2dense.student.footprint import FP32
@@ -19,11 +20,11 @@ def heal_blocks(config: BuildConfig, block: int) -> int:
     return max(1, config.heal_batch // block)
 
 
-def heal_bytes(train: TrainConfig, target: "Target", block: int, on_gpu: bool) -> int:
+def heal_bytes(train: TrainConfig, target: "Target", block: int, on_gpu: bool, masks: MaskUse = NO_DOCUMENTS) -> int:
     """Return the memory of fitting a whole student end to end as `train` says, on blocks of so many tokens.
 
-    It is that of weights, gradients and moments, of a step's activations, of the teacher's head, and of the best values so far, which
-    rest in main memory where a GPU computes.
+    It is that of weights, gradients and moments, of a step's activations and masks, of the teacher's head, and of the best values so
+    far, which rest in main memory where a GPU computes.
     """
     sizes, parameters = target.config, target.parameters
     best = 0 if on_gpu else weight_bytes(train) * parameters
@@ -31,11 +32,17 @@ def heal_bytes(train: TrainConfig, target: "Target", block: int, on_gpu: bool) -
     passing = activation_bytes(
         train, train.micro_batch * block, sizes.num_hidden_layers, sizes.hidden_size, target.width
     )
+    passing += mask_bytes(sizes, masks, train.micro_batch, block, FP32, train.gradient_checkpointing)
     return standing_bytes(train, parameters, parameters) + best + head + passing
 
 
 def heal_choices(
-    config: BuildConfig, target: "Target", block: int, on_gpu: bool, processes: int = 1
+    config: BuildConfig,
+    target: "Target",
+    block: int,
+    on_gpu: bool,
+    processes: int = 1,
+    masks: MaskUse = NO_DOCUMENTS,
 ) -> list[tuple[TrainConfig, int]]:
     """Return the ways to make the heal's steps, each with the bytes it takes, the plain one first.
 
@@ -46,19 +53,28 @@ def heal_choices(
     ways = [changed(plain, changes) for changes in rungs(plain, block) if not changes.get("offload")]
     if processes > 1:
         ways = [way for way in ways if not way.step_in_backward]
-    return [(way, heal_bytes(way, target, block, on_gpu)) for way in ways]
+    return [(way, heal_bytes(way, target, block, on_gpu, masks)) for way in ways]
 
 
 def heal_settings(
-    config: BuildConfig, target: "Target", block: int, budget: int, on_gpu: bool, processes: int = 1
+    config: BuildConfig,
+    target: "Target",
+    block: int,
+    budget: int,
+    on_gpu: bool,
+    processes: int = 1,
+    masks: MaskUse = NO_DOCUMENTS,
 ) -> TrainConfig | None:
     """Return how the heal's steps are made: the first way that fits in `budget` bytes, None where none does."""
-    return next((way for way, need in heal_choices(config, target, block, on_gpu, processes) if need <= budget), None)
+    ways = heal_choices(config, target, block, on_gpu, processes, masks)
+    return next((way for way, need in ways if need <= budget), None)
 
 
-def least_heal_bytes(config: BuildConfig, target: "Target", block: int, on_gpu: bool) -> int:
+def least_heal_bytes(
+    config: BuildConfig, target: "Target", block: int, on_gpu: bool, masks: MaskUse = NO_DOCUMENTS
+) -> int:
     """Return the least memory that the heal can do with."""
-    return min(need for _, need in heal_choices(config, target, block, on_gpu))
+    return min(need for _, need in heal_choices(config, target, block, on_gpu, masks=masks))
 
 
 def heal_changes(train: TrainConfig) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from transformers import PreTrainedModel
 from moe2dense.common.counters import count_move
 from moe2dense.families.cards import StudentCard
 from moe2dense.modeling import internals
-from moe2dense.modeling.documents import close_masks
+from moe2dense.modeling.attention import mask_use, use_attention
+from moe2dense.modeling.documents import separated
+from moe2dense.modeling.mask_memory import MaskUse
 from moe2dense.modeling.products import count_pass, layer_products
 from moe2dense.student.footprint import rows_at_once
 
@@ -44,7 +46,11 @@ class LayerRunner:
         config = model.config.get_text_config()
         self.hidden_size = int(config.hidden_size)
         self.tokens_at_once = rows_at_once(int(getattr(config, card.width)))
-        self._arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        self._arguments: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+
+    def mask_use(self) -> MaskUse:
+        """Return how passes over the blocks make their masks."""
+        return mask_use(self.model, self.device, self.ids.shape[1], self.positions is not None)
 
     def chunks(self) -> list[slice]:
         """Return the rows of blocks that go through a layer at once."""
@@ -75,7 +81,14 @@ class LayerRunner:
     def arguments(self, index: int, rows: slice | Tensor) -> dict[str, Any]:
         """Return the keyword arguments of decoder layer `index` for these blocks, as the family's own forward makes them."""
         plain = self.mask is None and self.positions is None
-        key = (0, len(self.ids[rows])) if plain else (rows.start, rows.stop) if isinstance(rows, slice) else None
+        way = use_attention(self.model, self.device)
+        key = (
+            (way, 0, len(self.ids[rows]))
+            if plain
+            else (way, rows.start, rows.stop)
+            if isinstance(rows, slice)
+            else None
+        )
         if key is None:
             return self._record_arguments(rows)[index]
         if key not in self._arguments:
@@ -95,9 +108,9 @@ class LayerRunner:
             return hidden
 
         mask, positions = self._masks(rows)
-        internals.run_body(self.body, blank, mask, positions, record)
-        if positions is not None:
-            close_masks(by_layer, positions)
+        inputs = {} if positions is None else {"position_ids": positions}
+        apart = separated({**inputs, "attention_mask": mask}, self.model.config, self.dtype)
+        internals.run_body(self.body, blank, apart["attention_mask"], positions, record)
         return by_layer
 
     def call(self, index: int, hidden: Tensor, rows: slice | Tensor) -> Tensor:
