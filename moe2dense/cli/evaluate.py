@@ -83,7 +83,6 @@ def evaluate_checkpoint(
         raise UserError("--stack and --endpoint answer tasks; add --tasks")
 
     from moe2dense.cli.actions.evaluate import EvalRequest, run_evaluation
-    from moe2dense.modeling.attention import attention_setting
 
     request = EvalRequest(
         student=student,
@@ -97,5 +96,4 @@ def evaluate_checkpoint(
         samples=samples,
         stack=stack or "",
     )
-    with attention_setting(settings.attention):
-        run_evaluation(request, out, as_json=json)
+    run_evaluation(request, out, as_json=json)

@@ -98,7 +98,6 @@ def targets(
 
     from moe2dense.cli.actions.served_targets import run_served_targets
     from moe2dense.cli.actions.targets import TargetsRequest, run_targets
-    from moe2dense.modeling.attention import attention_setting
 
     request = TargetsRequest(
         teacher=teacher,
@@ -116,5 +115,4 @@ def targets(
     if settings.endpoint.url:
         run_served_targets(request, analyze=analyze)
     else:
-        with attention_setting(settings.attention):
-            run_targets(request, analyze=analyze, as_json=json)
+        run_targets(request, analyze=analyze, as_json=json)

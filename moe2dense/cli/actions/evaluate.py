@@ -30,6 +30,7 @@ from moe2dense.evaluation.tasks import check_tasks, score_tasks
 from moe2dense.evaluation.writers import ServedModel, reach_model
 from moe2dense.exporting.running import running
 from moe2dense.exporting.stacks import STACKS, flags_of, host_of, served_model
+from moe2dense.modeling.attention import attention_setting
 from moe2dense.reporting.assemble import split_rows
 from moe2dense.reporting.rating_sheet import write_sheet
 from moe2dense.reporting.score_tables import legend, print_scores
@@ -57,6 +58,12 @@ class EvalRequest:
 
 def run_evaluation(request: EvalRequest, out: Path | None, as_json: bool = False) -> None:
     """Measure, and print the tables; with `out`, write eval.json and the rating sheet there. Raises UserError for bad input."""
+    with attention_setting(request.settings.attention):
+        _evaluate(request, out, as_json)
+
+
+def _evaluate(request: EvalRequest, out: Path | None, as_json: bool) -> None:
+    """Measure, print and write with the attention that the process is set to."""
     settings, options = request.settings, request.settings.teacher
     allowed, baselines = settings.evaluate.allow_loss, settings.evaluate.baseline
     check_tasks(request.tasks)

@@ -20,6 +20,7 @@ from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_spec import teacher_features
+from moe2dense.modeling.attention import attention_setting
 from moe2dense.teacher.model import Teacher
 
 _WHOLE = ("hidden", "full")  # formats that hold the whole distribution
@@ -59,6 +60,12 @@ class TargetsRequest:
 def run_targets(request: TargetsRequest, analyze: bool = False, as_json: bool = False) -> None:
     """Write the store, and print what it holds or says. Raises UserError for bad input."""
     _check(request, analyze)
+    with attention_setting(request.settings.attention):
+        _store(request, analyze, as_json)
+
+
+def _store(request: TargetsRequest, analyze: bool, as_json: bool) -> None:
+    """Write the store, and print what it holds or says, once the request is known to make sense."""
     count, options, seed = parse_count(request.tokens, "--tokens"), request.settings.teacher, request.settings.seed
     console = Console(stderr=as_json)
     teacher = open_teacher(request.teacher, options)
