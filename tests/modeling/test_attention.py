@@ -240,6 +240,29 @@ def test_how_a_model_attends_is_chosen_by_setting_device_and_model(monkeypatch):
         pass
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_computing_activations_again_gives_the_same_gradients(checkpointing):
+    model = tiny().train()
+    ids, documents, real = packed()
+    inputs = model_inputs(Blocks(ids % 11, document_ids=documents))
+    want = values_and_gradients(model, "sdpa", inputs, real)
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    got = values_and_gradients(model, "flex", inputs, real)
+    torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=1e-5)
+    assert_same_gradients(got[1], want[1])
+
+
+def test_a_model_set_to_tiles_writes_the_same_text_and_saves_the_same_config():
+    model, ids = tiny().eval(), torch.tensor([[0, 0, 0, 3, 4, 5, 6], [3, 9, 8, 7, 6, 5, 4]])
+    options = {"attention_mask": (ids > 0).long(), "max_new_tokens": 5, "do_sample": False, "pad_token_id": 0}
+    written, saved = model.generate(ids, **options), model.config.to_json_string()
+    with attention_setting("flex"):
+        assert use_attention(model, CPU) == "moe2dense_flex"
+    assert (model.generate(ids, **options) == written).all()
+    assert model.config.to_json_string() == saved
+
+
 def test_kernels_that_do_not_compile_are_said_and_left_out(monkeypatch):
     def broken(*_args, **_options):
         raise RuntimeError("out of resource")
