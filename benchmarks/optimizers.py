@@ -24,15 +24,15 @@ from moe2dense.student.store import load_student
 from moe2dense.teacher.load import load_teacher
 
 WAYS = {
-    "AdamW, float32": {},
+    "AdamW, float32": {"optimizer": "adamw"},
     "AdamW 8 bits, float32": {"optimizer": "adamw-8bit"},
-    "AdamW, bfloat16": {"weights": "bfloat16"},
+    "AdamW, bfloat16": {"optimizer": "adamw", "weights": "bfloat16"},
     "AdamW 8 bits, bfloat16": {"optimizer": "adamw-8bit", "weights": "bfloat16"},
     "  in backward": {"optimizer": "adamw-8bit", "weights": "bfloat16", "step_in_backward": True},
     "Adafactor, bfloat16": {"optimizer": "adafactor", "weights": "bfloat16", "step_in_backward": True},
-    "offload, bfloat16": {"offload": True, "weights": "bfloat16", "step_in_backward": True},
+    "offload, bfloat16": {"optimizer": "adamw", "offload": True, "weights": "bfloat16", "step_in_backward": True},
     "Muon, float32": {"optimizer": "muon"},
-    "AdamW, cooldown 0.2": {"cooldown": 0.2},
+    "AdamW, cooldown 0.2": {"optimizer": "adamw", "cooldown": 0.2},
 }
 
 
