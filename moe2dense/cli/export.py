@@ -80,6 +80,14 @@ def export_checkpoint(
             example="0.05",
         ),
     ] = 0.1,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"],
+        argument(
+            "Where quantised weights are calibrated and judged; auto is the GPU where there is one and they fit.",
+            group="Text",
+            example="cpu",
+        ),
+    ] = "auto",
     tokens: Annotated[
         str | None,
         argument(
@@ -150,6 +158,7 @@ def export_checkpoint(
         tokenizer=tokenizer,
         data=data,
         max_kl=max_kl,
+        device=device,
         stack=stack or "",
         overwrite=overwrite,
     )

@@ -283,6 +283,7 @@ def export_model(job: Job, student: Student, report: Report, choice: Choice | No
             text=job.text.train[:64].input_ids if options.quantize else None,
             score=score_quantized if options.quantize else None,
             overwrite=True,
+            device=job.source.device,
         )
         if choice is not None and choice.gained:
             copy_heads(job.run.folder, folder)

@@ -5,9 +5,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from moe2dense.common.devices import moved_to, pick_device
 from moe2dense.common.files import whole_folder
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf
@@ -69,6 +71,7 @@ def export(
     max_kl: float = 0.1,
     card: StudentCard | None = None,
     overwrite: bool = False,
+    device: str | torch.device = "auto",
 ) -> Exported:
     """Write a student (a Student or a transformers causal LM) to the new folder `out`, and check what was written.
 
@@ -78,7 +81,8 @@ def export(
     (first half) and judge it (second half), and are refused above max_kl nats per token between student and quantised student; q8_0
     or a k-quant of llama.cpp's own tool (gguf), with an importance matrix of `words` where given.
     score: judges a model for the card's table, e.g. lambda m: evaluate(m, teacher, held_out).to_dict(); called for a
-    quantised model, whose row joins the card. overwrite: replace `out`, in one rename.
+    quantised model, whose row joins the card. overwrite: replace `out`, in one rename. device: where quantised weights are calibrated
+    and judged, if the models fit there; `auto` is CUDA where there is one.
 
     Raises UserError for bad arguments, a place that cannot be written, a host the format does not know or too much lost in
     quantisation; VerificationError (a UserError) naming the tensor when the files are not the student. `out` then does
@@ -89,7 +93,7 @@ def export(
     _check_wrapper(model, host)
     source = tokenizer if tokenizer is not None else _teacher_folder(student)
     notes = _inherit(cards.check_info(info), student, source)
-    out = Path(out)
+    out, where = Path(out), pick_device(str(device))
     with whole_folder(out, overwrite) as partial:
         if format == "gguf":
             record = write_gguf(
@@ -104,10 +108,12 @@ def export(
             )
         elif quantize:
             record = quantizer.write_quantized(
-                model, partial, source, bits=quantize, text=text, max_kl=max_kl, shard_size=shard_size
+                model, partial, source, bits=quantize, text=text, max_kl=max_kl, shard_size=shard_size, device=where
             )
             if score is not None:
-                row = {"name": f"student, {quantize}", "scores": score(quantizer.load_quantized(partial, model.device))}
+                judged = quantizer.load_quantized(partial)
+                with moved_to(judged, where):
+                    row = {"name": f"student, {quantize}", "scores": score(judged)}
                 notes["rows"] = [*notes.get("rows", []), row]
         else:
             hf.write_model(model, partial, source, dtype, shard_size)

@@ -24,6 +24,10 @@ class Rounded:
         group = self.codes.shape[1] // self.scale.shape[1]
         return self.codes.float() * self.scale.float().repeat_interleave(group, 1)
 
+    def moved(self, device: torch.device) -> "Rounded":
+        """Return the same on a device."""
+        return Rounded(self.codes.to(device), self.scale.to(device))
+
 
 def search_scales(weight: Tensor, energy: Tensor, bits: int, group: int, dtype: torch.dtype, steps: int = 20) -> Tensor:
     """Return scales [O, G], representable in `dtype`: of `steps` clippings from none to 60%, those of least weighted error.

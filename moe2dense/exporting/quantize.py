@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import CompressedTensorsConfig, PreTrainedModel
 
+from moe2dense.common.devices import CPU, moved_to
 from moe2dense.errors import UserError
 from moe2dense.exporting import hf, verify
 from moe2dense.exporting.gptq import Rounded, round_weight
@@ -46,11 +47,13 @@ def write_quantized(
     text: Tensor | None,
     max_kl: float = 0.1,
     shard_size: str | int = "5GB",
+    device: torch.device = CPU,
 ) -> dict[str, Any]:
     """Write `model` with its decoder layers' linear weights in `bits` (int8 or int4) and the rest in bf16, and judge it.
 
-    text [N, S] token ids: the first half calibrates (GPTQ), the second judges. Return what was checked and the KL from
-    the student to the quantised student. Raises UserError without text or when that KL exceeds `max_kl`.
+    text [N, S] token ids: the first half calibrates (GPTQ), the second judges; both are computed on `device` where the models fit
+    there. Return what was checked and the KL from the student to the quantised student. Raises UserError without text or when
+    that KL exceeds `max_kl`.
     """
     package()
     if text is None or len(text) < 2:
@@ -59,13 +62,17 @@ def write_quantized(
     check_layers(model)
     layers = linear_layers(model)
     group = group_size(layers)
-    rounded = dict(quantized_layers(model, layers, text[:half], BITS[bits], group))
+    with moved_to(model, device):
+        rounded = {
+            name: layer.moved(CPU) for name, layer in quantized_layers(model, layers, text[:half], BITS[bits], group)
+        }
     hf.write_model(model, folder, source, "bfloat16", shard_size, packed_state(model, rounded, BITS[bits]))
     hf.edit_json(folder / "config.json", quantization_config=settings(layers, model, BITS[bits], group))
     check_bytes(folder, bits)
-    loaded = load_quantized(folder, model.device)
+    loaded = load_quantized(folder)
     compare_quantized(loaded, model, rounded)
-    kl = divergence(model, loaded, text[half:])
+    with moved_to(model, device), moved_to(loaded, device):
+        kl = divergence(model, loaded, text[half:])
     if not kl <= max_kl:
         raise UserError(
             f"quantize: {bits} moves the student by {kl:.3g} nats per token, more than max_kl = {max_kl:g}; "
@@ -213,22 +220,25 @@ def compare_quantized(loaded: PreTrainedModel, student: PreTrainedModel, rounded
             )
 
 
-def load_quantized(folder: Path, device: torch.device | str = "cpu") -> PreTrainedModel:
+def load_quantized(folder: Path) -> PreTrainedModel:
     """Load a quantised checkpoint with transformers, its weights unpacked to fp32."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You passed `quantization_config`")  # only to unpack it
         options = CompressedTensorsConfig(dequantize=True)
         model = load_model(folder, quantization_config=options, local_files_only=True)
-    return model.eval().to(device)  # type: ignore[arg-type]
+    return model.eval()
 
 
 @torch.no_grad()
 def divergence(student: PreTrainedModel, other: PreTrainedModel, text: Tensor) -> float:
-    """Return the mean KL(student || other) over the tokens of text [N, S], nats per token; one block at a time, fp32."""
+    """Return the mean KL(student || other) over the tokens of text [N, S], nats per token; one block at a time, fp32.
+
+    Each model computes on its own device.
+    """
     total = 0.0
     with evaluation_mode(student):
-        for ids in text.to(student.device).split(1):
-            p = student(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
-            q = other(input_ids=ids, use_cache=False).logits.float().log_softmax(-1)
+        for ids in text.split(1):
+            p = student(input_ids=ids.to(student.device), use_cache=False).logits.float().log_softmax(-1)
+            q = other(input_ids=ids.to(other.device), use_cache=False).logits.float().log_softmax(-1).to(p.device)
             total += (p.exp() * (p - q)).sum().item()
     return max(total / text.numel(), 0.0)

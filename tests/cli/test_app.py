@@ -26,7 +26,7 @@ FLAGS = {
     " same-script seed teacher-card temperature tokens top-p",
     "eval": "attention allow-loss baseline block chat-template data device endpoint endpoint-model gpu-memory json judge limit memory out samples seed split stack tasks teacher teacher-card tokens",
     "report": "json",
-    "export": "data dtype format k max-kl out overwrite public push-to-hub quantize seed shard-size stack tokenizer tokens yes",
+    "export": "data device dtype format k max-kl out overwrite public push-to-hub quantize seed shard-size stack tokenizer tokens yes",
     "serve": "dry-run port stack",
     "chat": "device gpu-memory memory seed teacher teacher-card temperature tokens top-p",
     "doctor": "json",

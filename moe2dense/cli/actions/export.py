@@ -35,6 +35,7 @@ def run_export(
     tokenizer: str | None,
     data: str | None,
     max_kl: float,
+    device: str,
     overwrite: bool,
     stack: str = "",
 ) -> Path:
@@ -63,6 +64,7 @@ def run_export(
         words=_words(data, source) if data and quantize in K_QUANTS else "",
         max_kl=max_kl,
         overwrite=overwrite,
+        device=device,
     )
     console = Console()
     console.print(f"{exported.path}: {show_bytes(exported.bytes)} in {len(exported.files)} files")
