@@ -4,6 +4,7 @@ import sys
 from pathlib import Path
 from typing import Annotated, Literal
 
+from moe2dense.common.object_store import is_url
 from moe2dense.config.flags import argument
 from moe2dense.errors import UserError
 
@@ -19,7 +20,10 @@ def export_checkpoint(
     ],
     /,
     *,
-    out: Annotated[Path, argument("New folder.", example="out/gguf")],
+    out: Annotated[
+        str | Path,
+        argument("New folder, or a URL of an object store that is empty there.", example="s3://bucket/model"),
+    ],
     overwrite: Annotated[bool, argument("Replace --out.")] = False,
     format: Annotated[
         Literal["hf", "gguf", "distillkit"],
@@ -128,6 +132,8 @@ def export_checkpoint(
     """
     if push_to_hub and not yes and not sys.stdin.isatty():
         raise UserError("--push-to-hub asks before it uploads, and there is no terminal to ask on; add --yes")
+    if push_to_hub and is_url(out):
+        raise UserError(f"--push-to-hub uploads a folder of this machine; found --out {out}")
     if quantize in ("int8", "int4") and data is None:
         raise UserError(f"--quantize {quantize} needs --data, the text that calibrates and judges it")
 
@@ -138,17 +144,19 @@ def export_checkpoint(
             )
         if quantize or push_to_hub:
             raise UserError("--format distillkit writes targets, not a model; leave out --quantize and --push-to-hub")
+        if is_url(out):
+            raise UserError(f"--format distillkit writes to a folder of this machine; found --out {out}")
 
         from moe2dense.cli.actions.export_targets import run_export_targets
 
         run_export_targets(
-            what, out, data=data, tokenizer=tokenizer, tokens=tokens, seed=seed, k=k, overwrite=overwrite
+            what, Path(out), data=data, tokenizer=tokenizer, tokens=tokens, seed=seed, k=k, overwrite=overwrite
         )
         return
 
     from moe2dense.cli.actions.export import push, run_export
 
-    folder = run_export(
+    run_export(
         what,
         out,
         format=format,
@@ -163,4 +171,4 @@ def export_checkpoint(
         overwrite=overwrite,
     )
     if push_to_hub:
-        push(folder, push_to_hub, public, yes)
+        push(Path(out), push_to_hub, public, yes)

@@ -18,6 +18,11 @@ WAIT = 2.0  # seconds before the second try, and twice as long before each furth
 T = TypeVar("T")
 
 
+def is_url(place: str | Path) -> bool:
+    """Return whether a place is a URL such as s3://bucket/text or https://host/train.jsonl."""
+    return isinstance(place, str) and "://" in place
+
+
 @contextlib.contextmanager
 def _store_errors(what: str) -> Iterator[None]:
     """Turn whatever a file system raises into one UserError. what: the option and the URL, such as `--mirror s3://bucket/run`."""
@@ -43,7 +48,7 @@ class ObjectStore:
     def __init__(self, url: str, option: str):
         """Open a URL. option: the flag that named it, for errors. Raises UserError for a protocol that cannot be used."""
         self.url, self.what = url, f"{option} {url}"
-        if "://" not in url:
+        if not is_url(url):
             raise UserError(f"{self.what} is no URL; give one such as s3://bucket/run or file:///disk/run")
         with _store_errors(self.what):
             self._files, root = fsspec.core.url_to_fs(url)
@@ -72,9 +77,27 @@ class ObjectStore:
 
         self._try(copy)
 
+    def put_whole(self, local: Path, name: str) -> None:
+        """Copy a local file there; no reader sees a part of it under its name."""
+        self._whole(name, lambda place: self.put(local, place))
+
     def write(self, name: str, data: bytes) -> None:
         """Write a small file in one request."""
         self._try(lambda: self._write(name, data))
+
+    def write_whole(self, name: str, data: bytes) -> None:
+        """Write a file from memory; no reader sees a part of it under its name, and of one that is replaced the old or the new."""
+        self._whole(name, lambda place: self.write(place, data))
+
+    def _whole(self, name: str, write: Callable[[str], None]) -> None:
+        """Have a file written. Object stores show it once all is there; other file systems rename it then."""
+        if self._files.async_impl:
+            write(name)
+            return
+        folder, _, file = name.rpartition("/")
+        partial = f"{folder}/.{file}.partial" if folder else f".{file}.partial"
+        write(partial)
+        self._try(lambda: self._files.mv(self._path(partial), self._path(name)))
 
     def get(self, name: str, local: Path) -> None:
         """Copy a file from there. A file that is not there is tried once."""
@@ -84,6 +107,29 @@ class ObjectStore:
     def read(self, name: str) -> bytes:
         """Return the content of a small file."""
         return self._try(lambda: self._files.cat_file(self._path(name)))
+
+    def read_part(self, name: str, start: int, stop: int) -> bytes:
+        """Return the bytes [start, stop) of a file."""
+
+        def part() -> bytes:
+            data: bytes = self._files.cat_file(self._path(name), start=start, end=stop)
+            if len(data) != stop - start:
+                raise OSError(f"{len(data)} of the bytes {start} to {stop} of {name} arrived")
+            return data
+
+        return self._try(part)
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of a file as the store has it now, None where there is none."""
+
+        def size() -> int | None:
+            self._files.invalidate_cache()
+            try:
+                return int(self._files.size(self._path(name)))
+            except FileNotFoundError:
+                return None
+
+        return self._try(size)
 
     def names(self, folder: str = "") -> list[str]:
         """Return the names of the files that lie directly in a folder; [] where there is no such folder."""

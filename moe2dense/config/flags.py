@@ -4,9 +4,11 @@ A command is a typed function whose annotations say which option a flag sets:
 `tokens: Annotated[str | None, flag("train.tokens")] = None`. Flags that set no option carry their help themselves.
 """
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from cyclopts import Group, Parameter
@@ -36,10 +38,16 @@ def _flag(option: Option, key: str, heading: str, **settings: Any) -> Flag:
     """A flag whose help page shows the description: help, then unit and example on a line of their own."""
     details = "; ".join(part for part in (option.unit, f"e.g. {option.example}" if option.example else "") if part)
     help = f"{option.help}\n({details})" if details else option.help
-    flag = Flag(help=help, group=GROUPS[heading], **settings)
+    flag = Flag(help=help, group=GROUPS[heading], validator=_refuse_url, **settings)
     for name, value in (("key", key), ("option", option), ("heading", heading)):
         object.__setattr__(flag, name, value)  # cyclopts' parameters are frozen
     return flag
+
+
+def _refuse_url(_: object, value: object) -> None:
+    """Refuse a URL where only a path of this machine is understood: `Path("s3://a/b")` would be the folder `s3:/a/b`."""
+    if isinstance(value, Path) and re.match("[A-Za-z][A-Za-z0-9+.-]+:/", str(value)):
+        raise ValueError("It is a URL; give a path of this machine.")
 
 
 def argument(

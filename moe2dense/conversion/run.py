@@ -16,6 +16,7 @@ from filelock import BaseFileLock, FileLock, Timeout
 
 from moe2dense.common.costs import Cost
 from moe2dense.common.files import atomic_write, content_errors, read_json_object
+from moe2dense.common.object_store import is_url
 from moe2dense.common.processes import from_first
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import differences, read_config, write_config
@@ -126,6 +127,10 @@ def check_out(folder: str | Path, resume: bool = False) -> None:
     Raises UserError: the folder exists and is not empty (naming both remedies), it cannot be created or written, or there is nothing
     to resume.
     """
+    if is_url(folder):
+        raise UserError(
+            f"--out {folder} is a URL, and a run needs a folder of this machine; add --mirror {folder} to copy that to an object store"
+        )
     folder = Path(folder)
     exists = folder.exists() and (not folder.is_dir() or any(not _left_over(p) for p in folder.iterdir()))
     if exists and not resume:

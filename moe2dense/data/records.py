@@ -13,12 +13,13 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from moe2dense.common.object_store import is_url
 from moe2dense.data.counts import TextCounts, Unusable
 from moe2dense.data.fields import passage_of, split_key
 from moe2dense.data.files import FORMATS, SPLIT_NAMES, file_format, split_files
 from moe2dense.data.hub import hub_records, hub_revision
 from moe2dense.data.readers import read_records
-from moe2dense.data.remote import is_url, remote_files, remote_is_file
+from moe2dense.data.remote import remote_files, remote_is_file
 from moe2dense.errors import UserError
 
 _HUB_ID = re.compile(r"^[\w.-]+(/[\w.-]+)?(:[\w.-]+)?$")

@@ -16,11 +16,6 @@ from moe2dense.errors import UserError, first_line
 _VERSION = ".version"  # beside a copy: what told the remote file's version when it was copied
 
 
-def is_url(path: str | Path) -> bool:
-    """Return whether a source is a URL such as s3://bucket/text or https://host/train.jsonl."""
-    return isinstance(path, str) and "://" in path
-
-
 def cache_folder() -> Path:
     """Return where tokenised and copied texts lie: $MOE2DENSE_CACHE, else moe2dense/ in $XDG_CACHE_HOME or ~/.cache."""
     own = os.environ.get("MOE2DENSE_CACHE")
