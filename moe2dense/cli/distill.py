@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from moe2dense.cli.actions.distill_request import DistillRequest
+from moe2dense.common.object_store import is_url
 from moe2dense.common.units import parse_count
 from moe2dense.config.flags import argument, flag, given_options
 from moe2dense.config.schedules import with_temperature
@@ -42,11 +43,11 @@ def distill_checkpoint(
         argument("The teacher: folder of a checkpoint, hub id, or a known name.", example="mixtral", default="none"),
     ] = None,
     targets: Annotated[
-        Path | None,
+        str | Path | None,
         argument(
-            "Folder of stored targets, or of log-probabilities that DistillKit captured, in the teacher's place; a twentieth of them is "
-            "held out.",
-            example="out/targets",
+            "Folder or URL of stored targets, or folder of log-probabilities that DistillKit captured, in the teacher's place; a twentieth "
+            "of them is held out.",
+            example="s3://bucket/targets",
         ),
     ] = None,
     completions: Annotated[
@@ -106,8 +107,10 @@ def distill_checkpoint(
     first = int(os.environ.get("RANK", 0)) == 0  # the others may come when it has begun to write
     if first and out.exists() and any(out.iterdir()) and not resume:
         raise UserError(f"--out {out} exists; continue it with --resume, or choose another --out")
-    if targets_disk is not None and teacher is None:
-        raise UserError("--targets-disk is for a teacher that answers while the student trains; it needs --teacher")
+    if targets_disk is not None and teacher is None and not (targets is not None and is_url(targets)):
+        raise UserError(
+            "--targets-disk is for a teacher that answers while the student trains, or for --targets at a URL; give --teacher, or leave it out"
+        )
     count = parse_count(tokens, "--tokens") if tokens else None
     request = DistillRequest(
         student=student,

@@ -25,10 +25,10 @@ def targets(
         argument("Text: a folder with train/valid/test files, one file, or a hub id.", example="my-text.jsonl"),
     ],
     out: Annotated[
-        Path | None,
+        str | Path | None,
         argument(
-            "Folder of the store; an unfinished one is continued.",
-            example="out/targets",
+            "Folder of the store, or a URL of an object store, to which each shard is written as it is made; an unfinished one is continued.",
+            example="s3://bucket/targets",
             default="none: needed, but with --analyze",
         ),
     ] = None,

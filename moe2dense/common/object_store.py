@@ -7,12 +7,15 @@ from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
 import fsspec
+from filelock import FileLock
 from fsspec.implementations.local import LocalFileSystem
 
+from moe2dense.common.files import atomic_write, whole_file
 from moe2dense.common.http import RequestFailed, with_retries
 from moe2dense.errors import UserError, first_line
 
 TRIES = 4  # of one request to a store
+_VERSION = ".version"  # beside a copy: what told the remote file's version when it was copied
 WAIT = 2.0  # seconds before the second try, and twice as long before each further one
 
 T = TypeVar("T")
@@ -40,6 +43,19 @@ def _store_errors(what: str) -> Iterator[None]:
         raise UserError(
             f"{what} cannot be used ({reason}); check the URL, your credentials and your access to it"
         ) from error
+
+
+def local_copy(files: fsspec.AbstractFileSystem, name: str, folder: Path) -> Path:
+    """Return the copy of one remote file in `folder`, made where it is not there as the store has it."""
+    copy = folder / PurePosixPath(name).name
+    version, note = str(files.ukey(name)), folder / f"{copy.name}{_VERSION}"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / f"{copy.name}.lock"):
+        if not (copy.is_file() and note.is_file() and note.read_text() == version):
+            with whole_file(copy) as temporary:
+                files.get_file(name, str(temporary))
+            atomic_write(note, version)
+    return copy
 
 
 class ObjectStore:
@@ -103,6 +119,10 @@ class ObjectStore:
         """Copy a file from there. A file that is not there is tried once."""
         local.parent.mkdir(parents=True, exist_ok=True)
         self._try(lambda: self._files.get_file(self._path(name), str(local)))
+
+    def copy_of(self, name: str, folder: Path) -> Path:
+        """Return the local copy of a file, in `folder`: made where there is none, or the store says that the file has changed."""
+        return self._try(lambda: local_copy(self._files, self._path(name), folder))
 
     def read(self, name: str) -> bytes:
         """Return the content of a small file."""
@@ -173,7 +193,7 @@ class ObjectStore:
         def ask() -> T:
             try:
                 return work()
-            except (FileNotFoundError, PermissionError, ImportError):
+            except (FileNotFoundError, PermissionError, ImportError, UserError):
                 raise  # waiting would not help
             except Exception as error:  # each file system has its own
                 raise RequestFailed(f"{type(error).__name__}: {first_line(error)}") from error

@@ -70,14 +70,16 @@ class TrainConfig:
     )
     targets: str = option(
         "",
-        help="Folder of targets stored by `moe2dense targets`, or of log-probabilities that DistillKit captured, which are their own text.",
+        help="Folder or URL of targets stored by `moe2dense targets`, or folder of log-probabilities that DistillKit captured, which are "
+        "their own text.",
         example="targets/",
         shown="computed by the run",
     )
     targets_disk: str = option(
         "",
         help="The most disk that the teacher's targets take. Where the text's take more, the teacher answers a part of it, the "
-        "student trains on that, and it is dropped. 0 stores none: a teacher in memory answers while the student trains.",
+        "student trains on that, and it is dropped. 0 stores none: a teacher in memory answers while the student trains. Of targets at a "
+        "URL: the most that is copied here, the others are read there each time.",
         unit="bytes",
         example="200GB",
         shown="as much as the text takes",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from moe2dense.common.http import check_url
+from moe2dense.common.object_store import is_url
 from moe2dense.common.units import parse_bytes, parse_memory
 from moe2dense.config.schema import RunConfig
 from moe2dense.conversion.configure import texts_of_folder
@@ -24,6 +25,7 @@ from moe2dense.distillation.checks import check_training
 from moe2dense.distillation.regimes.checks import brings_targets, check_regime_settings
 from moe2dense.distillation.regimes.registry import writes_text
 from moe2dense.distillation.select_blocks import parse_selection
+from moe2dense.distillation.targets.store import read_manifest
 from moe2dense.errors import UserError, first_line, nearest
 from moe2dense.evaluation.baselines import check_baselines
 from moe2dense.evaluation.judge import check_judge
@@ -121,6 +123,8 @@ def check_targets_disk(settings: RunConfig) -> None:
     if not train.targets_disk:
         return
     parse_bytes(train.targets_disk, "--targets-disk")
+    if is_url(train.targets):
+        return
     for name, value, whole in (
         ("--targets", train.targets, bool(train.targets)),
         ("--endpoint", settings.endpoint.url, bool(settings.endpoint.url)),
@@ -167,10 +171,12 @@ def check_architecture(settings: RunConfig, target: Target) -> None:
 
 
 def check_places(settings: RunConfig, resume: bool) -> None:
-    """Refuse a device that is not there and a run folder or mirror that cannot be used. Raises UserError."""
+    """Refuse a device that is not there and a run folder, a mirror or a URL of targets that cannot be used. Raises UserError."""
     check_device(settings.teacher.device)
     check_out(settings.out, resume)
     check_mirror(settings, resume)
+    if is_url(settings.train.targets):
+        read_manifest(settings.train.targets)
 
 
 def check_text(settings: RunConfig, teacher: ResolvedTeacher, block: int) -> None:

@@ -216,7 +216,7 @@ def answers_of(sizes: Sizes) -> Answers:
     fixed = store_bytes_besides(options, int(sizes.table))
     whole = Answers(sizes.blocks, sizes.parts(sizes.blocks), 1, fixed + each * sizes.blocks)
     limit = sizes.config.train.targets_disk
-    if not limit or whole.disk <= (room := parse_bytes(limit, "--targets-disk")):
+    if not limit or sizes.config.train.targets or whole.disk <= (room := parse_bytes(limit, "--targets-disk")):
         return whole
     length = steps_of_training(sizes)
     steps = window_steps(room, fixed, each, length.per_step)

@@ -26,7 +26,7 @@ from moe2dense.distillation.targets.protocols import Targets
 from moe2dense.distillation.targets.rolling import Order, RollingTargets, rolling_targets
 from moe2dense.distillation.targets.served.server import TeacherServer, connect
 from moe2dense.distillation.targets.served.write import write_served_targets
-from moe2dense.distillation.targets.store import MANIFEST, open_targets
+from moe2dense.distillation.targets.store import MANIFEST, open_targets, targets_room
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.losses.feature_spec import teacher_features
 from moe2dense.modeling.hooks import feature_name
@@ -215,7 +215,8 @@ def training_targets(job: Job) -> Targets | None:
     if not _reads_targets(job.settings):
         return None
     if settings.targets:
-        return open_any_targets(settings.targets, job.text.train, teacher=training_teacher(job, targets=True))
+        teacher = training_teacher(job, targets=True)
+        return open_any_targets(settings.targets, job.text.train, teacher=teacher, room=targets_room(settings))
     if settings.targets_disk and (rolling := _rolling(job)) is not None:
         return rolling
     draws = 1 if job.intermediate_teacher is not None else max(1, job.settings.teacher.draws)
@@ -230,7 +231,7 @@ def training_targets(job: Job) -> Targets | None:
 
 def check_targets_disk(job: Job) -> None:
     """Raise UserError where --targets-disk has no room for one step's targets, before anything is computed."""
-    if job.settings.train.targets_disk and _reads_targets(job.settings):
+    if job.settings.train.targets_disk and not job.settings.train.targets and _reads_targets(job.settings):
         _rolling(job)
 
 

@@ -7,13 +7,10 @@ from pathlib import Path, PurePosixPath
 
 import fsspec
 import xxhash
-from filelock import FileLock
 
-from moe2dense.common.files import atomic_write, whole_file
+from moe2dense.common.object_store import local_copy
 from moe2dense.data.files import file_format, split_pattern
 from moe2dense.errors import UserError, first_line
-
-_VERSION = ".version"  # beside a copy: what told the remote file's version when it was copied
 
 
 def cache_folder() -> Path:
@@ -68,23 +65,10 @@ def remote_files(url: str, split: str) -> list[Path]:
         else:
             raise UserError(f"data {url} does not exist")
         folder = cache_folder() / "remote" / xxhash.xxh3_128_hexdigest(url.encode())
-        return [_copied(files, name, folder) for name in sorted(names)]
+        return [local_copy(files, name, folder) for name in sorted(names)]
 
 
 def _listed(files: fsspec.AbstractFileSystem, folder: str) -> list[str]:
     """Return the data files of a remote folder."""
     names = [entry["name"] for entry in files.ls(folder, detail=True) if entry["type"] == "file"]
     return sorted(n for n in names if file_format(Path(PurePosixPath(n).name)))
-
-
-def _copied(files: fsspec.AbstractFileSystem, name: str, folder: Path) -> Path:
-    """Return the local copy of one remote file, made where it is not there as the store has it."""
-    copy = folder / PurePosixPath(name).name
-    version, note = str(files.ukey(name)), folder / f"{copy.name}{_VERSION}"
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / f"{copy.name}.lock"):
-        if not (copy.is_file() and note.is_file() and note.read_text() == version):
-            with whole_file(copy) as temporary:
-                files.get_file(name, str(temporary))
-            atomic_write(note, version)
-    return copy

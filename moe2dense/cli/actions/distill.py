@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from moe2dense.cli.actions.distill_request import DistillRequest
 from moe2dense.cli.actions.distill_sources import Material, Setting, gather
 from moe2dense.common.devices import moved_to, pick_device
+from moe2dense.common.object_store import is_url
 from moe2dense.common.processes import from_first, join_processes, world
 from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
@@ -22,6 +23,7 @@ from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.regimes.make import make_regime
 from moe2dense.distillation.regimes.mtp import copy_heads, keep_heads_of
 from moe2dense.distillation.regimes.registry import REGIMES
+from moe2dense.distillation.targets.store import read_manifest
 from moe2dense.distillation.trainer import TrainResult
 from moe2dense.errors import UserError
 from moe2dense.evaluation.likelihood import answer_nll
@@ -43,6 +45,8 @@ def run_distillation(request: DistillRequest) -> None:
 
 def _run(request: DistillRequest, console: Console) -> None:
     """Train with whatever other processes have joined."""
+    if request.targets is not None and is_url(request.targets):
+        read_manifest(request.targets)  # before anything is loaded
     student = open_student(request.student)
     tokenizer = student.teacher_path or str(student_folder(request.student))
     device = pick_device(request.settings.teacher.device)

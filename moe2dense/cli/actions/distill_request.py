@@ -18,7 +18,7 @@ class DistillRequest:
     settings: RunConfig
     # Exactly one of these is given.
     teacher: str | None = None
-    targets: Path | None = None
+    targets: str | Path | None = None  # a folder or a URL
     completions: Path | None = None
     endpoint: str | None = None
     cross_tokenizer: CrossTokenizer = "text"

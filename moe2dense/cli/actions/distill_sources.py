@@ -29,7 +29,7 @@ from moe2dense.distillation.targets.protocols import Targets
 from moe2dense.distillation.targets.rolling import Order, RollingTargets, rolling_targets
 from moe2dense.distillation.targets.served.server import TeacherServer
 from moe2dense.distillation.targets.served.write import write_served_targets
-from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.store import open_targets, targets_room
 from moe2dense.errors import UserError
 from moe2dense.evaluation.reference import Reference, reference
 from moe2dense.exporting.tokenizer import load_tokenizer
@@ -93,7 +93,7 @@ def gather(setting: Setting) -> Material:
     if request.endpoint is not None and not request.settings.endpoint.k:
         return _from_endpoint(setting)
     if request.targets is not None and is_captured(request.targets):
-        return _from_captured(setting, request.targets)
+        return _from_captured(setting, Path(request.targets))
     if not request.settings.data.path:
         raise UserError("--data is missing: the text that the targets were stored for")
     counts = TextCounts()
@@ -153,15 +153,15 @@ def _from_endpoint(setting: Setting) -> Material:
     return Material(data, _hard_labels(settings.train), answers=answers)
 
 
-def _from_store(setting: Setting, train: Blocks, folder: Path) -> Material:
+def _from_store(setting: Setting, train: Blocks, folder: str | Path) -> Material:
     """Blocks with the teacher's stored targets; a part of them is held out."""
     config, tokenizer = setting.request.settings.train, setting.tokenizer()
-    count = _not_held_out(train)
-    targets = open_targets(folder, train[:count], tokenizer=tokenizer)
+    count, room = _not_held_out(train), targets_room(config)
+    targets = open_targets(folder, train[:count], tokenizer=tokenizer, room=room)
     if count == len(train):
         return Material(train, config, targets=targets)
     valid = train[count:]
-    valid_targets = open_targets(folder, valid, verify=False)
+    valid_targets = open_targets(folder, valid, verify=False, room=room)
     return Material(train[:count], config, targets=targets, valid=valid, valid_targets=valid_targets)
 
 

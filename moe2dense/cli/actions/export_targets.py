@@ -18,7 +18,7 @@ def run_export_targets(
     store: str, out: Path, *, data: str, tokenizer: str, tokens: str | None, seed: int, k: int, overwrite: bool
 ) -> None:
     """Write the targets in `store` to `out` and print how they are packed. Raises UserError for bad input."""
-    block = read_manifest(Path(store))["block"]
+    block = read_manifest(store)["block"]
     source = load_tokenizer(tokenizer)
     count = parse_count(tokens, "--tokens") if tokens else None
     blocks = load_blocks(data, source, block, "train", count, seed, options=text_options_for(tokenizer, DataConfig()))

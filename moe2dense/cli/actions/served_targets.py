@@ -7,6 +7,7 @@ from transformers import PreTrainedTokenizerBase
 
 from moe2dense.cli.actions.common import print_skipped
 from moe2dense.cli.actions.targets import TargetsRequest, print_store
+from moe2dense.common.object_store import is_url
 from moe2dense.common.processes import launched
 from moe2dense.common.progress import progress_for
 from moe2dense.common.units import parse_count
@@ -50,6 +51,10 @@ def _check(request: TargetsRequest, analyze: bool) -> Path:
     """Return --out. Raises UserError for what no server gives."""
     if request.out is None:
         raise UserError("--out is missing: the folder of the store")
+    if is_url(request.out):
+        raise UserError(
+            f"--endpoint keeps each answer in --out as it comes, which must be a folder of this machine; found {request.out}"
+        )
     if analyze or request.features or request.token_weights:
         flag = "--analyze" if analyze else "--features" if request.features else "--token-weights"
         raise UserError(f"{flag} needs the teacher itself; a server gives the likeliest tokens alone: leave it out")
@@ -62,7 +67,7 @@ def _check(request: TargetsRequest, analyze: bool) -> Path:
         )
     if launched()[1] > 1:
         raise UserError("--endpoint runs in one process; --endpoint-parallel says how many requests are under way")
-    return request.out
+    return Path(request.out)
 
 
 def _text(request: TargetsRequest, tokenizer: PreTrainedTokenizerBase, source: str, server: TeacherServer) -> Blocks:

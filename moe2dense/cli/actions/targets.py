@@ -1,6 +1,5 @@
 """Store a teacher's targets, and look at them, as `moe2dense targets` asks."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe2dense.cli.actions.common import open_teacher, read_text
+from moe2dense.common.object_store import is_url
 from moe2dense.common.processes import launched
 from moe2dense.common.progress import Report, progress_for
 from moe2dense.common.units import parse_count, show_bytes
@@ -16,7 +16,8 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.targets.analyze import analyze_targets
 from moe2dense.distillation.targets.memory import hidden_targets
-from moe2dense.distillation.targets.store import open_targets
+from moe2dense.distillation.targets.places import place_of
+from moe2dense.distillation.targets.store import HEAD, KEYS, open_targets, read_manifest, stored_blocks
 from moe2dense.distillation.targets.write import write_targets
 from moe2dense.errors import UserError
 from moe2dense.losses.feature_spec import teacher_features
@@ -46,7 +47,7 @@ class TargetsRequest:
 
     teacher: str
     data: str
-    out: Path | None
+    out: str | Path | None
     tokens: str
     settings: RunConfig
     format: str = "hidden"
@@ -60,6 +61,8 @@ class TargetsRequest:
 def run_targets(request: TargetsRequest, analyze: bool = False, as_json: bool = False) -> None:
     """Write the store, and print what it holds or says. Raises UserError for bad input."""
     _check(request, analyze)
+    if request.out is not None and is_url(request.out):
+        place_of(request.out).begin()  # before the teacher is read
     with attention_setting(request.settings.attention):
         _store(request, analyze, as_json)
 
@@ -109,11 +112,11 @@ def _check(request: TargetsRequest, analyze: bool) -> None:
         raise UserError("--analyze runs in one process; write the store first, then run it again without torchrun")
 
 
-def print_store(out: Path, format: str, console: Console) -> None:
+def print_store(out: str | Path, format: str, console: Console) -> None:
     """Print what lies in the store now."""
-    manifest = json.loads((out / "store.json").read_text())
-    size = sum(p.stat().st_size for p in out.glob("*") if p.is_file())
-    stored = sum(s["to"] - s["from"] for s in manifest["shards"])
+    place, manifest = place_of(out), read_manifest(out)
+    size = place.stored_bytes([KEYS, *([HEAD] if place.has(HEAD) else []), *(s["file"] for s in manifest["shards"])])
+    stored = stored_blocks(manifest)
     if stored < manifest["blocks"]:
         console.print(f"{out}: {stored} of {manifest['blocks']} blocks are written; other processes are at it")
         return
@@ -123,7 +126,7 @@ def print_store(out: Path, format: str, console: Console) -> None:
     )
 
 
-def _analysis(teacher: Teacher, blocks: Blocks, out: Path | None, progress: Report) -> dict[str, Any]:
+def _analysis(teacher: Teacher, blocks: Blocks, out: str | Path | None, progress: Report) -> dict[str, Any]:
     targets = hidden_targets(teacher, blocks) if out is None else open_targets(out, blocks)
     tokenizer = teacher.tokenizer()
     return analyze_targets(targets, blocks, lambda ids: str(tokenizer.decode(ids)), progress)

@@ -1,4 +1,4 @@
-"""Targets in a folder: opened without the teacher that wrote them (write.py), and read block by block.
+"""Targets in a folder or below a URL: opened without the teacher that wrote them (write.py), and read block by block.
 
 store.json            format, teacher, sizes, checksum of every shard; a shard counts once it is listed here
 keys.txt              the content hash of every block, in order
@@ -22,12 +22,17 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from moe2dense.common.files import content_errors, read_json_object
+from moe2dense.common.files import content_errors
+from moe2dense.common.object_store import is_url
+from moe2dense.common.units import parse_bytes
+from moe2dense.config.training import TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.vocabulary import compare_vocabularies
 from moe2dense.distillation.targets.formats import FEATURE_BYTES, Format, StoreOptions, read_features
 from moe2dense.distillation.targets.identity import same_teacher, teacher_identity
+from moe2dense.distillation.targets.places import REMEDY, Place, place_of
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
+from moe2dense.distillation.targets.remote import RemoteShards, file_checksum
 from moe2dense.errors import UserError
 from moe2dense.exporting.tokenizer import load_tokenizer
 from moe2dense.losses.teacher_rows import HiddenRows, TeacherRows
@@ -40,7 +45,6 @@ from moe2dense.weights.tensors import read_tensors
 
 MANIFEST, KEYS, HEAD, TOKENIZER = "store.json", "keys.txt", "head.safetensors", "tokenizer"
 VERSION = 3
-_REMEDY = "write the targets again"
 _KINDS = {
     "teacher": str,
     "blocks": int,
@@ -65,16 +69,21 @@ def token_bytes(options: StoreOptions, hidden_size: int, vocabulary: int) -> flo
     return stored + FEATURE_BYTES * hidden_size * len(options.features)
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Read store.json. Raises UserError for a folder that is no store, a damaged one, or one of another version."""
-    if not (folder / MANIFEST).exists():
-        raise UserError(f"targets {folder} is no store (it has no store.json); write one with `moe2dense targets`")
-    manifest = read_json_object(folder / MANIFEST, _REMEDY)
+def read_manifest(folder: str | Path) -> dict[str, Any]:
+    """Read store.json of a folder or a URL. Raises UserError for what is no store, a damaged one, or one of another version."""
+    return manifest_at(place_of(folder))
+
+
+def manifest_at(place: Place) -> dict[str, Any]:
+    """Read store.json. Raises UserError as `read_manifest`."""
+    if not place.has(MANIFEST):
+        raise UserError(f"targets {place.name} is no store (it has no store.json); write one with `moe2dense targets`")
+    manifest = place.object(MANIFEST)
     if manifest.get("version") != VERSION:
         raise UserError(
-            f"targets {folder} have version {manifest.get('version')}, this program reads {VERSION}; write them again"
+            f"targets {place.name} have version {manifest.get('version')}, this program reads {VERSION}; write them again"
         )
-    with content_errors(folder / MANIFEST, _REMEDY):
+    with content_errors(f"{place.name}/{MANIFEST}", REMEDY):
         _check_manifest(manifest)
     return manifest
 
@@ -98,6 +107,11 @@ def _check_manifest(manifest: dict[str, Any]) -> None:
             raise ValueError(f"shard {shard['file']!r} is not in its folder")
 
 
+def targets_room(config: TrainConfig) -> int | None:
+    """Return the bytes that copies of targets at a URL may take here, None without a bound. Raises UserError."""
+    return parse_bytes(config.targets_disk, "--targets-disk") if config.targets_disk else None
+
+
 def stored_blocks(manifest: dict[str, Any]) -> int:
     """Return how many blocks the listed shards hold."""
     return sum(s["to"] - s["from"] for s in manifest["shards"])
@@ -109,22 +123,25 @@ def open_targets(
     teacher: AnyTeacher | None = None,
     verify: bool = True,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    room: int | None = None,
 ) -> "StoredTargets":
     """Open the stored targets of `blocks`, which may be any part of the stored text in any order.
 
-    Blocks are told by their content. verify: compare every shard with its checksum first. Raises UserError for a store that
-    is unfinished or damaged, of other text or another tokenizer, or, when `teacher` is given, of another teacher. Of a served
-    teacher the tokenizer is known, which is compared with the teacher's or with `tokenizer`.
+    folder: may be a URL, whose shards are then compared with their checksums as they are copied here; room: bytes that these copies
+    may take, None = as much as the disk has. Blocks are told by their content. verify: compare every shard with its checksum first.
+    Raises UserError for a store that is unfinished or damaged, of other text or another tokenizer, or, when `teacher` is given, of
+    another teacher. Of a served teacher the tokenizer is known, which is compared with the teacher's or with `tokenizer`.
     """
-    folder = Path(folder)
     manifest = read_manifest(folder)
+    remote = RemoteShards(str(folder), room) if is_url(folder) else None
+    own = Path(folder) if remote is None else _fetched(remote, manifest)
     if (stored := stored_blocks(manifest)) < manifest["blocks"]:
         raise UserError(
             f"targets {folder} are unfinished ({stored} of {manifest['blocks']} blocks); run `moe2dense targets` again"
         )
-    _check_teacher(folder, manifest, teacher, tokenizer)
-    with content_errors(folder / KEYS, _REMEDY):
-        listed = (folder / KEYS).read_text().split()
+    _check_teacher(folder, own, manifest, teacher, tokenizer)
+    with content_errors(own / KEYS, REMEDY):
+        listed = (own / KEYS).read_text().split()
         if len(listed) != manifest["blocks"]:
             raise ValueError(f"it lists {len(listed)} blocks of {manifest['blocks']}")
     places = {key: i for i, key in enumerate(listed)}
@@ -135,51 +152,68 @@ def open_targets(
             f"targets {folder} lack {missing} of the {len(rows)} blocks of the data: they are of other text, another tokenizer "
             f"or another block length ({manifest['block']}); pass the same --data, --block and --seed, or write them again"
         )
-    if verify:
+    if verify and remote is None:
         for shard in manifest["shards"]:
-            _verify(folder / shard["file"], shard["xxh3"])
-    return StoredTargets(folder, manifest, rows)
+            _verify(own / shard["file"], shard["xxh3"])
+    return StoredTargets(own, manifest, rows, remote)
+
+
+def _fetched(remote: RemoteShards, manifest: dict[str, Any]) -> Path:
+    """Return a folder with the files of a remote store, shards left out."""
+    remote.small_file(KEYS)
+    if manifest["options"]["format"] == "hidden":
+        remote.small_file(HEAD)
+    remote.small_folder(TOKENIZER)
+    return remote.folder
 
 
 def _check_teacher(
-    folder: Path, manifest: dict[str, Any], teacher: AnyTeacher | None, tokenizer: PreTrainedTokenizerBase | None
+    folder: str | Path,
+    own: Path,
+    manifest: dict[str, Any],
+    teacher: AnyTeacher | None,
+    tokenizer: PreTrainedTokenizerBase | None,
 ) -> None:
-    """Raise UserError where the targets are not the teacher's, or those of a served one with another vocabulary."""
-    if (folder / TOKENIZER).is_dir():
+    """Raise UserError where the targets are not the teacher's, or those of a served one with another vocabulary.
+
+    own: the folder of this machine with the store's files; folder: what the user named, for errors.
+    """
+    if (own / TOKENIZER).is_dir():
         wanted = teacher.tokenizer() if isinstance(teacher, Teacher) else tokenizer
         if wanted is None:
             return
-        compared = compare_vocabularies(load_tokenizer(folder / TOKENIZER, remedy=_REMEDY), wanted)
+        compared = compare_vocabularies(load_tokenizer(own / TOKENIZER, remedy=REMEDY), wanted)
         if not compared.same:
             raise UserError(
                 f"targets {folder} are of a teacher with another tokenizer ({compared.difference}); take a student that has it"
             )
         return
-    with content_errors(folder / MANIFEST, _REMEDY):
+    with content_errors(f"{folder}/{MANIFEST}", REMEDY):
         of_this_teacher = teacher is None or same_teacher(manifest["teacher"], teacher_identity(teacher))
     if not of_this_teacher:
         raise UserError(f"targets {folder} were written by another teacher; write them again")
 
 
 def _verify(path: Path, expected: str) -> None:
-    digest = xxhash.xxh3_64()
     try:
-        with open(path, "rb") as file:
-            while piece := file.read(2**24):
-                digest.update(piece)
+        digest = file_checksum(path)
     except OSError as error:
         raise UserError(f"targets {path} cannot be read: {error.strerror}; write the targets again") from error
-    if digest.hexdigest() != expected:
+    if digest != expected:
         raise UserError(f"targets {path} are damaged (its checksum differs); write the targets again")
 
 
 @dataclass
 class StoredTargets:
-    """Targets that are read from a store block by block. rows: the place in the store of each block of the data."""
+    """Targets that are read from a store block by block. rows: the place in the store of each block of the data.
+
+    folder: of this machine, with the store's files; remote: its shards, where they lie below a URL.
+    """
 
     folder: Path
     manifest: dict[str, Any]
     rows: list[int]
+    remote: RemoteShards | None = None
 
     def __post_init__(self) -> None:
         options = self.manifest["options"]
@@ -206,7 +240,7 @@ class StoredTargets:
         """The teacher's head, in torch's default precision, float32; None for formats that need none."""
         if self.options.format != "hidden":
             return None
-        tensors = {k: v.to(torch.get_default_dtype()) for k, v in read_tensors(self.folder / HEAD, _REMEDY).items()}
+        tensors = {k: v.to(torch.get_default_dtype()) for k, v in read_tensors(self.folder / HEAD, REMEDY).items()}
         return Head(tensors["weight"], tensors.get("bias"), **self.manifest["head"])
 
     @property
@@ -239,9 +273,13 @@ class StoredTargets:
         shard = self.manifest["shards"][number]
         path = self.folder / shard["file"]
         try:
-            with self._lock, content_errors(path, _REMEDY):
+            with self._lock, content_errors(path, REMEDY):
                 if number not in self._open:
-                    self._open[number] = safe_open(path, "pt")
+                    self._open[number] = self._opened(path, shard)
                 return read(self._open[number], row - shard["from"])
         except SafetensorError as error:
-            raise UserError(f"targets {path} cannot be read: {error}; {_REMEDY}") from error
+            raise UserError(f"targets {path} cannot be read: {error}; {REMEDY}") from error
+
+    def _opened(self, path: Path, shard: dict[str, Any]) -> Any:
+        """Return a shard of which rows can be read."""
+        return safe_open(path, "pt") if self.remote is None else self.remote.open(shard["file"], shard["xxh3"])

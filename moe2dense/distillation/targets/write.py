@@ -1,4 +1,4 @@
-"""Write a teacher's targets to a folder (store.py), continuing one that is unfinished.
+"""Write a teacher's targets to a folder or below a URL (store.py), continuing a store that is unfinished.
 
 Several processes may write one store: each runs the teacher on every WORLD-th part of the text and lists its shards under a lock.
 """
@@ -12,15 +12,14 @@ from typing import Any
 
 import torch
 import xxhash
-from filelock import FileLock
 from safetensors.torch import save
 
-from moe2dense.common.files import atomic_write
 from moe2dense.common.processes import launched, wait_for_all
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.targets.formats import Format, StoreOptions, write_features
 from moe2dense.distillation.targets.identity import teacher_identity
 from moe2dense.distillation.targets.memory import HiddenTargets, hidden_targets
+from moe2dense.distillation.targets.places import Place, place_of
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.distillation.targets.store import (
     HEAD,
@@ -28,7 +27,7 @@ from moe2dense.distillation.targets.store import (
     MANIFEST,
     VERSION,
     format_of,
-    read_manifest,
+    manifest_at,
     stored_blocks,
 )
 from moe2dense.distillation.targets.token_weights import check_token_weights
@@ -59,10 +58,10 @@ def write_targets(
     features: Sequence[str | int] = (),
     routing: Sequence[str] = (),
     progress: Callable[..., None] | None = None,
-) -> Path:
-    """Store the teacher's distributions at every position of `blocks`.
+) -> str | Path:
+    """Store the teacher's distributions at every position of `blocks`; return the place, `folder`.
 
-    An unfinished store is continued at its next shard. teacher: a Teacher, streamed in as few passes as its memory budget
+    An unfinished store is continued at its next shard. folder: may be a URL, to which each shard is written from memory. teacher: a Teacher, streamed in as few passes as its memory budget
     allows, or a transformers model. format: hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full;
     features: of some layers, stored with hidden targets in 8 bits, by name or layer number; routing: names of token weights
     to store. Under torchrun every process writes its share. Raises UserError for what cannot be stored, a folder that holds
@@ -75,12 +74,13 @@ def write_targets(
     k = min(k, len(teacher_head(teacher).weight))
     options = StoreOptions(format, temperature, k, draws, seed=seed, features=names, routing=tuple(routing))
     rank, world = launched()
-    manifest = _begin(Path(folder), teacher, blocks, options, world)
+    place = place_of(folder)
+    manifest = _begin(place, teacher, blocks, options, world)
     part = manifest["part"]
     for start in range(rank * part, len(blocks), world * part):
-        _write_part(Path(folder), teacher, blocks, start, min(start + part, len(blocks)), format_of(options), progress)
+        _write_part(place, teacher, blocks, start, min(start + part, len(blocks)), format_of(options), progress)
     wait_for_all()
-    return Path(folder)
+    return folder
 
 
 def _check(format: str, temperature: float, k: int, draws: int, features: Sequence[str]) -> None:
@@ -96,44 +96,49 @@ def _check(format: str, temperature: float, k: int, draws: int, features: Sequen
         raise UserError(f"features ride along with hidden targets only; found format {format!r}")
 
 
-def _begin(folder: Path, teacher: AnyTeacher, blocks: Blocks, options: StoreOptions, world: int) -> dict[str, Any]:
+def _begin(place: Place, teacher: AnyTeacher, blocks: Blocks, options: StoreOptions, world: int) -> dict[str, Any]:
     """Return store.json of a new or an unfinished store. Raises UserError where that is of other targets."""
     head, keys = teacher_head(teacher), blocks.keys()
     identity = _identity(teacher, head, blocks, keys, options)
-    folder.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder / ".lock"):
-        if (folder / MANIFEST).exists():
-            manifest = read_manifest(folder)
-            refuse_other(folder, manifest, identity)
+    place.begin()
+    with place.lock():
+        if place.has(MANIFEST):
+            manifest = manifest_at(place)
+            refuse_other(place, manifest, identity)
             return manifest
-        refuse_other_files(folder)
-        atomic_write(folder / KEYS, "\n".join(keys) + "\n")
+        refuse_other_files(place)
+        place.write(KEYS, ("\n".join(keys) + "\n").encode())
         if options.format == "hidden":
             bias = {} if head.bias is None else {"bias": head.bias.detach().cpu().contiguous()}
             weight = head.stored.detach().cpu().contiguous()
-            atomic_write(folder / HEAD, save({"weight": weight} | bias))
+            place.write(HEAD, save({"weight": weight} | bias))
         part = _RESIDENT_BLOCKS
         if isinstance(teacher, Teacher):
             part = max(1, teacher.plan.macro_batch // identity["block"])
         manifest = identity | {"part": min(part, math.ceil(len(keys) / world)), "shards": []}
-        atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_manifest(place, manifest)
     return manifest
 
 
-def refuse_other_files(folder: Path) -> None:
-    """Raise UserError for a folder that holds anything but what a store begins with, such as a model's."""
+def write_manifest(place: Place, manifest: dict[str, Any]) -> None:
+    """Write store.json."""
+    place.write(MANIFEST, json.dumps(manifest, indent=1).encode())
+
+
+def refuse_other_files(place: Place) -> None:
+    """Raise UserError for a place that holds anything but what a store begins with, such as a model's files."""
     own = (".lock", ".asking", KEYS, HEAD, "tokenizer", "parts")
-    other = sorted(p.name for p in folder.iterdir() if p.name not in own and not p.name.endswith(".tmp"))
+    other = [name for name in place.names() if name not in own and not name.endswith((".tmp", ".partial"))]
     if other:
-        raise UserError(f"{folder} holds other files ({other[0]}); choose another folder for the targets")
+        raise UserError(f"{place.name} holds other files ({other[0]}); choose another folder for the targets")
 
 
-def refuse_other(folder: Path, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
-    """Raise UserError where the store in `folder` is not of this text, teacher and format, and so cannot be continued."""
+def refuse_other(place: Place, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+    """Raise UserError where the store in `place` is not of this text, teacher and format, and so cannot be continued."""
     changed = next((n for n, v in identity.items() if manifest.get(n) != v), None)
     if changed is not None:
         setting = _SETTING_OF.get(changed, changed)
-        raise UserError(f"{folder} holds targets of another {setting}; choose another folder")
+        raise UserError(f"{place.name} holds targets of another {setting}; choose another folder")
 
 
 def _identity(
@@ -155,7 +160,7 @@ def _identity(
 
 
 def _write_part(
-    folder: Path,
+    place: Place,
     teacher: AnyTeacher,
     blocks: Blocks,
     start: int,
@@ -165,7 +170,7 @@ def _write_part(
 ) -> None:
     """Run the teacher on the blocks [start, stop) that are not listed yet, and write their shards."""
     options = format.options
-    done = max([s["to"] for s in read_manifest(folder)["shards"] if start <= s["from"] < stop], default=start)
+    done = max([s["to"] for s in manifest_at(place)["shards"] if start <= s["from"] < stop], default=start)
     if done >= stop:
         return
     answers = hidden_targets(teacher, blocks[done:stop], features=options.features, routing=options.routing)
@@ -174,10 +179,10 @@ def _write_part(
         tensors |= {f"routing-{n}": v.half() for n, v in piece.routing.items()}
         data = save({n: t.contiguous() for n, t in tensors.items()})
         name = f"shard-{done:07d}.safetensors"
-        atomic_write(folder / name, data)
+        place.write(name, data)
         row = {"file": name, "from": done, "to": done + len(piece), "xxh3": xxhash.xxh3_64_hexdigest(data)}
         done += len(piece)
-        written = list_shard(folder, row)
+        written = list_shard(place, row)
         if progress:
             progress("targets", written, len(blocks), tokens=written * blocks.input_ids.shape[1])
 
@@ -190,11 +195,11 @@ def _pieces(answers: HiddenTargets, format: Format) -> Iterator[HiddenTargets]:
         yield answers[start : start + size]
 
 
-def list_shard(folder: Path, row: dict[str, Any]) -> int:
+def list_shard(place: Place, row: dict[str, Any]) -> int:
     """Enter a finished shard in store.json; return how many blocks are stored."""
-    with FileLock(folder / ".lock"):
-        manifest = read_manifest(folder)
+    with place.lock():
+        manifest = manifest_at(place)
         others = [s for s in manifest["shards"] if s["from"] != row["from"]]
         manifest["shards"] = sorted([*others, row], key=lambda s: s["from"])
-        atomic_write(folder / MANIFEST, json.dumps(manifest, indent=1))
+        write_manifest(place, manifest)
     return stored_blocks(manifest)

@@ -14,6 +14,7 @@ from datasets import Dataset, load_dataset, load_from_disk
 from torch import Tensor
 
 from moe2dense.common.files import content_errors
+from moe2dense.common.object_store import is_url
 from moe2dense.distillation.targets.captured.bits import id_bits, unpack, unpack_words
 from moe2dense.distillation.targets.captured.log_probs import older_values, unpack_log_p
 from moe2dense.distillation.targets.captured.settings import SETTINGS_FILE, OlderPacking, Packing, read_packing
@@ -27,7 +28,9 @@ _OFTEN = ("*.yaml", "*.yml")
 
 
 def is_captured(folder: str | Path) -> bool:
-    """Return whether a folder, or a parquet file, is a captured set: its columns say so."""
+    """Return whether a folder, or a parquet file, is a captured set: its columns say so. At a URL only our own stores are read."""
+    if is_url(folder):
+        return False
     path = Path(folder)
     if (path / "store.json").exists():
         return False

@@ -24,11 +24,13 @@ from transformers import PreTrainedTokenizerBase
 
 from moe2dense.common.files import atomic_write
 from moe2dense.common.http import RequestFailed
+from moe2dense.common.object_store import is_url
 from moe2dense.common.progress import Report
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.vocabulary import vocabulary_hash
 from moe2dense.distillation.targets.formats import StoreOptions, id_dtype
 from moe2dense.distillation.targets.identity import served_identity
+from moe2dense.distillation.targets.places import FolderPlace
 from moe2dense.distillation.targets.served.rows import answers_of, sequences_of
 from moe2dense.distillation.targets.served.server import TeacherServer, failure
 from moe2dense.distillation.targets.served.tokenizer_check import compare_tokenizers
@@ -52,6 +54,10 @@ def write_served_targets(
     tokenizer: that of the blocks. An unfinished store is continued; no answer that came in is asked for again. Raises UserError
     for a server that fails for good, has another tokenizer or takes no blocks of this length, and for a folder with other targets.
     """
+    if is_url(folder):
+        raise UserError(
+            f"{folder} is a URL, and a server's answers are kept in a folder of this machine as they come; name one"
+        )
     folder = Path(folder)
     length = blocks.input_ids.shape[1]
     if server.longest and length >= server.longest:
@@ -122,9 +128,9 @@ def _begin(
     }
     if (folder / MANIFEST).exists():
         manifest = read_manifest(folder)
-        refuse_other(folder, manifest, identity)
+        refuse_other(FolderPlace(folder), manifest, identity)
         return manifest, manifest["source"]["tokenizer"]
-    refuse_other_files(folder)
+    refuse_other_files(FolderPlace(folder))
     compared = compare_tokenizers(server, tokenizer, blocks.input_ids.tolist()).sentence()
     source = {
         "server": server.url,
@@ -226,7 +232,9 @@ def _make_shards(folder: Path, chunks: Sequence[range]) -> None:
         data = save({"ids": ids, "log_p": torch.cat([part["log_p"] for part in gathered]).half()})
         name = f"shard-{start:07d}.safetensors"
         atomic_write(folder / name, data)
-        list_shard(folder, {"file": name, "from": start, "to": chunk.stop, "xxh3": xxhash.xxh3_64_hexdigest(data)})
+        list_shard(
+            FolderPlace(folder), {"file": name, "from": start, "to": chunk.stop, "xxh3": xxhash.xxh3_64_hexdigest(data)}
+        )
         for finished in chunks[first : number + 1]:
             _part(folder, finished).unlink(missing_ok=True)
         gathered, first = [], number + 1
