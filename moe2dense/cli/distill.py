@@ -60,7 +60,10 @@ def distill_checkpoint(
     endpoint: Annotated[str | None, flag("endpoint.url", group="Essentials")] = None,
     endpoint_model: Annotated[str | None, flag("endpoint.model", group="Essentials")] = None,
     endpoint_k: Annotated[int | None, flag("endpoint.k", group="Essentials")] = None,
-    resume: Annotated[bool, argument("Continue in --out.")] = False,
+    resume: Annotated[
+        bool, argument("Continue in --out, fetched from --mirror first where that is newer or --out is not there.")
+    ] = False,
+    mirror: Annotated[str | None, flag("mirror")] = None,
     config: Annotated[
         Path | None, argument("TOML file whose [train], [write] and [regime] tables set the rest.", example="run.toml")
     ] = None,

@@ -6,6 +6,7 @@ objects, and only then are the old manifest and what it alone named removed. A c
 included, leaves the manifest before it valid and whole; stores need no atomic replacement for that.
 """
 
+import fnmatch
 import json
 import re
 import uuid
@@ -133,9 +134,12 @@ def fetch_mirror(store: ObjectStore, manifest: Manifest, folder: Path) -> None:
 class Mirror:
     """The writing side: keeps a mirror like a local folder. Hidden files (locks, files half-written) stay out."""
 
-    def __init__(self, store: ObjectStore, folder: Path):
-        """Take up the mirror at `store` for a folder. Raises UserError where it holds another run, or a newer state of this one."""
-        self.store, self.folder = store, folder
+    def __init__(self, store: ObjectStore, folder: Path, leave_out: str = ""):
+        """Take up the mirror at `store` for a folder. Raises UserError where it holds another run, or a newer state of this one.
+
+        leave_out: pattern of the names of folders, at any depth, that stay out too.
+        """
+        self.store, self.folder, self._leave_out = store, folder, leave_out
         self._digests: dict[str, tuple[tuple[int, int], MirroredFile]] = {}  # by name: (size, time), content
         self._attempted: set[str] = (
             set()
@@ -177,7 +181,12 @@ class Mirror:
         """Return the relative names of the folder's files."""
         paths = [path for path in sorted(self.folder.rglob("*")) if path.is_file()]
         relative = [path.relative_to(self.folder) for path in paths]
-        return [name.as_posix() for name in relative if not any(part.startswith(".") for part in name.parts)]
+        return [name.as_posix() for name in relative if not self._stays_out(name)]
+
+    def _stays_out(self, name: Path) -> bool:
+        """Return whether a file is not copied."""
+        hidden = any(part.startswith(".") for part in name.parts)
+        return hidden or any(fnmatch.fnmatch(part, self._leave_out) for part in name.parts[:-1])
 
     def _copied(self, name: str) -> MirroredFile | None:
         """Return what a file holds, once that is in the store; only what changed since the last time is read. None if it is gone."""

@@ -4,6 +4,7 @@ The one place that calls the checks of every package; what concerns several pack
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -174,7 +175,7 @@ def check_places(settings: RunConfig, resume: bool) -> None:
     """Refuse a device that is not there and a run folder, a mirror or a URL of targets that cannot be used. Raises UserError."""
     check_device(settings.teacher.device)
     check_out(settings.out, resume)
-    check_mirror(settings, resume)
+    check_mirror(settings.mirror, Path(settings.out), resume)
     if is_url(settings.train.targets):
         read_manifest(settings.train.targets)
 

@@ -1,7 +1,7 @@
-"""The run folder's mirror: checked before a run, copied to after every stage and checkpoint, fetched from when resuming elsewhere."""
+"""The mirror of a run's folder: checked before a run, copied to after every stage and checkpoint, fetched from when resuming elsewhere."""
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +14,20 @@ from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import read_config, read_toml
 from moe2dense.conversion.configure import CONFIG, resumed_folder
 from moe2dense.conversion.run import Run, lock_folder
+from moe2dense.distillation.targets.rolling import WINDOWS
 from moe2dense.errors import UserError, first_line
 
 _OPTION = "--mirror"
 
 
-def check_mirror(settings: RunConfig, resume: bool) -> None:
-    """Refuse a mirror that cannot be written or that holds another run, by writing and removing a small file. Raises UserError."""
-    if not settings.mirror:
+def check_mirror(url: str, folder: Path, resume: bool) -> None:
+    """Refuse a mirror that cannot be written or that holds another run, by writing and removing a small file. Raises UserError.
+
+    url: '' for none.
+    """
+    if not url:
         return
-    store, folder = ObjectStore(settings.mirror, _OPTION), Path(settings.out)
+    store = ObjectStore(url, _OPTION)
     if same_place(store, folder):
         raise UserError(f"{store.what} and --out {folder} lie one inside the other; choose another URL")
     store.probe()
@@ -36,17 +40,23 @@ def check_mirror(settings: RunConfig, resume: bool) -> None:
 def fetch_run(config: str | Path | None, options: dict[str, Any], console: Console) -> None:
     """Before --resume: copy the run from its mirror where there is no run folder here, or an older one.
 
-    The mirror is the one of `options`, of --config, or of the run folder. Raises UserError where neither place holds the run, where
-    they hold different ones, and for a mirror that is damaged.
+    The mirror is the one of `options`, of --config, or of the run folder. Raises UserError as `fetch_folder`.
     """
     folder = resumed_folder(config, options)
-    url = _mirror_of(folder, config, options)
+    fetch_folder(_mirror_of(folder, config, options), folder, (folder / CONFIG).is_file(), console)
+
+
+def fetch_folder(url: str, folder: Path, begun: bool, console: Console) -> None:
+    """Copy what a mirror holds to `folder`, where that is not there or is older. begun: the folder holds a run; url: '' for none.
+
+    Raises UserError where neither place holds the run, where they hold different ones, and for a mirror that is damaged.
+    """
     if not url:
         return
     store = ObjectStore(url, _OPTION)
     newest = newest_manifest(store)
     if newest is None:
-        if not (folder / CONFIG).is_file():
+        if not begun:
             raise UserError(f"--resume: {store.what} holds no run, nor does {folder}; check the URL and --out")
         return
     record = local_record(folder)
@@ -103,25 +113,32 @@ class RunMirror:
 
 @contextlib.contextmanager
 def mirrored(run: Run, settings: RunConfig, console: Console) -> Iterator[None]:
-    """Mirror a run's folder within the context, and once more at its end unless an error ends it.
+    """Mirror a run's folder within the context: after each stage and checkpoint, and at the end as `mirrored_folder` does."""
+    with mirrored_folder(settings.mirror, run.folder, console) as run.after_change:
+        yield
+
+
+@contextlib.contextmanager
+def mirrored_folder(url: str, folder: Path, console: Console) -> Iterator[Callable[[], None] | None]:
+    """Yield what copies a folder to its mirror, None without one (url ''), and copy at the end unless an error ends the context.
 
     The first of several processes copies, so all must see one folder. After a stage the others wait for it, so that nothing changes
     meanwhile; a checkpoint is copied while training goes on.
     """
-    if not settings.mirror:
-        yield
+    if not url:
+        yield None
         return
     copies = None
     if world()[0] == 0:
-        copies = RunMirror(Mirror(ObjectStore(settings.mirror, _OPTION), run.folder), console)
+        # windows of targets come and go while a checkpoint is copied, and the teacher answers them again
+        copies = RunMirror(Mirror(ObjectStore(url, _OPTION), folder, leave_out=WINDOWS), console)
 
     def update() -> None:
         if copies is not None:
             copies.update()
 
-    run.after_change = update
     try:
-        yield
+        yield update
         from_first(update)
     finally:
         if copies is not None:

@@ -20,7 +20,7 @@ FLAGS = {
     "inspect": "block chat-template data gpu-memory json memory teacher-card tokens",
     "targets": "attention analyze block chat-template data device draws endpoint endpoint-kind endpoint-model endpoint-parallel endpoint-rate experts features format gpu-memory json k memory out seed teacher-card temperature"
     " token-weights tokens",
-    "distill": "attention alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-k endpoint-model epochs gpu-memory lora loss lr memory out report-to resume seed targets targets-disk teacher"
+    "distill": "attention alpha block chat-template completions config cross-tokenizer data device endpoint endpoint-k endpoint-model epochs gpu-memory lora loss lr memory mirror out report-to resume seed targets targets-disk teacher"
     " teacher-card temperature tokens valid",
     "generate": "beams block config data device duplicates experts gpu-memory learn-prompt memory min-tokens new-tokens nll out prompt-tokens"
     " same-script seed teacher-card temperature tokens top-p",

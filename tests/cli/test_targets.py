@@ -1,13 +1,17 @@
 """`moe2dense targets` and `distill --targets` as users meet them."""
 
 import json
+import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, MistralConfig, MistralForCausalLM
 
 from moe2dense.__main__ import main
+from moe2dense.common import object_store
 from moe2dense.config.schedules import temperature_settings
+from moe2dense.distillation.trainer import Trainer
 from moe2dense.errors import UserError
 
 
@@ -159,3 +163,32 @@ def test_what_temperature_may_be():
     for wrong in ("hot", "-1", 0.0, "linear:2:0", "linear:x"):
         with pytest.raises(UserError, match="--temperature must"):
             temperature_settings(wrong)
+
+
+def test_distill_goes_on_from_its_mirror(student, text, store, tmp_path, monkeypatch, capsys):
+    """The folder is lost in the middle of training; what is trained from the mirror is what one run trains, bit by bit."""
+    monkeypatch.setattr(object_store, "WAIT", 0.0)
+    (tmp_path / "c.toml").write_text("[train]\nbatch = 256\nsave_every = 3\n")
+    flags = ["--data", text, "--targets", store, "--tokens", "4096", "--block", "64", "--config", tmp_path / "c.toml"]
+    flags = ["distill", str(student), *map(str, flags)]
+    mirror, first, second = f"file://{tmp_path}/mirror", tmp_path / "first", tmp_path / "second"
+    assert main([*flags, "--out", str(tmp_path / "whole")]) == 0
+    after_step = Trainer._after_step
+
+    def stop(self, *args, **kwargs):
+        after_step(self, *args, **kwargs)
+        if self.step == 7:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_after_step", stop)
+        assert main([*flags, "--out", str(first), "--mirror", mirror]) == 130
+    shutil.rmtree(first)
+    assert main([*flags, "--out", str(second), "--mirror", mirror]) == 2
+    assert "holds a run; continue it with --resume" in " ".join(capsys.readouterr().err.split())
+    assert main([*flags, "--out", str(second), "--mirror", mirror, "--resume"]) == 0
+    one, other = (load_file(out / "model" / "model.safetensors") for out in (tmp_path / "whole", second))
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert main([*flags, "--out", str(tmp_path / "n"), "--mirror", "nowhere://a"]) == 2
+    assert "--mirror nowhere://a cannot be used" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "n").exists()

@@ -115,10 +115,11 @@ def test_a_mirror_follows_changed_new_and_removed_files(store, tmp_path):
     assert fetched(store, tmp_path / "copy").keys() == {"a", "same", "empty", "new"}
 
 
-def test_hidden_files_stay_here(store, tmp_path):
+def test_hidden_files_and_what_is_left_out_stay_here(store, tmp_path):
     write(tmp_path / "run", a="one", **{".lock": "", ".step-2.partial-7-x__weights": "half"})
-    Mirror(store, tmp_path / "run").update()
-    assert fetched(store, tmp_path / "copy") == {"a": "one"}
+    write(tmp_path / "run", **{"targets__window-3__shard": "big", "rollouts__window-3": "small"})
+    Mirror(store, tmp_path / "run", leave_out="window-*").update()
+    assert fetched(store, tmp_path / "copy") == {"a": "one", "rollouts/window-3": "small"}
 
 
 @both_sizes

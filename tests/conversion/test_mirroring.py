@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import fsspec
 import pytest
@@ -50,7 +51,7 @@ def stages_there(store):
 
 def test_a_run_is_copied_after_every_stage(tmp_path):
     config, store = config_of(tmp_path / "out"), ObjectStore(URL, "--mirror")
-    check_mirror(config, resume=False)
+    check_mirror(URL, Path(config.out), resume=False)
     with open_run(config.out, config) as run, mirrored(run, config, Console(quiet=True)):
         for i, stage in enumerate(("build", "targets")):
             assert len(stages_there(store)) == i
@@ -60,7 +61,7 @@ def test_a_run_is_copied_after_every_stage(tmp_path):
         (run.folder / "last.bin").write_text("after the last stage")
     assert "last.bin" in stages_there(store)
     with pytest.raises(UserError, match=f"--mirror {URL} holds a run; continue it with --resume"):
-        check_mirror(config_of(tmp_path / "other"), resume=False)
+        check_mirror(URL, tmp_path / "other", resume=False)
 
 
 def test_a_run_is_fetched_where_it_is_not_or_is_older(tmp_path):
@@ -68,11 +69,11 @@ def test_a_run_is_fetched_where_it_is_not_or_is_older(tmp_path):
     run_stages(first, "build")
     options = {"out": second.out, "mirror": URL}
     fetch_run(None, options, Console(quiet=True))
-    check_mirror(second, resume=True)
+    check_mirror(URL, Path(second.out), resume=True)
     run_stages(second, "targets", resume=True)
     assert {p.name for p in (tmp_path / "second").glob("*.bin")} == {"build.bin", "targets.bin"}
     with pytest.raises(UserError, match=r"is newer than .*first"):
-        check_mirror(first, resume=True)
+        check_mirror(URL, Path(first.out), resume=True)
     fetch_run(None, {"out": first.out}, Console(quiet=True))  # older: the mirror of its own settings is fetched
     assert set(json.loads((tmp_path / "first" / "run.json").read_text())["stages"]) == {"build", "targets"}
     (tmp_path / "first" / "more.bin").write_text("not yet copied")
@@ -109,7 +110,7 @@ def test_what_cannot_be_fetched_is_said(tmp_path):
     with pytest.raises(UserError, match="--out .*other is not the run that --mirror"):
         fetch_run(None, {"out": other.out, "mirror": URL}, quiet)
     with pytest.raises(UserError, match="lie one inside the other"):
-        check_mirror(config_of(tmp_path / "out", url=f"file://{tmp_path}/out/mirror"), resume=False)
+        check_mirror(f"file://{tmp_path}/out/mirror", tmp_path / "out", resume=False)
 
 
 def test_a_folder_in_use_is_not_replaced(tmp_path):

@@ -1,5 +1,6 @@
 """Train a dense checkpoint as `moe2dense distill` asks."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from moe2dense.common.progress import progress_for
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.choice import load_checkpoint
+from moe2dense.conversion.mirroring import check_mirror, fetch_folder, mirrored_folder
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.overlap import overlap_warning, seen_share
 from moe2dense.distillation.api import distill
@@ -40,11 +42,22 @@ def run_distillation(request: DistillRequest) -> None:
     Under torchrun all processes train; the first one writes and prints.
     """
     with attention_setting(request.settings.attention), join_processes() as rank:
-        _run(request, Console(quiet=rank > 0))
+        console = Console(quiet=rank > 0)
+        from_first(lambda: _check_mirror(request, console))
+        with mirrored_folder(request.settings.mirror, request.out, console) as copy:
+            _run(request, console, copy)
 
 
-def _run(request: DistillRequest, console: Console) -> None:
-    """Train with whatever other processes have joined."""
+def _check_mirror(request: DistillRequest, console: Console) -> None:
+    """Refuse a mirror that cannot be used, and continue from it where it is newer than --out. Raises UserError."""
+    url, out = request.settings.mirror, request.out
+    if request.resume:
+        fetch_folder(url, out, (out / "checkpoints").is_dir(), console)
+    check_mirror(url, out, request.resume)
+
+
+def _run(request: DistillRequest, console: Console, copy: Callable[[], None] | None) -> None:
+    """Train with whatever other processes have joined. copy: what copies --out to its mirror."""
     if request.targets is not None and is_url(request.targets):
         read_manifest(request.targets)  # before anything is loaded
     student = open_student(request.student)
@@ -70,6 +83,7 @@ def _run(request: DistillRequest, console: Console) -> None:
             progress=progress,
             regime=_regime(request.settings, material),
             device=device,
+            after_save=copy,
         )
     if material.train.shard and world()[1] > 1:
         student = open_student(request.student)

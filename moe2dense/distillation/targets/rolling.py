@@ -27,6 +27,8 @@ from moe2dense.teacher.model import Teacher
 
 # N blocks, S block length, H teacher hidden, V vocabulary
 
+WINDOWS = "window-*"  # the folders of windows
+
 
 @dataclass(frozen=True)
 class Order:
@@ -96,7 +98,7 @@ class RollingTargets:
         self._store, self._places = open_targets(folder, text), {row: i for i, row in enumerate(rows)}
 
     def _drop_others(self, kept: Path) -> None:
-        for path in self.folder.glob("window-*"):
+        for path in self.folder.glob(WINDOWS):
             if path != kept:
                 shutil.rmtree(path, ignore_errors=True)
 
