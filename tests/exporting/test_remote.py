@@ -146,7 +146,7 @@ def test_the_command_exports_the_same_files_to_a_folder_and_to_a_url(checkpoint,
         (["distill", "x", "--out", URL, "--data", "d", "--teacher", "t"], "It is a URL; give a path of this machine."),
         (["generate", "x", "--out", URL, "--data", "d"], "It is a URL; give a path of this machine."),
         (["report", URL], "It is a URL; give a path of this machine."),
-        (["convert", "x", "--to", "7b", "--out", URL], f"--out {URL} is a URL, and a run needs a folder of this machine; add --mirror"),
+        (["convert", "mixtral", "--to", "7b", "--out", URL], f"--out {URL} is a URL, and a run needs a folder of this machine; add --mirror"),
     ],
 )  # fmt: skip
 def test_urls_are_refused_where_only_a_folder_is_understood(tmp_path, monkeypatch, capsys, arguments, message):
