@@ -1,6 +1,7 @@
 """The mirror of a run's folder: checked before a run, copied to after every stage and checkpoint, fetched from when resuming elsewhere."""
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from rich.console import Console
 from moe2dense.common.mirror import Mirror, fetch_mirror, local_record, newest_manifest, same_place
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.common.processes import from_first, world
+from moe2dense.common.progress import Report
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import read_config, read_toml
 from moe2dense.conversion.configure import CONFIG, resumed_folder
@@ -18,6 +20,7 @@ from moe2dense.distillation.targets.rolling import WINDOWS
 from moe2dense.errors import UserError, first_line
 
 _OPTION = "--mirror"
+_COPY_EVERY = 600.0  # seconds, within a stage
 
 
 def check_mirror(url: str, folder: Path, resume: bool) -> None:
@@ -109,6 +112,25 @@ class RunMirror:
 
     def _warn(self, text: str) -> None:
         self._console.print(f"warning: {text}", style="yellow", highlight=False, markup=False)
+
+
+def copying(progress: Report, copy: Callable[[], None] | None, every: float = _COPY_EVERY) -> Report:
+    """Return a report of progress that also copies what is there, every so many seconds, for a stage that takes hours.
+
+    copy: what copies the run's folder, None for no mirror. Of several processes none does so: the others would write meanwhile.
+    """
+    if copy is None or world()[1] > 1:
+        return progress
+    last = time.monotonic()
+
+    def report(stage: str, done: int, total: int, **numbers: Any) -> None:
+        nonlocal last
+        progress(stage, done, total, **numbers)
+        if time.monotonic() - last >= every:
+            copy()
+            last = time.monotonic()
+
+    return report
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from moe2dense.common.units import parse_bytes
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.conversion.choice import BEST, LAST, load_checkpoint
 from moe2dense.conversion.job import Job
+from moe2dense.conversion.mirroring import copying
 from moe2dense.conversion.scoring import TextScores, plain_scores, reference_for, score
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.checkpoints import Checkpoints
@@ -254,8 +255,9 @@ def _rolling(job: Job) -> RollingTargets | None:
 
 def _store_targets(job: Job, folders: list[Path]) -> None:
     """Write the teacher's targets; into several folders, where its experts are drawn several times."""
+    progress = copying(job.progress, job.run.after_change)
     if job.settings.endpoint.url:
-        write_served_targets(served_teacher(job), job.text.train, job.teacher.tokenizer(), folders[0], job.progress)
+        write_served_targets(served_teacher(job), job.text.train, job.teacher.tokenizer(), folders[0], progress)
         return
     settings, target = job.settings.train, job.target
     # Features of several answers have no mean to learn from.
@@ -271,7 +273,7 @@ def _store_targets(job: Job, folders: list[Path]) -> None:
             seed=job.settings.seed,
             features=teacher_features(features, *layers),
             routing=[settings.token_weights] * bool(settings.token_weights),
-            progress=job.progress,
+            progress=progress,
         )
 
 

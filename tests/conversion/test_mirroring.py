@@ -15,11 +15,13 @@ from moe2dense.common import object_store
 from moe2dense.common.mirror import Mirror, newest_manifest
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.mirroring import check_mirror, fetch_run, mirrored
+from moe2dense.conversion.mirroring import check_mirror, copying, fetch_run, mirrored
 from moe2dense.conversion.run import open_run
+from moe2dense.distillation.targets.write import write_targets
 from moe2dense.distillation.trainer import Trainer
 from moe2dense.errors import UserError
 from tests.conversion.test_pipeline import quick
+from tests.distillation.targets.test_store import make_blocks, make_teacher
 
 URL = "memory://runs/one"
 
@@ -123,6 +125,49 @@ def test_a_folder_in_use_is_not_replaced(tmp_path):
         pytest.raises(UserError, match="in use by another run"),
     ):
         fetch_run(None, {"out": second.out}, Console(quiet=True))
+
+
+def test_targets_that_are_half_written_go_on_elsewhere(tmp_path, monkeypatch):
+    """Not one shard is written twice, and the store is that of writing in one go."""
+    monkeypatch.setattr("moe2dense.distillation.targets.write._RESIDENT_BLOCKS", 4)
+    teacher, blocks, asked = make_teacher(), make_blocks(11), []
+    write_targets(teacher, blocks, tmp_path / "whole")
+    first, second = config_of(tmp_path / "first"), config_of(tmp_path / "second")
+
+    def progress(stage, done, total, **_):
+        asked.append(done)
+
+    def lost(stage, done, total, **_):
+        if done == 8:
+            raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        open_run(first.out, first) as run,
+        mirrored(run, first, Console(quiet=True)),
+    ):
+        copied = copying(lambda *_, **__: None, run.after_change, every=0.0)
+        write_targets(
+            teacher, blocks, run.folder / "targets", progress=lambda *a, **k: (copied(*a, **k), lost(*a, **k))
+        )
+    shutil.rmtree(first.out)
+    fetch_run(None, {"out": second.out, "mirror": URL}, Console(quiet=True))
+    write_targets(teacher, blocks, tmp_path / "second" / "targets", progress=progress)
+    assert asked == [11]
+    whole, resumed = (
+        {p.name: p.read_bytes() for p in f.glob("*")} for f in (tmp_path / "whole", tmp_path / "second" / "targets")
+    )
+    assert whole == resumed
+
+
+def test_progress_copies_only_now_and_then_and_alone(monkeypatch):
+    said, copies = [], []
+    report = copying(lambda *a, **k: said.append((a, k)), lambda: copies.append(1), every=1000.0)
+    report("targets", 1, 2, tokens=3)
+    assert said == [(("targets", 1, 2), {"tokens": 3})] and not copies
+    assert copying(report, None) is report
+    monkeypatch.setattr("moe2dense.conversion.mirroring.world", lambda: (0, 2))
+    assert copying(report, lambda: None) is report
 
 
 @pytest.mark.slow
