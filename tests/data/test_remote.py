@@ -48,7 +48,7 @@ def test_what_has_changed_is_copied_again_and_only_that(tmp_path, store, monkeyp
     put("train.jsonl", jsonl(tmp_path / "a.jsonl", rows(5)))
     first = list(passages(url, "train", 0))
     copies = []
-    monkeypatch.setattr("moe2dense.data.remote.whole_file", lambda path: copies.append(path))
+    monkeypatch.setattr("moe2dense.common.object_store.whole_file", lambda path: copies.append(path))
     assert list(passages(url, "train", 0)) == first and not copies
     monkeypatch.undo()
     monkeypatch.setenv("MOE2DENSE_CACHE", str(tmp_path / "cache"))
