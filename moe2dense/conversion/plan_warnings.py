@@ -5,10 +5,11 @@ from collections.abc import Mapping
 
 from moe2dense.common.units import show_bytes, show_count
 from moe2dense.config.schema import RunConfig
-from moe2dense.conversion.planned_memory import TrainingFit
+from moe2dense.conversion.planned_memory import TrainingFit, training_mask_bytes
 from moe2dense.conversion.planned_stages import Sizes
 from moe2dense.conversion.results import StagePlan
 from moe2dense.families.machines import CPU
+from moe2dense.modeling.mask_memory import MaskUse
 from moe2dense.modeling.shape import Geometry
 from moe2dense.student.build.cost import TOKENS_PER_NEURON, heal_asked
 from moe2dense.student.build.heal_memory import least_heal_bytes
@@ -24,6 +25,7 @@ _SMALLER = {
     "skills": "evaluate.skills = 0 leaves it out",
     "export": "`moe2dense export` can write the student on another machine",
 }
+_MANY = 0.1  # of the memory
 _USUAL_BUDGET = (0.05, 0.15)  # share of the teacher's training compute that general quality takes
 _SMALL, _TOO_SMALL = 0.5, 0.2  # student's parameters by those that a token passes in the teacher
 
@@ -104,6 +106,19 @@ def memory_warnings(sizes: Sizes, stages: Mapping[str, StagePlan], training: Tra
             f"{'--memory' if sizes.machine.device == CPU else '--gpu-memory'} is {show_bytes(sizes.budget)}"
         )
     return warnings
+
+
+def mask_warning(sizes: Sizes, training: TrainingFit | None) -> str:
+    """Return a sentence where masks would take much of the memory if the text is chats, which no plan reads, else ''."""
+    if training is None or sizes.config.data.document_masks != "auto" or sizes.masks.tiles:
+        return ""
+    dense, tiles = (training_mask_bytes(sizes, sizes.config.train, MaskUse(True, way)) for way in (False, True))
+    if training.bytes + dense <= sizes.machine.memory or dense < _MANY * sizes.machine.memory:
+        return ""
+    return (
+        f"memory: where the text is chats, the masks of their documents take {show_bytes(dense)} more while training; with --attention "
+        f"flex it is {show_bytes(tiles)}, and --block is now {sizes.length}"
+    )
 
 
 def idle_warning(sizes: Sizes) -> str:

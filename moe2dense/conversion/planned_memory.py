@@ -10,7 +10,7 @@ from moe2dense.distillation.cost import stored_states
 from moe2dense.distillation.rehearsal import rehearse
 from moe2dense.evaluation.token_metrics import CHUNK
 from moe2dense.families.machines import CPU
-from moe2dense.modeling.mask_memory import mask_bytes
+from moe2dense.modeling.mask_memory import MaskUse, mask_bytes
 from moe2dense.optimizers.footprint import standing_bytes
 from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
 from moe2dense.student.build.cost import build_bytes
@@ -111,12 +111,12 @@ def _rehearsed(sizes: Sizes, config: TrainConfig) -> int:
     return peak - (3 * _FLOAT * target.parameters if config.offload and half else 0)
 
 
-def training_mask_bytes(sizes: Sizes, config: TrainConfig) -> int:
-    """Return the bytes of the masks of a training pass."""
+def training_mask_bytes(sizes: Sizes, config: TrainConfig, masks: MaskUse | None = None) -> int:
+    """Return the bytes of the masks of a training pass; masks: how they are made, where it is not as planned."""
     blocks = min(config.micro_batch, max(1, config.batch // sizes.length))
     itemsize = _FLOAT if sizes.machine.device == CPU else 2
     return mask_bytes(
-        sizes.target.config, sizes.masks, blocks, sizes.length, itemsize, again=config.gradient_checkpointing
+        sizes.target.config, masks or sizes.masks, blocks, sizes.length, itemsize, again=config.gradient_checkpointing
     )
 
 

@@ -25,6 +25,7 @@ from moe2dense.conversion.plan_warnings import (
     disk_warning,
     host_warning,
     idle_warning,
+    mask_warning,
     memory_warnings,
     text_warnings,
 )
@@ -102,6 +103,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         capacity_warning(shape, target),
         *text_warnings(config, shape, target, tokens, build),
         *memory_warnings(sizes, stages, training),
+        mask_warning(sizes, training),
         host_warning(target),
         idle_warning(sizes),
         disk_warning(sum(disk.values()), free_bytes(out), out) if own else "",

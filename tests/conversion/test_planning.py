@@ -83,6 +83,15 @@ def test_masks_of_packed_documents_are_counted():
     assert 0 < memory["on", "flex"] - memory["off", "flex"] < 1e6
 
 
+def test_a_plan_warns_of_masks_that_only_the_text_can_tell():
+    def warned(**flags):
+        plan = planned("mixtral", "7b", data__block=32768, train__batch=32768, train__fit_memory=False, **flags)
+        return [w for w in plan.warnings if "where the text is chats" in w]
+
+    assert len(warned()) == 1 and "--attention flex" in warned()[0]
+    assert not warned(attention="flex") and not warned(data__document_masks="off")
+
+
 def test_warnings():
     assert any("capacity gap" in w for w in planned("qwen3-30b-a3b", "1.5b").warnings)
     assert not any("capacity gap" in w for w in planned().warnings)
