@@ -77,7 +77,8 @@ def use_attention(model: PreTrainedModel, device: torch.device) -> str:
     user loaded the model with stays, unless another is asked for. Raises UserError where `flex` is asked for and cannot be.
     """
     config, asked = model.config.get_text_config(), _setting[-1]
-    current, usual = config._attn_implementation, "sdpa" if model._supports_sdpa else _EAGER
+    usual = "sdpa" if model._supports_sdpa else _EAGER
+    current = config._attn_implementation or usual
     if asked == _EAGER or (asked == "auto" and current not in (usual, *_NAMES)):
         return current
     wanted = f"moe2dense_{_UNMASKED}" if asked == _UNMASKED and usual != _EAGER else usual
@@ -87,7 +88,7 @@ def use_attention(model: PreTrainedModel, device: torch.device) -> str:
             raise UserError(f"--attention flex: {type(model).__name__} {fault}; use --attention auto")
         if not fault:
             wanted = "moe2dense_flex_always" if usual == _EAGER else f"moe2dense_{asked}"
-    if current != wanted:
+    if config._attn_implementation != wanted:
         config._attn_implementation = wanted
     return wanted
 

@@ -66,7 +66,7 @@ def mask_nbytes(mask: BlockMask | Tensor | None) -> int:
     return sum(part.nbytes for part in mask.as_tuple() if isinstance(part, Tensor))
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def attend_by_rows(
     query: Tensor,
     key: Tensor,

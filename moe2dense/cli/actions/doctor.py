@@ -9,6 +9,7 @@ import torch
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from torch.utils._triton import has_triton
 
 from moe2dense.common.units import show_bytes
 from moe2dense.common.versions import installed_version, versions
@@ -57,8 +58,16 @@ def examine() -> dict[str, Any]:
         "memory_bytes": {"total": memory.total, "available": memory.available},
         "disk_free_bytes": shutil.disk_usage(".").free,
         "experts": backends,
+        "attention": {"sdpa": "on: any device", "flex": _flex(cuda)},
         "optional": optional,
     }
+
+
+def _flex(cuda: bool) -> str:
+    """Return whether models can attend through tiles here, and how."""
+    if not cuda:
+        return "on where asked for (--attention flex), some queries at a time; no kernel for it on a CPU"
+    return "on: kernels that torch compiles" if has_triton() else "off: it needs triton, which is not installed"
 
 
 def print_examination(as_json: bool = False) -> None:
@@ -78,6 +87,8 @@ def print_examination(as_json: bool = False) -> None:
     table.add_row("disk", f"{show_bytes(examination['disk_free_bytes'])} free here")
     for name, state in examination["experts"].items():
         table.add_row(f"experts {name}", escape(state))
+    for name, state in examination["attention"].items():
+        table.add_row(f"attention {name}", escape(state))
     for name, state in examination["optional"].items():
         if name not in examination["experts"]:
             table.add_row(name, escape(state))
