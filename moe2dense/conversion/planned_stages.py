@@ -293,15 +293,13 @@ def _evaluate(sizes: Sizes) -> StagePlan:
     one = scoring_flops(sizes.target, sizes.body, blocks, length)
     passes = sizes.texts * pass_flops(shape, blocks, length)
     scores = sizes.texts * (2 * head_flops(shape, blocks, length) + students * one)
-    own = 0.0
-    if sizes.blocks and answers_of(sizes).windows == 1:
-        own = scoring_flops(sizes.target, sizes.body, min(_TRAINING_TEXT, sizes.blocks), length)
+    learnt = min(_TRAINING_TEXT, sizes.blocks) if sizes.blocks and answers_of(sizes).windows == 1 else 0
+    own = scoring_flops(sizes.target, sizes.body, learnt, length) if learnt else 0.0
     parts = sizes.texts * sizes.parts(blocks)
     read = sizes.reading(parts) + (sizes.heal is None and not _head_read_before(sizes)) * sizes.table
     shared = sizes.devices(blocks)
-    return _plan(
-        (_half(sizes), passes, shared), ("single", scores, shared), ("single", own, 1), read=read, bus=sizes.bus(parts)
-    )
+    own_part = ("single", own, sizes.devices(learnt))
+    return _plan((_half(sizes), passes, shared), ("single", scores, shared), own_part, read=read, bus=sizes.bus(parts))
 
 
 def _transfer(sizes: Sizes) -> StagePlan:
@@ -330,7 +328,7 @@ def _skills(sizes: Sizes) -> StagePlan:
     rows, length = max(1, tokens // 32), 32
     flops = pass_flops(sizes.shape, rows, length) + students * sizes.body.forward(rows, length)
     loads = (1 + sizes.config.control) * sizes.student
-    return _plan((_half(sizes), flops, 1), read=sizes.written(1) + loads, bus=sizes.bus(1))
+    return _plan((_half(sizes), flops, sizes.devices(rows)), read=sizes.written(1) + loads, bus=sizes.bus(1))
 
 
 def _export(sizes: Sizes) -> StagePlan:
