@@ -19,6 +19,14 @@ def model_rate(rate: float, hidden_size: int, layers: int) -> float:
     return rate * min(1.0, HIDDEN_SIZE / hidden_size) ** 0.41 * min(1.0, LAYERS / layers) ** 0.5
 
 
+def heal_rate(rate: float, hidden_size: int, layers: int) -> float:
+    """Return the rate of the heal for this shape, given that at hidden size 192 in 4 layers: with the depth it falls twice as fast.
+
+    The heal has few tokens for many parameters. In 30 layers of hidden size 576 it learnt at 1.1e-4 and 5.8e-5 and not at 2.3e-4.
+    """
+    return model_rate(rate, hidden_size, layers) * min(1.0, LAYERS / layers) ** 0.5
+
+
 def training_rate(hidden_size: int, layers: int, lora: bool = False) -> float:
     """Return AdamW's peak rate in training where none is set: 1e-3 at hidden size 192 in 4 layers; adapters take three times as much."""
     return model_rate(1e-3, hidden_size, layers) * (3 if lora else 1)

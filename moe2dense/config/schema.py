@@ -197,7 +197,7 @@ class BuildConfig:
         0.0,
         help="Peak learning rate of the heal.",
         example="5e-4",
-        shown="1e-3 up to hidden size 192 and 4 layers, 1e-4 at 4096 and 32",
+        shown="1e-3 up to hidden size 192 and 4 layers, 3.5e-5 at 4096 and 32",
     )
     heal_batch: int = option(2048, help="Batch of the heal.", unit="tokens", example="4096")
     heal_hints: float = option(

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from moe2dense.config.rates import layer_rate, model_rate
+from moe2dense.config.rates import heal_rate, layer_rate
 from moe2dense.config.schema import BuildConfig
 
 # steps of the local fit: what more of them bring, the heal brings sooner
@@ -42,5 +42,5 @@ def settle_fits(
         heal_epochs=heal_passes(config.heal_epochs, trained),
         local_lr=config.local_lr or layer_rate(LOCAL_RATE, hidden_size),
         layer_lr=config.layer_lr or layer_rate(LAYER_RATE, hidden_size),
-        heal_lr=config.heal_lr or model_rate(HEAL_RATE, hidden_size, layers),
+        heal_lr=config.heal_lr or heal_rate(HEAL_RATE, hidden_size, layers),
     )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from moe2dense.config.rates import layer_rate, model_rate
+from moe2dense.config.rates import heal_rate, layer_rate
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.config.toml import merge_flags
 from moe2dense.student.fit_defaults import heal_passes, local_steps, settle_fits
@@ -31,7 +31,7 @@ def test_every_rule_is_settled_and_what_is_set_stays():
     config = settle_fits(BuildConfig(), 576, 30, 16_384, healed=True)
     assert (config.local_steps, config.heal_epochs) == (448, 16)
     assert (config.local_lr, config.layer_lr) == (layer_rate(4e-3, 576), layer_rate(1e-3, 576))
-    assert config.heal_lr == model_rate(1e-3, 576, 30)
+    assert config.heal_lr == heal_rate(1e-3, 576, 30)
     own = {"local_steps": 5, "heal_epochs": 2.0, "local_lr": 0.1, "layer_lr": 0.2, "heal_lr": 0.3}
     given = merge_flags(RunConfig(), {f"build.{key}": value for key, value in own.items()}).build
     settled = settle_fits(given, 576, 30, 16_384, healed=True)
