@@ -37,7 +37,7 @@ class Place(Protocol):
         """Return whether a file is there."""
         ...
 
-    def object(self, name: str) -> dict[str, Any]:
+    def read_object(self, name: str) -> dict[str, Any]:
         """Return the object in a JSON file. Raises UserError."""
         ...
 
@@ -70,7 +70,7 @@ class FolderPlace:
     def has(self, name: str) -> bool:
         return (self.folder / name).exists()
 
-    def object(self, name: str) -> dict[str, Any]:
+    def read_object(self, name: str) -> dict[str, Any]:
         return read_json_object(self.folder / name, REMEDY)
 
     def write(self, name: str, data: bytes) -> None:
@@ -104,7 +104,7 @@ class RemotePlace:
     def has(self, name: str) -> bool:
         return self.store.size(name) is not None
 
-    def object(self, name: str) -> dict[str, Any]:
+    def read_object(self, name: str) -> dict[str, Any]:
         with content_errors(f"{self.name}/{name}", REMEDY):
             value = json.loads(self.store.read(name))
             if not isinstance(value, dict):

@@ -78,7 +78,7 @@ def manifest_at(place: Place) -> dict[str, Any]:
     """Read store.json. Raises UserError as `read_manifest`."""
     if not place.has(MANIFEST):
         raise UserError(f"targets {place.name} is no store (it has no store.json); write one with `moe2dense targets`")
-    manifest = place.object(MANIFEST)
+    manifest = place.read_object(MANIFEST)
     if manifest.get("version") != VERSION:
         raise UserError(
             f"targets {place.name} have version {manifest.get('version')}, this program reads {VERSION}; write them again"
