@@ -57,7 +57,8 @@ class Objective(nn.Module):
             goals = _teacher_features(teacher, self.match.teacher_features, hidden.dtype)
             weighted, features = self.match(states, goals, _tokens(inputs, options, hidden), feature_weights)
             loss.total = loss.total + weighted
-        return loss.total, loss.kd, loss.ce, loss.watched, features
+        # FSDP2 hooks what is returned, and warns of a view
+        return loss.total.clone(), loss.kd, loss.ce, loss.watched, features
 
 
 def _teacher_features(teacher: TeacherRows | None, names: Sequence[str], dtype: torch.dtype) -> dict[str, Tensor]:

@@ -15,19 +15,34 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.tensor import DTensor
+
+FILE_BYTES = 512_000_000  # a file is put together in memory before it is written, so that a part is written as several
 
 
 def save_sharded(tensors: dict[str, Tensor], folder: Path, group: dist.ProcessGroup) -> Future[None]:
     """Begin to write tensors to a new folder; every process calls it with the same names. A number without dimensions gets one.
 
-    The tensors are copied to the CPU first and may change afterwards. What is returned is done on the first process once every
-    process has written its part. group: of all processes, on gloo; one save at a time talks in it.
+    The tensors are copied to the CPU first and may change afterwards; while they are written FILE_BYTES more are held, or one tensor's.
+    What is returned is done on the first process once every process has written its part. group: of all processes, on gloo; one save at a
+    time talks in it.
     """
     flat = {name: value.reshape(1) if value.dim() == 0 else value for name, value in tensors.items()}
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    writer = HuggingFaceStorageWriter(str(folder), file_numbers(flat), save_distributed=True)
     saving = async_save(flat, storage_writer=writer, process_group=group)
     assert isinstance(saving, Future)
     return saving
+
+
+def file_numbers(tensors: dict[str, Tensor]) -> dict[str, int]:
+    """Return in which of its files, from 1 on, a process writes each tensor, so that none is larger than FILE_BYTES or one tensor."""
+    numbers, number, size = {}, 1, 0
+    for name, value in tensors.items():
+        own = (value.to_local() if isinstance(value, DTensor) else value).nbytes
+        if size and size + own > FILE_BYTES:
+            number, size = number + 1, 0
+        numbers[name], size = number, size + own
+    return numbers
 
 
 def wait_for_saves(saves: Iterable[Future[None]]) -> None:

@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
+from moe2dense.weights import sharded
 from tests.distillation.tiny_run import make_blocks, make_student, make_teacher, settings
 
 
@@ -53,6 +55,9 @@ def launch(work, world, *arguments):
 def worker(rank, world, port, out, options, queue):
     as_rank(rank, world, port)
     from moe2dense.distillation.api import distill
+
+    warnings.filterwarnings("error", "FSDP2-wrapped module")
+    sharded.FILE_BYTES = options.pop("file_bytes", sharded.FILE_BYTES)
 
     def stop(stage, done, total, **numbers):
         if stage == "distill" and done == stop_at:
@@ -122,9 +127,11 @@ def test_sharded_training_equals_one_process(tmp_path):
 
 
 def test_a_sharded_run_goes_on_in_one_process_and_back(tmp_path):
-    options = {"config": settings(epochs=2.0, batch=60, save_every=2, shard=True), "blocks": 20}
+    options = {"config": settings(epochs=2.0, batch=60, save_every=2, shard=True), "blocks": 20, "file_bytes": 9000}
     whole = train(1, tmp_path / "whole", **options)
     train(2, tmp_path / "part", stop_at=2, **options)
+    files = [p.stat().st_size for p in tmp_path.glob("part/checkpoints/step-000002/optimizer/*")]
+    assert len(files) > 4 and max(files) < 14_000, "a part is written as several files, their headers included"
     train(1, tmp_path / "part", stop_at=4, resume=True, **options)
     _, kls = train(2, tmp_path / "part", resume=True, **options)
     assert kls == pytest.approx(whole[1], rel=1e-9)
