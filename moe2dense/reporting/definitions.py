@@ -117,7 +117,7 @@ EXPERT_METRICS: tuple[Metric, ...] = (
     Metric(
         "coverage", "coverage", "Functional coverage", "high", "%",
         "How well a ridge regression predicts the expert's output f_e(x) from the trained student's FFN activations, on held-out "
-        "tokens routed to the expert, by relative error per token. 0% is what a random FFN of the same width reaches, 100% what "
+        "tokens routed to the expert, by relative error per token, linear beyond 1. 0% is what a random FFN of the same width reaches, 100% what "
         "an FFN that holds the whole expert reaches; below 0% the student's neurons say less than random ones.",
         "how much of an expert's output the student's neurons predict (0% = as random neurons do)",
     ),

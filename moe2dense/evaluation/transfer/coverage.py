@@ -73,6 +73,14 @@ def relative_weights(outputs_nH: Tensor) -> Tensor:
     return 1 / size.clamp_min(size.median().clamp_min(1e-12))
 
 
+def tempered(errors: Tensor) -> Tensor:
+    """Return squared errors [n] of outputs of size 1, in which an error beyond the output's size counts linearly (Huber's loss).
+
+    A student that writes a massive activation (2402.17762) for one held-out token would else have a coverage of minus thousands.
+    """
+    return torch.where(errors > 1, 2 * errors.clamp_min(0).sqrt() - 1, errors)
+
+
 def press(values: Tensor, vectors: Tensor, targets: Tensor) -> Tensor:
     """Return the leave-one-out squared error of kernel ridge, from eigenvalues (ridge added) and vectors of the kernel."""
     dual = vectors @ ((vectors.T @ targets) / values[:, None])

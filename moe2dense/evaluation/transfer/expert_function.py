@@ -87,12 +87,16 @@ def _expert_coverage(
     train = coverage.split(len(rows), setup.generator)
     weights = coverage.relative_weights(output)
     random_errors, copy_errors, width = [], [], activations.shape[1]
+
+    def errors(features: Tensor) -> Tensor:
+        return coverage.tempered(coverage.ridge_errors(features, output, train, weights)).cpu()
+
     for baseline in baselines:
         features = baseline.features(x, expert)
         copy = torch.cat([hidden, features[:, : max(0, width - hidden.shape[1])]], 1)
-        random_errors.append(coverage.ridge_errors(features, output, train, weights).cpu())
-        copy_errors.append(coverage.ridge_errors(copy, output, train, weights).cpu())
-    student_errors = coverage.ridge_errors(activations.to(output), output, train, weights).cpu()
+        random_errors.append(errors(features))
+        copy_errors.append(errors(copy))
+    student_errors = errors(activations.to(output))
     size = (output * weights[:, None])[~train].double().square().sum()
     return coverage.coverage(
         student_errors,

@@ -291,6 +291,27 @@ def test_ridge_errors_equal_the_primal_solution_in_float64():
     assert coverage.relative_weights(sizes).tolist() == pytest.approx([0.2, 0.2, 0.2, 0.1, 0.2])
 
 
+def test_a_massive_activation_of_one_held_out_token_does_not_decide_the_coverage():
+    errors = torch.tensor([0.0, 0.25, 1.0, 4.0, 1e6])
+    assert coverage.tempered(errors).tolist() == [0.0, 0.25, 1.0, 3.0, 1999.0]
+    generator = torch.Generator().manual_seed(2)
+    x = torch.randn(300, 20, generator=generator)
+    y = x @ torch.randn(20, 4, generator=generator) / 20**0.5
+    train = coverage.split(300, generator)
+    weights = coverage.relative_weights(y)
+    massive = x.clone()
+    massive[torch.nonzero(~train)[0]] *= 50
+
+    def measured(student):
+        parts = (student, torch.randn(300, 20, generator=torch.Generator().manual_seed(3)), x)
+        student, random, copy = (coverage.tempered(coverage.ridge_errors(p, y, train, weights)) for p in parts)
+        size = float((y * weights[:, None])[~train].square().sum())
+        return float(coverage.coverage(student, random, copy, size))
+
+    assert measured(x) == pytest.approx(1, abs=1e-6)
+    assert -1 < measured(massive) < 0.9  # plain squares give minus 30
+
+
 def test_the_ridge_is_chosen_by_leaving_one_out():
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(50, 30, generator=generator)
