@@ -55,9 +55,10 @@ def launched() -> tuple[int, int]:
 def join_processes() -> Iterator[int]:
     """Let the processes that were launched together talk to each other within the context; yield the rank of this one.
 
-    On a machine with GPUs each takes its own, by LOCAL_RANK.
+    On a machine with GPUs each takes its own, by LOCAL_RANK. A launcher's only process joins too: accelerate would set up a group for the
+    first training and miss it in the next.
     """
-    if launched()[1] == 1 or joined():
+    if joined() or (launched()[1] == 1 and not _has_launcher()):
         yield world()[0]
         return
     if torch.cuda.is_available() and not os.environ.get("ACCELERATE_USE_CPU"):
@@ -72,6 +73,11 @@ def join_processes() -> Iterator[int]:
         yield dist.get_rank()
     finally:
         leave_processes()
+
+
+def _has_launcher() -> bool:
+    """Return whether torchrun or accelerate started this process, be it the only one."""
+    return not _alone and {"RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
 
 
 def leave_processes() -> None:

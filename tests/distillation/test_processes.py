@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from moe2dense.common.processes import join_processes, leave_processes
 from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
@@ -79,8 +80,7 @@ def worker(rank, world, port, out, options, queue):
     if rank == 0:
         local = {k: getattr(v, "to_local", lambda v=v: v)() for k, v in student.state_dict().items()}
         queue.put(({k: v.numpy() for k, v in local.items()}, kls))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def train(world, out, **options):
@@ -140,13 +140,32 @@ def test_a_sharded_run_goes_on_in_one_process_and_back(tmp_path):
     close((model.state_dict(), kls), whole)
 
 
+def train_twice(rank, world, port, out, queue):
+    as_rank(rank, world, port)
+    from moe2dense.distillation.api import distill
+
+    states = []
+    with join_processes():
+        for name in ("student", "control"):
+            student = make_student(torch.float64)
+            distill(student, make_teacher(torch.float64), make_blocks(4), config=settings(), out=out / name, seed=3)
+            states.append({k: v.numpy() for k, v in student.state_dict().items()})
+    assert all((states[1][k] == v).all() for k, v in states[0].items())
+    queue.put((states[0], []))
+
+
+def test_the_only_process_of_a_launcher_trains_twice(tmp_path):
+    """As a conversion does, whose control is trained after the student."""
+    launch(train_twice, 1, tmp_path)
+
+
 def write_share(rank, world, port, folder):
     as_rank(rank, world, port)
     torch.distributed.init_process_group("gloo")
     for name in TARGET_FORMATS:
         write_targets(make_teacher(), make_blocks(19), folder / name, name, seed=4)
         assert len(open_targets(folder / name, make_blocks(19))) == 19  # whole on every process
-    torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def test_several_processes_write_the_store_of_one_and_read_it(tmp_path):

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
 
 from moe2dense.common.mirror import Mirror
 from moe2dense.common.object_store import ObjectStore
+from moe2dense.common.processes import leave_processes
 from moe2dense.distillation.checkpoints import Checkpoints
 from moe2dense.errors import UserError
 from tests.distillation.test_processes import as_rank, free_port
@@ -134,8 +135,7 @@ def worker(rank, port, out, resume, stop, argument):
             os._exit(4)
         except UserError as error:
             os._exit(2 if "disk is full" in str(error) else 6 if "cannot be read" in str(error) else 5)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def train(out, resume=False, stop="", argument=None) -> list[int]:

@@ -35,9 +35,11 @@ def note_peak(rank, processes, port, out):
     config = settings(batch=48, micro_batch=1, optimizer="adamw", save_every=100, shard=True)
     with join_processes():
         targets = hidden_targets(student(32).eval(), blocks)
+        options = dict(data=blocks, targets=targets, config=config, seed=3)
+        distill(student(32), out=out / f"small-{processes}", **options)  # what is loaded once
         before = resident_memory()
         with metered() as cost:
-            distill(student(), data=blocks, targets=targets, config=config, seed=3, out=out / f"run-{processes}")
+            distill(student(), out=out / f"run-{processes}", **options)
     (out / f"{processes}-{rank}").write_text(str(cost.memory - before))
 
 

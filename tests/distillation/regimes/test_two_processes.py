@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from moe2dense.common.processes import leave_processes
 from moe2dense.config.training import RegimeConfig
 from tests.distillation.regimes.test_peers import make_peer
 from tests.distillation.test_processes import as_rank, close, launch
@@ -38,8 +39,7 @@ def worker(rank, world, port, out, name, stop_at, resume, queue):
         pass
     if rank == 0:
         queue.put(({k: v.numpy() for k, v in student.state_dict().items()}, kls))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    leave_processes()
 
 
 def train(world, out, name, stop_at=None, resume=False):
