@@ -1,6 +1,7 @@
 """Shared fixtures. Nothing here needs a network or a GPU."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -9,7 +10,9 @@ os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
+from moe2dense.common import object_store
 from tests.record_families import Recorder
 
 ROOT = Path(__file__).parent.parent
@@ -32,6 +35,15 @@ def pytest_configure(config: pytest.Config) -> None:
 def _one_thread():
     """Several workers share few cores."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def memory_store(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Leave nothing in fsspec's `memory://` after a test, in which a request to an object store that failed is tried again at once."""
+    monkeypatch.setattr(object_store, "WAIT", 0.0)
+    yield
+    MemoryFileSystem.store.clear()
+    MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from moe2dense.common import mirror as mirroring
-from moe2dense.common import object_store
 from moe2dense.common.mirror import RECORD, Mirror, fetch_mirror, newest_manifest, same_place
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.errors import UserError
@@ -43,9 +42,7 @@ class Cut(MemoryFileSystem):
 fsspec.register_implementation("cut", Cut, clobber=True)
 
 
-@pytest.fixture(autouse=True)
-def _no_waiting(monkeypatch):
-    monkeypatch.setattr(object_store, "WAIT", 0.0)
+pytestmark = pytest.mark.usefixtures("memory_store")
 
 
 @pytest.fixture(params=["small", "large"])

@@ -4,14 +4,12 @@ import json
 import shutil
 from pathlib import Path
 
-import fsspec
 import pytest
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
 
 import moe2dense as m2d
-from moe2dense.common import object_store
 from moe2dense.common.mirror import Mirror, newest_manifest
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.config.schema import RunConfig
@@ -26,13 +24,7 @@ from tests.distillation.targets.test_store import make_blocks, make_teacher
 URL = "memory://runs/one"
 
 
-@pytest.fixture(autouse=True)
-def _empty_store(monkeypatch):
-    monkeypatch.setattr(object_store, "WAIT", 0.0)
-    yield
-    files = fsspec.filesystem("memory")
-    if files.exists("/runs"):
-        files.rm("/runs", recursive=True)
+pytestmark = pytest.mark.usefixtures("memory_store")
 
 
 def config_of(out, url=URL):

@@ -3,7 +3,6 @@
 import shutil
 import threading
 
-import fsspec
 import pytest
 import torch
 
@@ -17,12 +16,12 @@ from tests.distillation.tiny_run import Stop, make_blocks, make_student, same, s
 PATIENCE = 60
 
 
+pytestmark = pytest.mark.usefixtures("memory_store")
+
+
 @pytest.fixture
 def store():
-    yield ObjectStore("memory://training", "--mirror")
-    files = fsspec.filesystem("memory")
-    if files.exists("/training"):
-        files.rm("/training", recursive=True)
+    return ObjectStore("memory://training", "--mirror")
 
 
 def options():

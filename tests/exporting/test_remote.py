@@ -2,13 +2,11 @@
 
 import json
 
-import fsspec
 import pytest
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from moe2dense.__main__ import main
-from moe2dense.common import object_store
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.errors import UserError
 from moe2dense.exporting.remote import check_room, export_folder
@@ -17,13 +15,7 @@ from tests.distillation.tiny_run import make_student
 URL = "memory://models/mine"
 
 
-@pytest.fixture(autouse=True)
-def _empty_store(monkeypatch):
-    monkeypatch.setattr(object_store, "WAIT", 0.0)
-    yield
-    files = fsspec.filesystem("memory")
-    if files.exists("/models"):
-        files.rm("/models", recursive=True)
+pytestmark = pytest.mark.usefixtures("memory_store")
 
 
 @pytest.fixture

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from safetensors.torch import save
 
 from moe2dense.__main__ import main
-from moe2dense.common import object_store
 from moe2dense.common.object_store import ObjectStore
 from moe2dense.data.remote import cache_folder
 from moe2dense.distillation.api import distill
@@ -24,16 +23,14 @@ from tests.distillation.tiny_run import make_student, same, settings, weights
 URL = "memory://stores/one"
 
 
+pytestmark = pytest.mark.usefixtures("memory_store")
+
+
 @pytest.fixture(autouse=True)
-def _empty(monkeypatch, tmp_path):
-    monkeypatch.setattr(object_store, "WAIT", 0.0)
+def _small_and_apart(monkeypatch, tmp_path):
     monkeypatch.setenv("MOE2DENSE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("moe2dense.distillation.targets.remote._SPARE", 0)
     monkeypatch.setattr("moe2dense.distillation.targets.write._RESIDENT_BLOCKS", 4)
-    yield
-    files = fsspec.filesystem("memory")
-    if files.exists("/stores"):
-        files.rm("/stores", recursive=True)
 
 
 @pytest.fixture(scope="module")
