@@ -1,7 +1,7 @@
 """The optimisers of training: AdamW, or Muon on the matrices inside the layers and AdamW on the rest.
 
-Muon (https://kellerjordan.github.io/posts/muon/) makes each matrix's step orthogonal. Here it is torch's own, with steps of
-the size that AdamW's have (Moonlight, arXiv 2502.16982).
+Muon (https://kellerjordan.github.io/posts/muon/) makes each matrix's step orthogonal. Its steps have the size that AdamW's have
+(Moonlight, arXiv 2502.16982).
 """
 
 from collections.abc import Callable, Sequence
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.cost import uses_muon
 from moe2dense.modeling.decoder import decoder_layers
+from moe2dense.optimizers.muon import Muon
 from moe2dense.optimizers.tensorwise import holds_less, tensorwise_optimizer
 
 BETAS = (0.9, 0.95)
@@ -26,7 +27,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def __init__(self, matrices: Sequence[nn.Parameter], groups: Sequence[dict[str, Any]], lr: float):
         self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.Muon(matrices, lr=lr * MUON_RATE, weight_decay=0.0, adjust_lr_fn="match_rms_adamw"),
+            Muon(matrices, lr=lr * MUON_RATE),
             torch.optim.AdamW(list(groups), lr=lr, betas=BETAS, fused=True),
         ]
         self.parts[0].param_groups[0][RATE] = MUON_RATE
