@@ -65,6 +65,7 @@ def training_flops(
     step = body.step(length.per_step, text, again)
     step += head_loss(tokens, sizes.hidden_size, sizes.vocab_size, trains_head=not config.lora)
     step += tokens * teacher
+    step += body.orthogonal if uses_muon(config, sizes.hidden_size) else 0
     check = body.forward(held_out, text) + held_out * text * (
         student + product(1, target.teacher.hidden_size, target.teacher.vocab_size)
     )

@@ -5,6 +5,7 @@ of an MoE, of which a token passes some. Attention multiplies every pair of toke
 linear attention) count with their projections alone.
 """
 
+from collections.abc import Sequence
 from dataclasses import astuple, dataclass
 
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from moe2dense.modeling.decoder import decoder_layers
 from moe2dense.modeling.kinds import without_adapters
 
 # N blocks, S block length
+NEWTON_SCHULZ = 5  # steps
 _WITHOUT_PAIRS = ("conv", "linear_attention", "mamba")
 _EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
 
@@ -26,13 +28,14 @@ class Products:
     """What a part of a model multiplies. weights: numbers that every token is multiplied with, `trained` of them with a gradient.
 
     pairs: FLOPs of attention for a pair of tokens. last: numbers of the layers' last matrices, whose products are not made again
-    where activations are computed again (nothing that follows them needs their inputs).
+    where activations are computed again (nothing that follows them needs their inputs). orthogonal: FLOPs of one step of Muon.
     """
 
     weights: int
     trained: int = 0
     pairs: int = 0
     last: int = 0
+    orthogonal: int = 0
 
     def forward(self, blocks: int, length: int) -> float:
         """Return the FLOPs of a forward pass over [blocks, length] tokens."""
@@ -69,6 +72,12 @@ def multiplied(parameter: Tensor, config: PreTrainedConfig) -> int:
     return parameter.numel()
 
 
+def orthogonal_flops(shape: Sequence[int]) -> int:
+    """Return the FLOPs in which Muon makes a matrix of this shape orthogonal, in five steps of Newton and Schulz."""
+    few, many = sorted(shape)
+    return NEWTON_SCHULZ * (4 * few * few * many + 2 * few**3)
+
+
 def pair_flops(config: PreTrainedConfig, index: int) -> int:
     """Return the FLOPs of attention in layer `index` for a pair of tokens: scores and the mean of the values, over all heads."""
     text = config.get_text_config()
@@ -97,7 +106,9 @@ def layer_products(
     weights = [(p, multiplied(p, config)) for p in layer.parameters() if id(p) not in left_out]
     trained = sum(number for p, number in weights if p.requires_grad)
     last = next((number for _, number in reversed(weights) if number), 0)
-    return Products(sum(number for _, number in weights), trained, pair_flops(config, index), last)
+    matrices = [p.shape for p, _ in weights if p.dim() == 2 and p.requires_grad]
+    orthogonal = sum(orthogonal_flops(shape) for shape in matrices)
+    return Products(sum(number for _, number in weights), trained, pair_flops(config, index), last, orthogonal)
 
 
 def body_products(model: nn.Module) -> Products:

@@ -6,6 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe2dense.common.counters import count_flops
+from moe2dense.modeling.products import NEWTON_SCHULZ, orthogonal_flops
+
 
 class Muon(torch.optim.Muon):
     """torch's Muon; matrices on a CPU are made orthogonal in float32, with the same formulas and state.
@@ -15,12 +18,16 @@ class Muon(torch.optim.Muon):
     """
 
     def __init__(self, matrices: Sequence[nn.Parameter], lr: float, weight_decay: float = 0.0, nesterov: bool = True):
-        super().__init__(matrices, lr, weight_decay, nesterov=nesterov, adjust_lr_fn="match_rms_adamw")
+        options = {"ns_steps": NEWTON_SCHULZ, "adjust_lr_fn": "match_rms_adamw"}
+        super().__init__(matrices, lr, weight_decay, nesterov=nesterov, **options)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Make one step."""
-        if any(p.device.type != "cpu" for group in self.param_groups for p in group["params"]):
+        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for matrix in stepped:
+            count_flops(orthogonal_flops(matrix.shape), matrix.device.type)
+        if any(matrix.device.type != "cpu" for matrix in stepped):
             return super().step(closure)
         loss = None
         if closure is not None:

@@ -4,12 +4,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from moe2dense.distillation.optimizers import layer_matrices
 from moe2dense.losses.distillation import distillation_loss
 from moe2dense.losses.teacher_rows import HiddenRows
 from moe2dense.modeling.empty import empty_model
 from moe2dense.modeling.forward import final_hidden
 from moe2dense.modeling.head import Head, model_head
 from moe2dense.modeling.products import body_products
+from moe2dense.optimizers.muon import Muon
 from tests.flop_counting import counted
 
 SIZES = dict(vocab_size=211, num_hidden_layers=3, num_attention_heads=4, hidden_size=64, intermediate_size=144)
@@ -39,6 +41,16 @@ def test_a_pass_of_a_dense_model_costs_what_torch_counts(name, training):
             hidden.square().sum().backward()
     # where keys and values differ in width a CPU has no fused attention, whose backward pass computes the scores again
     assert flops.ours == pytest.approx(flops.torch, rel=0.05 if training and name == "deepseek_v3" else 0.015)
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_a_step_of_muon_costs_what_its_layers_say(name):
+    model = AutoModelForCausalLM.from_config(config_of(name))
+    for parameter in model.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    with counted() as flops:
+        Muon(layer_matrices(model), lr=1e-3).step()
+    assert flops.torch == body_products(empty_model(config_of(name))).orthogonal > 0
 
 
 def test_a_step_with_its_loss_costs_what_torch_counts():

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from moe2dense.optimizers.muon import Muon, nearly_orthogonal
+from tests.flop_counting import counted
 
 A, B, C = COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -68,6 +69,16 @@ def test_a_step_multiplies_nothing_in_bfloat16():
         Muon([matrix], lr=1e-3).step()
     assert set(seen) == {torch.float32}
     assert len(seen) > 20
+
+
+def test_a_step_costs_what_torch_counts():
+    matrices = [torch.nn.Parameter(torch.randn(shape)) for shape in [(40, 12), (12, 40), (24, 24)]]
+    idle = torch.nn.Parameter(torch.ones(50, 50))  # has no gradient
+    for matrix in matrices:
+        matrix.grad = torch.randn_like(matrix)
+    with counted() as flops:
+        Muon([*matrices, idle], lr=1e-3).step()
+    assert flops.ours == flops.torch > 0
 
 
 def test_a_closure_gives_the_loss():
