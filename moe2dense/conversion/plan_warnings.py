@@ -11,6 +11,7 @@ from moe2dense.conversion.results import StagePlan
 from moe2dense.families.machines import CPU
 from moe2dense.modeling.mask_memory import MaskUse
 from moe2dense.modeling.shape import Geometry
+from moe2dense.optimizers.memory_ladder import changed
 from moe2dense.student.build.cost import TOKENS_PER_NEURON, heal_asked
 from moe2dense.student.build.heal_memory import least_heal_bytes
 from moe2dense.student.target.resolve import Target
@@ -106,6 +107,21 @@ def memory_warnings(sizes: Sizes, stages: Mapping[str, StagePlan], training: Tra
             f"{'--memory' if sizes.machine.device == CPU else '--gpu-memory'} is {show_bytes(sizes.budget)}"
         )
     return warnings
+
+
+def precision_warning(sizes: Sizes, training: TrainingFit | None) -> str:
+    """Return a sentence where a CPU is to fit weights that rest in bfloat16, else ''."""
+    if sizes.machine.device != CPU:
+        return ""
+    train = changed(sizes.config.train, training.changes) if training else None
+    fits = {"the build's end-to-end fit": sizes.heal, "training": train}
+    slow = [what for what, settings in fits.items() if settings is not None and settings.weights == "bfloat16"]
+    if not slow:
+        return ""
+    return (
+        f"{' and '.join(slow)} will multiply in bfloat16, which many CPUs do tens of times slower than the float32 that times are "
+        f"planned with; more --memory, a smaller --to or --lora 64 keeps the weights in float32"
+    )
 
 
 def mask_warning(sizes: Sizes, training: TrainingFit | None) -> str:

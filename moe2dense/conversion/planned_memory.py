@@ -83,7 +83,7 @@ def fit_training(sizes: Sizes) -> TrainingFit:
     """
     config, room = sizes.config.train, _SHARE_TO_USE * sizes.machine.memory
     least: TrainingFit | None = None
-    for changes in rungs(config, sizes.length):
+    for changes in rungs(config, sizes.length, sizes.machine.device != CPU):
         need = _standing(sizes, changed(config, changes))
         if need <= room or not config.fit_memory:  # else no step has to be rehearsed
             need = _rehearsed(sizes, changed(config, changes))

@@ -27,6 +27,7 @@ from moe2dense.conversion.plan_warnings import (
     idle_warning,
     mask_warning,
     memory_warnings,
+    precision_warning,
     text_warnings,
 )
 from moe2dense.conversion.planned_memory import fit_training, healing_sentence, stage_memory
@@ -104,6 +105,7 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         *text_warnings(config, shape, target, tokens, build),
         *memory_warnings(sizes, stages, training),
         mask_warning(sizes, training),
+        precision_warning(sizes, training),
         host_warning(target),
         idle_warning(sizes),
         disk_warning(sum(disk.values()), free_bytes(out), out) if own else "",

@@ -100,6 +100,18 @@ def test_warnings():
     assert any("--lora" in w for w in planned("mixtral-8x22b", "40b", train__fit_memory=False).warnings)
 
 
+def test_weights_in_bfloat16_on_a_cpu_are_said():
+    def said(machine, **flags):
+        config = merge_flags(
+            RunConfig(model="examples/tiny-mixtral", to="3.2m"), {k.replace("__", "."): v for k, v in flags.items()}
+        )
+        return [w for w in make_plan(config, machine).warnings if "multiply in bfloat16" in w]
+
+    assert not said(MACHINE)
+    assert said(MACHINE, train__weights="bfloat16")[0].startswith("training will")
+    assert not said(dataclasses.replace(MACHINE, device="cuda"), train__weights="bfloat16")
+
+
 def test_the_build_takes_a_fixed_share():
     config = merge_flags(RunConfig(), {"train.tokens": 1_000_000, "build.fraction": 0.1})
     assert build_tokens(config, 256, 512) == 1_000_000 // 10 // 256 * 256

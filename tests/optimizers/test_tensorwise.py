@@ -8,6 +8,7 @@ from torch import nn
 
 from moe2dense.config.training import TrainConfig
 from moe2dense.distillation.optimizers import make_optimizer
+from moe2dense.optimizers.footprint import standing_bytes
 from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
 from moe2dense.optimizers.packed_state import pack, unpack
 from moe2dense.optimizers.rounding import round_at_random
@@ -91,15 +92,26 @@ def test_small_steps_add_up_in_bfloat16():
 
 
 def test_the_ladder_changes_only_what_is_not_set():
-    plain = list(rungs(TrainConfig(), 2048))
+    plain = list(rungs(TrainConfig(), 2048, on_gpu=True))
     assert plain[0] == {} and plain[1] == {"gradient_checkpointing": True}
     assert any(changes.get("offload") for changes in plain)
-    assert not any("step_in_backward" in changes for changes in rungs(TrainConfig(batch=1 << 16), 2048))
-    assert all(changes.get("optimizer") is None for changes in rungs(TrainConfig(optimizer="muon"), 2048))
-    assert len(list(rungs(TrainConfig(lora=8), 2048))) == 3
+    assert not any("step_in_backward" in changes for changes in rungs(TrainConfig(batch=1 << 16), 2048, on_gpu=True))
+    assert all(changes.get("optimizer") is None for changes in rungs(TrainConfig(optimizer="muon"), 2048, on_gpu=True))
+    assert len(list(rungs(TrainConfig(lora=8), 2048, on_gpu=True))) == 3
     text = in_words(plain[4])
     assert "train.optimizer = adamw-8bit" in text and "train.step_in_backward = true" in text
     assert changed(TrainConfig(), plain[4]).weights == "bfloat16"
+
+
+@pytest.mark.parametrize("batch", [2048, 1 << 16])
+def test_on_a_cpu_bfloat16_comes_last(batch):
+    config = TrainConfig(batch=batch)
+    ways = [changed(config, changes) for changes in rungs(config, 2048, on_gpu=False)]
+    assert [way.weights for way in ways] == ["float32"] * (len(ways) - 1) + ["bfloat16"]
+    assert not any(way.offload for way in ways)
+    assert any(way.step_in_backward for way in ways) is (batch == 2048)
+    needs = [standing_bytes(way, 1000, 1000) for way in ways]
+    assert needs == sorted(needs, reverse=True)
 
 
 def test_the_state_of_a_copy_is_its_own():

@@ -50,7 +50,7 @@ def heal_choices(
     none steps in its backward pass.
     """
     plain = TrainConfig(batch=config.heal_batch, micro_batch=heal_blocks(config, block), clip=CLIP)
-    ways = [changed(plain, changes) for changes in rungs(plain, block) if not changes.get("offload")]
+    ways = [changed(plain, changes) for changes in rungs(plain, block, on_gpu) if not changes.get("offload")]
     if processes > 1:
         ways = [way for way in ways if not way.step_in_backward]
     return [(way, heal_bytes(way, target, block, on_gpu, masks)) for way in ways]
