@@ -103,6 +103,12 @@ class WriteConfig:
         example="0.5",
         shown="0: none",
     )
+    extra: float = option(
+        -1.0,
+        help="What the teacher writes on top of the training text, as a share of it, continuing that text.",
+        example="1.5",
+        shown="up to 1.5 where training would pass at most 1M tokens several times and the teacher stays in memory, else none",
+    )
     prompt_tokens: int = option(32, help="How much of a passage is given.", unit="tokens", example="64")
     new_tokens: int = option(
         0, help="The most that is written after it.", unit="tokens", example="128", shown="what is left of a block"

@@ -72,7 +72,12 @@ def check_text_settings(settings: RunConfig) -> None:
     write = settings.write
     if not 0 <= write.share <= 1:
         raise UserError(f"write.share must lie between 0 and 1; found {write.share:g}")
-    if write.share:
+    if write.extra < 0 and write.extra != -1:
+        raise UserError(f"write.extra must not be negative; found {write.extra:g}")
+    extra = max(0.0, write.extra)
+    if extra and settings.stages:
+        raise UserError("write.extra adds to one text, and --stages divides it; leave one out, or use write.share")
+    if write.share or write.extra:
         Sampling(write.temperature, write.top_p, write.beams)
         parse_band(write.nll)
     if not 0 <= write.duplicates <= 1:
@@ -83,9 +88,9 @@ def check_text_settings(settings: RunConfig) -> None:
         )
     check_draws(settings)
     check_endpoint(settings)
-    if settings.train.targets and (write.share or settings.train.select):
+    if settings.train.targets and (write.share or extra or settings.train.select):
         raise UserError(
-            "train.targets are of the data as it is; leave out write.share and train.select, or the targets"
+            "train.targets are of the data as it is; leave out write.share, write.extra and train.select, or the targets"
         )
 
 

@@ -13,17 +13,17 @@ from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
 from moe2dense.conversion.choice import BUILT, Choice, choose
 from moe2dense.conversion.configure import resumed_settings
+from moe2dense.conversion.extra_text import extra_text
 from moe2dense.conversion.for_stack import for_stack
 from moe2dense.conversion.job import Job, Text, load_text, shortfall
 from moe2dense.conversion.mirroring import fetch_run, mirrored
 from moe2dense.conversion.planning import make_plan
 from moe2dense.conversion.results import Plan, Result
-from moe2dense.conversion.run import open_run
+from moe2dense.conversion.run import Run, open_run
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.conversion.text_options import run_day
 from moe2dense.conversion.training_text import with_training_text
 from moe2dense.data.overlap import overlap_warning, seen_share
-from moe2dense.distillation.cost import passes
 from moe2dense.families.resolve import fetch, resolve_teacher
 from moe2dense.modeling.attention import attention_setting
 from moe2dense.student.store import load_student
@@ -93,13 +93,21 @@ def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> 
         for warning in (shortfall(text, plan), *(overlap_warning(share, name) for name, share in seen.items())):
             if warning:
                 console.print(f"[yellow]warning:[/] {warning}")
-        passed = passes(settings.train, text.train.tokens, plan.target.parameters)
+        plan, passed = _settled_extra_text(run, settings, plan, text.train.tokens)
         settings = replace(settings, train=replace(settings.train, epochs=passed))
         job = Job(run, settings, plan, teacher, text, progress)
         stages.check_targets_disk(job)
         result = _stages(job)
     report_stage.show_result(run.folder, console)
     return result
+
+
+def _settled_extra_text(run: Run, settings: RunConfig, plan: Plan, tokens: int) -> tuple[Plan, float]:
+    """Return the plan with the share of text that the teacher writes on top, and the passes over both; a resumed run keeps its share."""
+    extra = float(run.manifest.get("extra_text", plan.extra))
+    run.save(extra_text=extra)
+    written = replace(settings, write=replace(settings.write, extra=extra))
+    return replace(plan, extra=extra), extra_text(written, tokens, plan.target.parameters, resident=False)[1]
 
 
 def _hashes(teacher: Teacher, text: Text) -> dict[str, str]:

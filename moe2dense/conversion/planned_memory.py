@@ -47,6 +47,7 @@ def stage_memory(sizes: Sizes, training: TrainingFit | None) -> dict[str, float]
     return {
         "build": build,
         "build-control": build,
+        "write": _streaming(sizes, sizes.wrote),
         "targets": _streaming(sizes, sizes.blocks),
         "train-student": trained,
         "train-control": trained,

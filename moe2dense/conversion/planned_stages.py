@@ -38,7 +38,8 @@ class Sizes:
     body: the products of the student's layers. blocks, build, held_out: of text, of `length` tokens each; texts: how many held-out
     texts are scored. checkpoint: bytes of the teacher, `resident` where it stays in memory, `tied` where its head is its embedding;
     batch: tokens that share a reading. budget: bytes for the build, of the device that computes; memory: of main memory. heal: how
-    the build's end-to-end fit makes its steps, if it is made. masks: how passes of the student make theirs.
+    the build's end-to-end fit makes its steps, if it is made. masks: how passes of the student make theirs. wrote: blocks of the training
+    text that the teacher writes.
     """
 
     config: RunConfig
@@ -61,6 +62,7 @@ class Sizes:
     recompute: bool
     heal: TrainConfig | None = None
     masks: MaskUse = NO_DOCUMENTS
+    wrote: int = 0
 
     @property
     def student(self) -> int:
@@ -97,6 +99,7 @@ def plan_stages(sizes: Sizes) -> dict[str, StagePlan]:
     """Return each stage's plan, without its memory, in the order in which they run."""
     plans: dict[str, Callable[[Sizes], StagePlan]] = {"build": _build, "evaluate": _evaluate}
     if sizes.blocks:
+        plans |= {"write": _write} if sizes.wrote else {}
         plans |= {"targets": _targets} if answers_of(sizes).windows == 1 else {}
         plans |= {"train-student": _train}
     if sizes.config.control:
@@ -244,6 +247,16 @@ def _answering(sizes: Sizes, answers: Answers) -> StagePlan:
         bus=draws * sizes.bus(answers.readings),
         written=draws * tokens * target_bytes(config, sizes.target) if answers.windows else 0.0,
     )
+
+
+def _write(sizes: Sizes) -> StagePlan:
+    """The training text that the teacher writes, a token of every text at a time, as many at once as write.shard says."""
+    shape, write = sizes.shape, sizes.config.write
+    flops = pass_flops(shape, sizes.wrote, sizes.length)
+    flops += product(sizes.wrote * sizes.length, shape.hidden_size, shape.vocab_size)
+    rounds = math.ceil(sizes.wrote / write.shard)
+    new = rounds * (write.new_tokens or max(1, sizes.length - write.prompt_tokens))
+    return _plan((_half(sizes), flops, sizes.devices(sizes.wrote)), read=sizes.written(new), bus=sizes.bus(new))
 
 
 def _targets(sizes: Sizes) -> StagePlan:

@@ -17,6 +17,7 @@ from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
 from moe2dense.config.training import TrainConfig
 from moe2dense.conversion.checks import check_architecture
 from moe2dense.conversion.configure import default_out, stage_sizes, texts_of_folder
+from moe2dense.conversion.extra_text import extra_text
 from moe2dense.conversion.machine import calibrate
 from moe2dense.conversion.placement import Placement, plan_placement, with_savings
 from moe2dense.conversion.plan_warnings import (
@@ -35,7 +36,6 @@ from moe2dense.conversion.planned_stages import Sizes, answers_of, plan_stages
 from moe2dense.conversion.results import Plan
 from moe2dense.conversion.teacher_folder import checked_teacher
 from moe2dense.distillation.adapters import add_adapters
-from moe2dense.distillation.cost import passes
 from moe2dense.errors import UserError
 from moe2dense.families.fields import config_field
 from moe2dense.families.machines import CPU, Machine
@@ -92,9 +92,11 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
     sizes = _sizes(config, teacher, shape, target, machine, placement, block, build)
     if heal_asked(config, target):
         sizes = replace(sizes, heal=_healing(sizes))
+    extra, passed = extra_text(config, tokens, target.parameters, sizes.resident)
+    sizes = _with_extra_text(sizes, extra, passed)
     training = fit_training(sizes) if sizes.blocks else None
     if training is not None:
-        train = changed(config.train, training.changes)
+        train = changed(sizes.config.train, training.changes)
         sizes = replace(sizes, config=replace(config, train=train), recompute=train.gradient_checkpointing)
     memory = stage_memory(sizes, training)
     stages = {name: replace(stage, memory=memory[name]) for name, stage in plan_stages(sizes).items()}
@@ -118,7 +120,8 @@ def make_plan(config: RunConfig, machine: Machine | None = None) -> Plan:
         target=target,
         tokens=tokens,
         build_tokens=build,
-        passes=passes(config.train, tokens, target.parameters),
+        passes=passed,
+        extra=extra,
         block=block,
         held_out=sizes.held_out,
         data=config.data.path or DEFAULT_CORPUS,
@@ -170,6 +173,16 @@ def _sizes(
             empty_model(target.config), config.attention, machine.device != CPU, block, config.data.document_masks == "on"
         ),
     )  # fmt: skip
+
+
+def _with_extra_text(sizes: Sizes, extra: float, passed: float) -> Sizes:
+    """Return sizes whose training passes its text and what the teacher writes on top `passed` times."""
+    if not sizes.blocks:
+        return sizes
+    train = replace(sizes.config.train, epochs=passed)
+    more = round(extra * sizes.blocks)
+    wrote = more + round(sizes.config.write.share * sizes.blocks)
+    return replace(sizes, config=replace(sizes.config, train=train), blocks=sizes.blocks + more, wrote=wrote)
 
 
 def _healing(sizes: Sizes) -> TrainConfig | None:

@@ -68,6 +68,7 @@ class Plan:
     command: str = ""
     warnings: tuple[str, ...] = field(default=())
     passes: float = 1.0  # of training over its text
+    extra: float = 0.0  # what the teacher writes on top of the training text, as a share of it
     depth: str = "influence"  # which layers stay where some go
     ood: str = ""  # text of another kind for the report
     folder_texts: tuple[str, ...] = ()  # which of path, valid and ood the teacher's folder names

@@ -101,6 +101,9 @@ def _read_manifest(file: Path) -> dict[str, Any]:
                 entry.get("kl", {}), dict
             ):
                 raise ValueError(f"the record of stage {stage!r} is not as it is written")
+        extra = manifest.get("extra_text", 0.0)
+        if isinstance(extra, bool) or not isinstance(extra, int | float) or not 0 <= extra < math.inf:
+            raise ValueError(f"extra_text is {extra!r}")
         for entry in manifest.get("cost", {}).values():
             Cost.from_dict(entry)
     return manifest

@@ -19,6 +19,7 @@ _TITLES = {"train-student": "distill", "build-control": "build control", "train-
 _LEGEND = {
     "build": "makes the student layer by layer from what the teacher's layers do on the first part of the text",
     "evaluate": "scores held-out text",
+    "write": "the teacher writes more text to train on, continuing that text",
     "targets": "stores the teacher's answers on the text, so that training needs no teacher",
     "train-student": "trains the student on these answers",
     "build-control": "the same student from random FFNs, trained alike",
@@ -142,7 +143,7 @@ def _sentences(plan: Plan) -> list[str]:
     spent, from_scratch = plan.flops, plan.from_scratch
     build = show_count(plan.build_tokens)
     tokens = (
-        f"tokens: the teacher reads {show_count(plan.tokens)}, of which the build takes {build}; training passes them {_times(plan)}"
+        f"tokens: the teacher reads {show_count(plan.tokens)}, of which the build takes {build}; training passes {_what(plan)} {_times(plan)}"
         if plan.tokens
         else f"tokens: {build} for the build; nothing is trained after it"
     )
@@ -168,8 +169,13 @@ def _sentences(plan: Plan) -> list[str]:
     return lines + ([f"start: {plan.command}"] if plan.command else [])
 
 
+def _what(plan: Plan) -> str:
+    more = f"{show_count(round(plan.extra * plan.tokens))} more, which the teacher writes,"
+    return f"them and {more}" if plan.extra else "them"
+
+
 def _times(plan: Plan) -> str:
-    return "once" if plan.passes == 1 else f"{plan.passes:g} times"
+    return "once" if plan.passes == 1 else f"{plan.passes:.3g} times"
 
 
 def _text_name(plan: Plan, name: str, path: str) -> str:

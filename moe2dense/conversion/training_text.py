@@ -24,7 +24,7 @@ def with_training_text(job: Job, student: Student) -> Job:
 
     A resumed run reads both back.
     """
-    if job.settings.write.share:
+    if job.settings.write.share or job.plan.extra:
         job = replace(job, text=replace(job.text, train=written_text(job)))
     selection = parse_selection(job.settings.train.select)
     return job if selection is None else _with_selected_blocks(job, student, selection)
@@ -55,17 +55,19 @@ def _with_selected_blocks(job: Job, student: Student, selection: Selection) -> J
 
 
 def written_text(job: Job) -> Blocks:
-    """Return the training blocks of a run, `write.share` of them written by its teacher, in a shuffled order.
+    """Return the training blocks of a run, `write.share` of them and those of the plan's extra text written by its teacher, shuffled.
 
     The text is kept in the run's written/ and continued there by a resumed run. Raises UserError as `write_text` does, and when
     the written text fills no block.
     """
     settings, block = job.settings, job.plan.block
     real, folder = job.text.train, job.run.folder / "written"
-    wanted = round(settings.write.share * len(real))
+    replaced, extra = round(settings.write.share * len(real)), round(job.plan.extra * len(real))
+    wanted = replaced + extra
     if wanted < 1:
         raise UserError(
-            f"write.share {settings.write.share:g} of {len(real)} blocks is less than one; raise it, or --tokens"
+            f"write.share {settings.write.share:g} and write.extra {job.plan.extra:g} of {len(real)} blocks are less than one; raise them, or "
+            f"--tokens"
         )
     tokenizer = job.teacher.tokenizer()
     if not job.run.finished("write"):
@@ -74,10 +76,11 @@ def written_text(job: Job) -> Blocks:
             write_text(
                 job.teacher, folder, source, settings.write, (wanted + 1) * block,
                 block=block, seed=settings.seed, tokenizer=tokenizer, progress=job.progress, options=job.text.options,
+                different=0 if replaced else len(real),
             )  # fmt: skip
             entry |= from_first(lambda: summary(folder))
     masks = settings.data.document_masks
     own = load_blocks(folder, tokenizer, block, "train", wanted * block, settings.seed, masks, options=job.text.options)
-    parts = [real[: len(real) - wanted], own] if wanted < len(real) else [own]
+    parts = [real[: len(real) - replaced], own] if replaced < len(real) else [own]
     order = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(settings.seed))
     return join_blocks(parts, order)

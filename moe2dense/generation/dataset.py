@@ -77,6 +77,7 @@ def write_text(
     tokenizer: PreTrainedTokenizerBase | None = None,
     progress: Callable[..., None] | None = None,
     options: TextOptions = DEFAULTS,
+    different: int = 0,
 ) -> Path:
     """Let the teacher write about `tokens` tokens, prompts included; an unfinished folder is continued.
 
@@ -84,7 +85,8 @@ def write_text(
     other random numbers. Sequence-level distillation (Kim and Rush, 1606.07947) trains on the result. Under torch.distributed
     every process writes its share of each shard and rank 0 filters and lists them, so the result is that of one process. Raises
     UserError for a folder that holds something else, a teacher that writes nothing, and filters that drop nearly everything;
-    finished shards stay. options: how the source is read.
+    finished shards stay. options: how the source is read. different: how many prompts are read before the first is continued again (0: all
+    that there are).
     """
     folder, tokenizer = Path(folder), tokenizer or teacher.tokenizer()
     assert tokenizer is not None
@@ -105,7 +107,7 @@ def write_text(
 
     manifest = from_first(begin)
     again = sampling.temperature > 0
-    prompts = _endless(source, tokenizer, split, seed, prompt_tokens, prompt_tokens + new, again, options)
+    prompts = _endless(source, tokenizer, split, seed, prompt_tokens, prompt_tokens + new, again, options, different)
     done, kept_tokens = _progress_of(manifest)
     for _ in islice(prompts, done):
         pass
@@ -163,7 +165,7 @@ def _identity(
     teacher: Teacher, source: str | Path, settings: WriteConfig, split: str, seed: int, new: int, options: TextOptions
 ) -> dict[str, Any]:
     """Return what must not change between the begin of a folder and its continuation."""
-    writes = {k: v for k, v in asdict(settings).items() if k not in ("share", "shard")}
+    writes = {k: v for k, v in asdict(settings).items() if k not in ("share", "extra", "shard")}
     return {
         "version": VERSION,
         "teacher": checkpoint_fingerprint(teacher.path),
@@ -218,10 +220,12 @@ def _endless(
     stride: int,
     again: bool,
     options: TextOptions,
+    different: int,
 ) -> Iterator[Prompt]:
     """Yield all prompts, and with `again` all of them again without end: other random numbers give other texts."""
     while True:
-        yield from read_prompts(source, tokenizer, split, seed, prompt_tokens, stride, options)
+        prompts = read_prompts(source, tokenizer, split, seed, prompt_tokens, stride, options)
+        yield from islice(prompts, different or None)
         if not again:
             return
 

@@ -1,5 +1,6 @@
 """Runs whose text, or teacher, is not the plain one: written and chosen text, rounded experts, more of them, and resuming."""
 
+import gzip
 import json
 import math
 
@@ -51,6 +52,41 @@ def test_written_and_chosen_text(tiny, tmp_path, monkeypatch):
     assert found["select"]["divergence"] > found["select"]["divergence_of_all"]
     assert found["train-student"]["tokens"] == 6144  # as many steps as on all of the text
     assert result.scores["student"]["kl"]["value"] > 0
+
+
+@pytest.mark.slow
+def test_text_on_top_of_the_given(tiny, tmp_path, monkeypatch):
+    """Half as much is written on top, from prompts of the run's own text; a resumed run keeps to that share."""
+    write = {"extra": 0.5, "prompt_tokens": 8, "shard": 64}
+    file = config(tmp_path / "c.toml", write=write, train={"tokens": 4096, "batch": 512})
+    real, asked = stages.distill, []
+
+    def noted(student, **options):
+        asked.append(options)
+        if len(asked) == 1:
+            raise KeyboardInterrupt
+        return real(student, **options)
+
+    monkeypatch.setattr(stages, "distill", noted)
+    with pytest.raises(KeyboardInterrupt):
+        m2d.convert(str(tiny), to="3.2m", config=file, out=tmp_path / "o", control=False)
+    m2d.convert(str(tiny), to="3.2m", out=tmp_path / "o", resume=True)
+    stopped, resumed = (options["data"] for options in asked)
+    assert torch.equal(stopped.input_ids, resumed.input_ids) and len(resumed) == 64 + 32
+    given = resumed.loss_mask().sum(1) > 60  # of what is written the prompts are not learnt
+    assert given.sum() == 64
+    found = json.loads((tmp_path / "o" / "run.json").read_text())
+    assert found["extra_text"] == 0.5 and found["stages"]["write"]["tokens"] >= 33 * 64
+    assert found["stages"]["train-student"]["tokens"] == 96 * 64
+    ours = {tuple(row.tolist()) for row in resumed.input_ids[given].unfold(1, 8, 1).flatten(0, 1)}
+    lines = [
+        json.loads(line)
+        for shard in sorted((tmp_path / "o" / "written").glob("*.gz"))
+        for line in gzip.decompress(shard.read_bytes()).decode().splitlines()
+    ]
+    tokenizer = load_teacher(tiny, memory="300MB").tokenizer()
+    prompts = [tokenizer(line["prompt"], add_special_tokens=False)["input_ids"] for line in lines]
+    assert sum(tuple(ids) in ours for ids in prompts) > 0.6 * len(prompts)  # others cross the end of a block
 
 
 @pytest.mark.slow
@@ -118,10 +154,13 @@ def test_experts_drawn_twice_teach_with_their_mean(tiny, tmp_path, monkeypatch):
         ({"write.share": 1.5}, "write.share must lie between 0 and 1"),
         ({"write.share": 0.5, "write.nll": "4"}, "LOW:HIGH"),
         ({"write.share": 0.5, "write.beams": 4}, "beam search chooses"),
+        ({"write.extra": -0.5}, "write.extra must not be negative"),
+        ({"write.extra": 0.5, "stages": "4m,3.2m"}, "--stages divides it"),
+        ({"write.extra": 0.5, "train.targets": "t"}, "leave out write.share, write.extra"),
         ({"write.duplicates": 3.0}, "write.duplicates must lie"),
         ({"train.select": "coreset:0.5", "train.regime": "on-policy", "regime.share": "1"}, "leave one out"),
         ({"train.select": "best"}, "divergence:SHARE or coreset:SHARE"),
-        ({"train.select": "coreset:0.5", "train.targets": "t"}, "leave out write.share and train.select"),
+        ({"train.select": "coreset:0.5", "train.targets": "t"}, "leave out write.share, write.extra and train.select"),
     ],
 )
 def test_settings_that_mean_nothing(tiny, flags, message):

@@ -45,6 +45,13 @@ def test_written_text_is_read_like_any_other(teacher, text, tokenizer, tmp_path)
     assert any(r["completion"] == together or r["completion"].strip() == together.strip() for r in rows)
 
 
+def test_so_many_prompts_are_continued_again(teacher, text, tmp_path):
+    folder = write_text(teacher, tmp_path / "w", text, SMALL, 400, block=64, different=3)
+    rows = records(folder)
+    assert len({r["prompt"] for r in rows}) == 3 and len(rows) > 9
+    assert len({r["completion"] for r in rows}) > 6  # with other random numbers
+
+
 def test_prompt_can_be_learnt_too(teacher, text, tokenizer, tmp_path):
     folder = write_text(teacher, tmp_path / "w", text, dataclasses.replace(SMALL, learn_prompt=True), 300, block=64)
     blocks = load_blocks(folder, tokenizer, 64, "train")
