@@ -233,6 +233,8 @@ def _text_facts(job: Job) -> dict[str, Any]:
     paths = {"train": data.path or DEFAULT_CORPUS, "valid": data.valid or data.path or DEFAULT_CORPUS, "ood": data.ood}
     blocks = {"train": text.train, "valid": text.valid, "ood": text.ood}
     sizes = {k: {"path": paths[k], "blocks": len(b), "tokens": b.tokens} for k, b in blocks.items() if b is not None}
+    if written := job.run.manifest.get("written_blocks"):
+        sizes["train"] |= {"written_blocks": written}
     read = {k: {"records": c.to_dict(), "read": c.sentence()} for k, c in text.records.items()}
     seen = job.run.manifest.get("seen_in_training") or {}
     learnt = {

@@ -81,6 +81,7 @@ def written_text(job: Job) -> Blocks:
             entry |= from_first(lambda: summary(folder))
     masks = settings.data.document_masks
     own = load_blocks(folder, tokenizer, block, "train", wanted * block, settings.seed, masks, options=job.text.options)
+    job.run.save(written_blocks=len(own))
     parts = [real[: len(real) - replaced], own] if replaced < len(real) else [own]
     order = torch.randperm(sum(map(len, parts)), generator=torch.Generator().manual_seed(settings.seed))
     return join_blocks(parts, order)

@@ -21,6 +21,7 @@ def card_info(report: Mapping[str, Any]) -> dict[str, Any]:
         "target": config["to"],
         "method": student["method"],
         "tokens": cost["tokens"],
+        "written_tokens": cost.get("written_tokens", 0),
         "replayed": round(cost["tokens"] * config["train"]["epochs"]),
         "seed": config["seed"],
         "rows": rows,

@@ -26,6 +26,7 @@ INFO_FIELDS = {
     "target": "--to as given",
     "method": "how the student's FFNs were built, e.g. layerwise",
     "tokens": "unique teacher positions seen, the build's included",
+    "written_tokens": "of these, how many the teacher wrote on top of the text",
     "replayed": "positions seen in training, repeats included",
     "seed": "seed of the run",
     "rows": "list of {'name': str, 'scores': Scores.to_dict()}, the student first",
@@ -134,9 +135,12 @@ def _provenance(info: dict[str, Any]) -> str:
     if info.get("method"):
         text += f" by {code(info['method'])}"
     if info.get("tokens"):
-        text += f", and it learnt to predict the teacher's distribution on {info['tokens']:,} tokens"
+        written = info.get("written_tokens") or 0
+        text += f", and it learnt to predict the teacher's distribution on {info['tokens'] - written:,} tokens"
         if info.get("datasets"):
             text += " of " + ", ".join(code(d) for d in info["datasets"])
+        if written:
+            text += f" and {written:,} that the teacher wrote on top"
     text += "." + (f" Seed {info['seed']}." if "seed" in info else "")
     return text + " It inherits the teacher's tokenizer, license and limits."
 

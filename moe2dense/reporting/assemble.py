@@ -164,6 +164,9 @@ def _cost(plan: Mapping[str, Any], student: Mapping[str, Any]) -> dict[str, Any]
         student.get("parameters"),
     )
     cost: dict[str, Any] = {"tokens": plan.get("tokens"), "build_tokens": plan.get("build_tokens")}
+    if plan.get("tokens") and plan.get("extra"):
+        written = round(plan["tokens"] * plan["extra"])
+        cost |= {"tokens": plan["tokens"] + written, "written_tokens": written}
     if teacher_size and student_size:
         ratios = {
             "parameters_ratio": student_size / teacher_size,

@@ -78,6 +78,12 @@ def test_text_on_top_of_the_given(tiny, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "o" / "run.json").read_text())
     assert found["extra_text"] == 0.5 and found["stages"]["write"]["tokens"] >= 33 * 64
     assert found["stages"]["train-student"]["tokens"] == 96 * 64
+    report = json.loads((tmp_path / "o" / "report.json").read_text())
+    assert (report["cost"]["tokens"], report["cost"]["written_tokens"]) == (6144, 2048)
+    page = (tmp_path / "o" / "report.html").read_text()
+    assert "2,048 of them it wrote itself" in page and "in 96 blocks, of which the teacher wrote 32" in page
+    assert "on 4,096 tokens of" in (card := (tmp_path / "o" / "model" / "README.md").read_text())
+    assert "and 2,048 that the teacher wrote on top" in " ".join(card.split())
     ours = {tuple(row.tolist()) for row in resumed.input_ids[given].unfold(1, 8, 1).flatten(0, 1)}
     lines = [
         json.loads(line)
