@@ -1,5 +1,6 @@
 """Plan the most memory of each stage, beside what the program itself takes."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +16,7 @@ from moe2dense.optimizers.footprint import standing_bytes
 from moe2dense.optimizers.memory_ladder import changed, in_words, rungs
 from moe2dense.student.build.cost import build_bytes
 from moe2dense.student.build.heal_memory import heal_bytes, heal_changes
-from moe2dense.teacher.cost import HIDDEN_COPIES, resident_bytes, resident_layer_bytes
+from moe2dense.teacher.cost import HIDDEN_COPIES, recording_batch, resident_bytes, resident_layer_bytes
 
 _FLOAT = 4
 _SHARE_TO_USE = 0.94  # of a device: its driver and fragments take the rest
@@ -47,8 +48,8 @@ def stage_memory(sizes: Sizes, training: TrainingFit | None) -> dict[str, float]
     return {
         "build": build,
         "build-control": build,
-        "write": _streaming(sizes, sizes.wrote),
-        "targets": _streaming(sizes, sizes.blocks),
+        "write": _streaming(sizes, min(sizes.wrote, sizes.config.write.shard)),
+        "targets": _answering(sizes),
         "train-student": trained,
         "train-control": trained,
         "evaluate": max(streaming, _judging(sizes)),
@@ -66,6 +67,15 @@ def _streaming(sizes: Sizes, blocks: int) -> float:
     tokens = min(sizes.batch, blocks * sizes.length)
     states = tokens * itemsize * HIDDEN_COPIES * sizes.shape.hidden_size
     return weights + (states if sizes.machine.device == CPU else min(states, max(0, sizes.budget - weights)))
+
+
+def _answering(sizes: Sizes) -> float:
+    """Return the bytes of a pass that records states of layers for targets; a GPU leaves those to main memory."""
+    states = stored_states(sizes.config, sizes.target)
+    batch = recording_batch(sizes.batch, states) if sizes.resident else sizes.batch
+    tokens = min(batch, sizes.blocks * sizes.length)
+    recorded = 0 if sizes.machine.device != CPU else states + bool(states)
+    return _streaming(sizes, math.ceil(tokens / sizes.length)) + recorded * tokens * _FLOAT * sizes.shape.hidden_size
 
 
 def _judging(sizes: Sizes) -> float:

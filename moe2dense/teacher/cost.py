@@ -113,6 +113,11 @@ def split_for(shape: Geometry, budget: int, ram: int = 0) -> BudgetSplit:
     return split_budget(budget, total, layer, expert, itemsize * HIDDEN_COPIES * shape.hidden_size, ram)
 
 
+def recording_batch(macro_batch: int, states: int) -> int:
+    """Return how many of a reading's tokens fit in the same memory where so many layers' states are kept beside them, one of them twice."""
+    return macro_batch * HIDDEN_COPIES // (HIDDEN_COPIES + states + bool(states))
+
+
 def resident_bytes(shape: Geometry, itemsize: int = _COMPUTE_BYTES) -> int:
     """Return the bytes of the whole model in a compute dtype of so many bytes."""
     return itemsize * shape.parameters

@@ -52,8 +52,9 @@ class FeatureRecorder(Observer):
         """Return the features [N, S, ...] by name. Raises UserError for one that the teacher did not give."""
         if missing := [n for n, parts in self.parts.items() if not parts]:
             raise UserError(f"features: the teacher gives no {missing[0]}")
-        joined = {n: torch.cat(parts) for n, parts in self.parts.items()}
-        return {n: x.unflatten(0, (blocks, -1)) for n, x in joined.items()}
+        for name, parts in self.parts.items():  # one after the other, so that only one of them is there twice
+            self.parts[name] = [parts[0] if len(parts) == 1 else torch.cat(parts)]
+        return {n: parts[0].unflatten(0, (blocks, -1)) for n, parts in self.parts.items()}
 
 
 class RoutingRecorder(Observer):

@@ -34,6 +34,7 @@ from moe2dense.distillation.targets.token_weights import check_token_weights
 from moe2dense.errors import UserError
 from moe2dense.modeling.head import OutputHead
 from moe2dense.modeling.hooks import feature_name
+from moe2dense.teacher.cost import recording_batch
 from moe2dense.teacher.kinds import AnyTeacher, teacher_head
 from moe2dense.teacher.model import Teacher
 
@@ -61,8 +62,8 @@ def write_targets(
 ) -> str | Path:
     """Store the teacher's distributions at every position of `blocks`; return the place, `folder`.
 
-    An unfinished store is continued at its next shard. folder: may be a URL, to which each shard is written from memory. teacher: a Teacher, streamed in as few passes as its memory budget
-    allows, or a transformers model. format: hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full;
+    An unfinished store is continued at its next shard. folder: may be a URL, to which each shard is written from memory. teacher: a
+    Teacher, streamed in as few passes as its memory budget allows, or a transformers model. format: hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full;
     features: of some layers, stored with hidden targets in 8 bits, by name or layer number; routing: names of token weights
     to store. Under torchrun every process writes its share. Raises UserError for what cannot be stored, a folder that holds
     other targets, or a full disk.
@@ -114,7 +115,10 @@ def _begin(place: Place, teacher: AnyTeacher, blocks: Blocks, options: StoreOpti
             place.write(HEAD, save({"weight": weight} | bias))
         part = _RESIDENT_BLOCKS
         if isinstance(teacher, Teacher):
-            part = max(1, teacher.plan.macro_batch // identity["block"])
+            tokens = teacher.plan.macro_batch
+            if teacher.resident:  # reading again costs nothing
+                tokens = recording_batch(tokens, len(options.features))
+            part = max(1, tokens // identity["block"])
         manifest = identity | {"part": min(part, math.ceil(len(keys) / world)), "shards": []}
         write_manifest(place, manifest)
     return manifest

@@ -1,5 +1,7 @@
 """Features and routing recorded while the teacher streams, against the same model of transformers."""
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
@@ -164,3 +166,15 @@ def test_an_outlier_channel_costs_the_others_no_digits(channels, tmp_path):
     error = (values - states)[..., beyond].norm() / states[..., beyond].norm().clamp_min(1e-9)
     assert values.shape == states.shape and error < 0.01
     assert (values - states)[..., 70 % channels].abs().max() < 5
+
+
+@pytest.mark.parametrize(("features", "part"), [((), 3), (("hidden-0", "hidden-1"), 1)])
+def test_a_teacher_in_memory_answers_as_many_blocks_as_fit(pair, text, tmp_path, features, part):
+    """Three blocks share a reading, of which it holds five copies; the states of two layers and one more copy leave room for one."""
+    teacher = pair[1]
+    assert teacher.resident
+    write_targets(teacher, text, tmp_path / "t", features=features)
+    assert json.loads((tmp_path / "t" / "store.json").read_text())["part"] == part
+    stored = open_targets(tmp_path / "t", text).batch(list(range(len(text)))).hidden.float()
+    whole = hidden_targets(teacher, text).hidden.flatten(0, 1)
+    torch.testing.assert_close(stored, whole, rtol=0.01, atol=0.01)  # kept in bfloat16
