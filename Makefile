@@ -16,7 +16,7 @@ $(VENV)/.installed: pyproject.toml
 
 demo: $(VENV)/.installed
 	rm -rf out/demo
-	$(BIN)/moe2dense convert examples/tiny-mixtral --to 3.2m --tokens 150k --out out/demo
+	$(BIN)/moe2dense convert examples/tiny-mixtral --to 3.2m --tokens 140k --out out/demo
 	$(BIN)/python examples/load_student.py out/demo/model
 
 test: $(VENV)/.installed
