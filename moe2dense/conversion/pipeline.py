@@ -22,7 +22,7 @@ from moe2dense.conversion.results import Plan, Result
 from moe2dense.conversion.run import Run, open_run
 from moe2dense.conversion.show_plan import print_plan
 from moe2dense.conversion.text_options import run_day
-from moe2dense.conversion.training_text import with_training_text
+from moe2dense.conversion.training_text import has_prompts, with_training_text
 from moe2dense.data.overlap import overlap_warning, seen_share
 from moe2dense.families.resolve import fetch, resolve_teacher
 from moe2dense.modeling.attention import attention_setting
@@ -93,7 +93,7 @@ def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> 
         for warning in (shortfall(text, plan), *(overlap_warning(share, name) for name, share in seen.items())):
             if warning:
                 console.print(f"[yellow]warning:[/] {warning}")
-        plan, passed = _settled_extra_text(run, settings, plan, text.train.tokens)
+        plan, passed = _settled_extra_text(run, settings, plan, text, teacher)
         settings = replace(settings, train=replace(settings.train, epochs=passed))
         job = Job(run, settings, plan, teacher, text, progress)
         stages.check_targets_disk(job)
@@ -102,9 +102,15 @@ def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> 
     return result
 
 
-def _settled_extra_text(run: Run, settings: RunConfig, plan: Plan, tokens: int) -> tuple[Plan, float]:
-    """Return the plan with the share of text that the teacher writes on top, and the passes over both; a resumed run keeps its share."""
-    extra = float(run.manifest.get("extra_text", plan.extra))
+def _settled_extra_text(run: Run, settings: RunConfig, plan: Plan, text: Text, teacher: Teacher) -> tuple[Plan, float]:
+    """Return the plan with the share of text that the teacher writes on top, and the passes over both.
+
+    A resumed run keeps its share; by rule nothing is written where no record can be continued.
+    """
+    planned = plan.extra
+    if planned and settings.write.extra < 0 and not from_first(lambda: has_prompts(settings, plan, text, teacher)):
+        planned = 0.0
+    extra, tokens = float(run.manifest.get("extra_text", planned)), text.train.tokens
     run.save(extra_text=extra)
     written = replace(settings, write=replace(settings.write, extra=extra))
     return replace(plan, extra=extra), extra_text(written, tokens, plan.target.parameters, resident=False)[1]

@@ -8,15 +8,18 @@ import torch
 from moe2dense.common.devices import moved_to
 from moe2dense.common.files import atomic_write
 from moe2dense.common.processes import from_first
-from moe2dense.config.schema import DEFAULT_CORPUS
-from moe2dense.conversion.job import Job
+from moe2dense.config.schema import DEFAULT_CORPUS, RunConfig
+from moe2dense.conversion.job import Job, Text
+from moe2dense.conversion.results import Plan
 from moe2dense.conversion.stages import training_targets
 from moe2dense.data.blocks import Blocks, join_blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.distillation.select_blocks import Selection, parse_selection, select_blocks
 from moe2dense.errors import UserError
 from moe2dense.generation.dataset import summary, write_text
+from moe2dense.generation.prompts import read_prompts
 from moe2dense.student.types import Student
+from moe2dense.teacher.model import Teacher
 
 
 def with_training_text(job: Job, student: Student) -> Job:
@@ -52,6 +55,19 @@ def _with_selected_blocks(job: Job, student: Student, selection: Selection) -> J
     rows = json.loads(record.read_text())["rows"]
     train = replace(job.settings.train, epochs=job.settings.train.epochs * len(blocks) / len(rows))
     return replace(job, text=replace(job.text, train=blocks[rows]), settings=replace(job.settings, train=train))
+
+
+def has_prompts(settings: RunConfig, plan: Plan, text: Text, teacher: Teacher) -> bool:
+    """Return whether the training text has a record that the teacher can continue."""
+    source, tokenizer = settings.data.path or DEFAULT_CORPUS, teacher.tokenizer()
+    assert tokenizer is not None
+    try:
+        prompts = read_prompts(
+            source, tokenizer, "train", settings.seed, settings.write.prompt_tokens, plan.block, text.options
+        )
+        return next(prompts, None) is not None
+    except UserError:
+        return False
 
 
 def written_text(job: Job) -> Blocks:

@@ -111,7 +111,7 @@ class _PromptReader:
         messages = row["messages"]
         last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=-1)
         if last < 0:
-            raise UserError("data has a conversation without a user's turn to answer")
+            raise Unusable("no user's turn to answer")
         turns = messages[: last + 1]
         text = self._template.render(self._template.adapted(conversation_of(row | {"messages": turns})), answer=True)
         template_values = {name: row[name] for name in ("tools", "documents", "chat_template_kwargs") if name in row}

@@ -1,10 +1,16 @@
 """How much the teacher writes on top of little text, by rule and as set."""
 
+import json
+from types import SimpleNamespace
+
 import pytest
 
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
 from moe2dense.conversion.extra_text import extra_text
+from moe2dense.conversion.training_text import has_prompts
+from moe2dense.data.options import DEFAULTS
+from moe2dense.teacher.load import load_teacher
 
 
 def settings(**flags):
@@ -45,3 +51,17 @@ def test_what_is_set_is_kept():
     assert extra_text(settings(write__extra=3.0), 490_000, 3_200_000, resident=False) == (3.0, 1.25)
     assert extra_text(settings(write__extra=9.0), 490_000, 3_200_000, resident=False) == (9.0, 1.0)
     assert extra_text(settings(write__extra=3.0, train__epochs=4.0), 490_000, 3_200_000, True) == (3.0, 4.0)
+
+
+@pytest.mark.parametrize(
+    ("record", "expected"),
+    [
+        ({"text": "The sea was calm, and the captain slept."}, True),
+        ({"messages": [{"role": "assistant", "content": "Nobody asked me anything."}]}, False),
+    ],
+)
+def test_text_that_nothing_can_continue_is_noticed(tiny, tmp_path, record, expected):
+    (tmp_path / "t.jsonl").write_text((json.dumps(record) + "\n") * 40)
+    config = settings(data__path=str(tmp_path / "t.jsonl"))
+    plan, text = SimpleNamespace(block=64), SimpleNamespace(options=DEFAULTS)
+    assert has_prompts(config, plan, text, load_teacher(tiny, memory="300MB")) is expected
