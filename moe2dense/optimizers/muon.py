@@ -22,21 +22,20 @@ class Muon(torch.optim.Muon):
         super().__init__(matrices, lr, weight_decay, nesterov=nesterov, **options)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Make one step."""
-        stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        for matrix in stepped:
-            count_flops(orthogonal_flops(matrix.shape), matrix.device.type)
-        if any(matrix.device.type != "cpu" for matrix in stepped):
-            return super().step(closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        for group in self.param_groups:
-            for matrix in group["params"]:
-                if matrix.grad is not None:
-                    self._step_matrix(matrix, matrix.grad, group)
+        stepped = [(p, p.grad, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for matrix, _, _ in stepped:
+            count_flops(orthogonal_flops(matrix.shape), matrix.device.type)
+        if any(matrix.device.type != "cpu" for matrix, _, _ in stepped):
+            super().step()
+            return loss
+        for matrix, gradient, group in stepped:
+            self._step_matrix(matrix, gradient, group)
         return loss
 
     def _step_matrix(self, matrix: Tensor, gradient: Tensor, group: dict[str, Any]) -> None:

@@ -63,7 +63,8 @@ def write_targets(
     """Store the teacher's distributions at every position of `blocks`; return the place, `folder`.
 
     An unfinished store is continued at its next shard. folder: may be a URL, to which each shard is written from memory. teacher: a
-    Teacher, streamed in as few passes as its memory budget allows, or a transformers model. format: hidden, sampled (`draws` at `temperature`), topk (`k` at `temperature`) or full;
+    Teacher, streamed in as few passes as its memory budget allows, or a transformers model. format: hidden, sampled (`draws` at
+    `temperature`), topk (`k` at `temperature`) or full;
     features: of some layers, stored with hidden targets in 8 bits, by name or layer number; routing: names of token weights
     to store. Under torchrun every process writes its share. Raises UserError for what cannot be stored, a folder that holds
     other targets, or a full disk.

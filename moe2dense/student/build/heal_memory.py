@@ -50,9 +50,8 @@ def heal_choices(
     none steps in its backward pass.
     """
     plain = TrainConfig(batch=config.heal_batch, micro_batch=heal_blocks(config, block), clip=CLIP)
-    ways = [changed(plain, changes) for changes in rungs(plain, block, on_gpu) if not changes.get("offload")]
-    if processes > 1:
-        ways = [way for way in ways if not way.step_in_backward]
+    ladder = rungs(plain, block, on_gpu, processes)
+    ways = [changed(plain, changes) for changes in ladder if not changes.get("offload")]
     return [(way, heal_bytes(way, target, block, on_gpu, masks)) for way in ways]
 
 
