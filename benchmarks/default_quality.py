@@ -2,10 +2,11 @@
 
     python benchmarks/default_quality.py --data FOLDER                               # examples/tiny-mixtral to 3.2m
     python benchmarks/default_quality.py --data FOLDER --teacher FINE_GRAINED --to 25%
+    python benchmarks/default_quality.py --data FOLDER --tokens 98k --config FILE.toml --seeds 0,1
     python benchmarks/default_quality.py --data FOLDER --judge OUT                   # judge the student of a run again
 
 The command is `moe2dense convert TEACHER --to SIZE --data FOLDER --tokens 490k --no-control`: the control is another student and
-changes nothing in this one. The judge is plain transformers: both models read one block of 256 tokens from each of 96 evenly
+changes nothing in this one; settings of `--config` replace the rules'. The judge is plain transformers: both models read one block of 256 tokens from each of 96 evenly
 spaced passages, of held-out text and of text of another kind, and their whole distributions are compared in float64.
 
 What was measured with it: docs/results.md.
@@ -58,20 +59,28 @@ def built_kl(out: Path) -> float:
     return float(json.loads((out / "report.json").read_text())["rows"]["before"]["kl"]["value"])
 
 
-def run(args: argparse.Namespace) -> None:
-    """Convert with the defaults, judge the student and print one line."""
+def run(args: argparse.Namespace, seed: int) -> None:
+    """Convert with the defaults and what `--config` changes, judge the student and print one line."""
     begun = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
-        out = Path(args.judge or args.out or Path(temporary) / "run")
+        out = Path(args.judge or (f"{args.out}-{seed}" if args.out else Path(temporary) / "run"))
         if not args.judge:
-            convert(args.teacher, to=args.to, data=args.data, tokens=args.tokens, out=out, control=False)
+            convert(
+                args.teacher,
+                to=args.to,
+                data=args.data,
+                tokens=args.tokens,
+                out=out,
+                config=Path(args.config) if args.config else None,
+                seed=seed,
+                control=False,
+            )
         seconds = time.monotonic() - begun
         numbers = judge(args.teacher, out / "model", args.data, args.block, args.passages)
         before = built_kl(out)
     text = "  ".join(f"{split} KL {kl:.4f}" for split, kl in numbers.items())
-    print(
-        f"{Path(args.teacher).name} to {args.to}, {args.tokens} tokens: {text}  (before training {before:.4f} by the report)  {seconds:.0f} s"
-    )
+    name = f"{Path(args.teacher).name} to {args.to}, {args.tokens} tokens, {args.config or 'defaults'}, seed {seed}"
+    print(f"{name}: {text}  (before training {before:.4f} by the report)  {seconds:.0f} s", flush=True)
 
 
 def main() -> None:
@@ -82,11 +91,15 @@ def main() -> None:
     parser.add_argument("--tokens", default="490k")
     parser.add_argument("--block", type=int, default=256)
     parser.add_argument("--passages", type=int, default=96)
-    parser.add_argument("--out", default="", help="keep the run here")
+    parser.add_argument("--config", default="", help="a TOML file of settings that differ from the defaults")
+    parser.add_argument("--seeds", default="0", help="one conversion for each, such as 0,1")
+    parser.add_argument("--out", default="", help="keep the runs in OUT-SEED")
     parser.add_argument(
         "--judge", default="", metavar="OUT", help="judge the student of this run instead of converting"
     )
-    run(parser.parse_args())
+    args = parser.parse_args()
+    for seed in [0] if args.judge else args.seeds.split(","):
+        run(args, int(seed))
 
 
 if __name__ == "__main__":
