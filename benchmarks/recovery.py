@@ -129,7 +129,7 @@ def build_config(settings: list[str]) -> BuildConfig:
 def states_read(teacher: Teacher, features: str = "auto") -> tuple[str, ...]:
     """Return the names of the teacher's states that training reads."""
     layers = teacher.config.get_text_config().num_hidden_layers
-    return teacher_features(AUTO_FEATURES if features == "auto" else features, layers, layers)
+    return teacher_features(AUTO_FEATURES.get(features, features), layers, layers)
 
 
 def one_student(

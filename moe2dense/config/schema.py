@@ -107,7 +107,7 @@ class WriteConfig:
         -1.0,
         help="What the teacher writes on top of the training text, as a share of it, continuing that text.",
         example="1.5",
-        shown="up to 1.5 where training would pass at most 1M tokens several times and the teacher stays in memory, else none",
+        shown="up to 4 where training would pass at most 1M tokens several times and the teacher stays in memory, else none",
     )
     prompt_tokens: int = option(32, help="How much of a passage is given.", unit="tokens", example="64")
     new_tokens: int = option(

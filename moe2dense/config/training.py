@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from moe2dense.common.units import parse_count
 from moe2dense.config.options import option
 
+FEATURES_BY_RULE = ("auto", "auto-falling")
 OPTIMIZERS = ("auto", "adamw", "muon", "adamw-8bit", "adafactor")
 WEIGHTS = ("float32", "bfloat16")
 
@@ -143,9 +144,9 @@ class TrainConfig:
     features: str = option(
         "auto",
         help="What of the teacher's layers is matched too: KIND:LAYERS@WEIGHT joined with +; KIND is mse, cosine, attention, "
-        "relation or rkd, LAYERS uniform, even:K, last:K or 0=1,3=7. Empty for none.",
+        "relation or rkd, LAYERS uniform, even:K, last:K or 0=1,3=7. Empty for none. auto-falling is auto with a weight that falls to 0.",
         example="mse:uniform@0.1",
-        shown="auto: hidden states where student and teacher share a residual stream",
+        shown="auto: hidden states where student and teacher share a residual stream; auto-falling where the teacher writes text on top",
     )
     feature_weight: str = option(
         "0.1", help="Weight of features without one of their own: a number or SHAPE:FROM:TO.", example="linear:1:0"
@@ -185,7 +186,7 @@ class TrainConfig:
     @property
     def wanted_features(self) -> str:
         """The features that were asked for; "" where they are left to the run."""
-        return "" if self.features == "auto" else self.features
+        return "" if self.features in FEATURES_BY_RULE else self.features
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ def check_endpoint(settings: RunConfig) -> None:
             train.temperature_schedule or f"{train.temperature:g}",
             train.temperature == 1 and not train.temperature_schedule,
         ),
-        ("features", train.features, not train.wanted_features or train.features == "auto"),
+        ("features", train.features, not train.wanted_features),
         ("token_weights", train.token_weights, not train.token_weights),
         ("targets", train.targets, not train.targets),
     ):

@@ -13,7 +13,7 @@ from moe2dense.conversion import progressive, report_stage, scoring, stages
 from moe2dense.conversion.checks import check_places, check_report_settings, check_settings, check_text
 from moe2dense.conversion.choice import BUILT, Choice, choose
 from moe2dense.conversion.configure import resumed_settings
-from moe2dense.conversion.extra_text import extra_text
+from moe2dense.conversion.extra_text import extra_text, with_falling_features
 from moe2dense.conversion.for_stack import for_stack
 from moe2dense.conversion.job import Job, Text, load_text, shortfall
 from moe2dense.conversion.mirroring import fetch_run, mirrored
@@ -94,7 +94,7 @@ def _run(settings: RunConfig, resume: bool, dry_run: bool, console: Console) -> 
             if warning:
                 console.print(f"[yellow]warning:[/] {warning}")
         plan, passed = _settled_extra_text(run, settings, plan, text, teacher)
-        settings = replace(settings, train=replace(settings.train, epochs=passed))
+        settings = replace(settings, train=replace(with_falling_features(settings.train, plan.extra), epochs=passed))
         job = Job(run, settings, plan, teacher, text, progress)
         stages.check_targets_disk(job)
         result = _stages(job)

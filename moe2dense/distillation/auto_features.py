@@ -56,13 +56,14 @@ def settle_features(
     teacher: AnyTeacher | None,
     regime: Regime | None,
 ) -> TrainConfig:
-    """Return `config` with features "auto" replaced by AUTO_FEATURES or by none.
+    """Return `config` with features "auto" or "auto-falling" replaced by those of AUTO_FEATURES or by none.
 
-    They are AUTO_FEATURES where the student was built of the teacher's own residual stream, at the same width, and the targets
+    They are replaced by features where the student was built of the teacher's own residual stream, at the same width, and the targets
     hold what is needed.
     """
-    if config.features != "auto":
+    if config.features not in AUTO_FEATURES:
         return config
+    chosen = AUTO_FEATURES[config.features]
     sizes = language_model(student).config.get_text_config()
     side = _teacher_side(targets, teacher)
     fits = (
@@ -72,9 +73,9 @@ def settle_features(
         and not (regime is not None and regime.brings_targets)
         and (targets is not None or needs_teacher(config))
         and side.width == sizes.hidden_size
-        and not side.missing(AUTO_FEATURES, sizes.num_hidden_layers)
+        and not side.missing(chosen, sizes.num_hidden_layers)
     )
-    return dataclasses.replace(config, features=AUTO_FEATURES if fits else "")
+    return dataclasses.replace(config, features=chosen if fits else "")
 
 
 def make_match(

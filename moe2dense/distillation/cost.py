@@ -20,16 +20,16 @@ ENOUGH_TOKENS = 20  # for each parameter, passes included (2203.15556): more tex
 MUON_BATCH = 3  # batch in tokens over hidden size from which a step of Muon costs less than its gradient
 
 
-# what `features = "auto"` is where it fits: four hidden states of the teacher, see auto_features.py
-AUTO_FEATURES = "mse:even:4@10"
+# what features by rule are where they fit: four hidden states of the teacher, see auto_features.py
+AUTO_FEATURES = {"auto": "mse:even:4@10", "auto-falling": "mse:even:4@linear:10:0"}
 
 
 def features_to_store(config: TrainConfig, target: "Target") -> str:
     """Return the features that a run's targets are to hold for a student of the shape `target`."""
-    if config.features != "auto":
+    if config.features not in AUTO_FEATURES:
         return config.features
     same_width = not target.checkpoint and target.config.hidden_size == target.teacher.hidden_size
-    return AUTO_FEATURES if same_width and config.target_format == "hidden" else ""
+    return AUTO_FEATURES[config.features] if same_width and config.target_format == "hidden" else ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 
 from moe2dense.config.schema import RunConfig
 from moe2dense.config.toml import merge_flags
-from moe2dense.conversion.extra_text import extra_text
+from moe2dense.config.training import TrainConfig
+from moe2dense.conversion.extra_text import extra_text, with_falling_features
 from moe2dense.conversion.training_text import has_prompts
 from moe2dense.data.options import DEFAULTS
 from moe2dense.teacher.load import load_teacher
@@ -21,9 +22,13 @@ def settings(**flags):
     ("tokens", "parameters", "expected"),
     [
         (98_000, 3_200_000, (0.0, 1.0)),  # one pass: nothing to replace
-        (200_000, 3_200_000, (1.0, 1.0)),  # two passes of the text: one, and one of new text
-        (300_000, 3_200_000, (1.5, 1.2)),
-        (490_000, 3_200_000, (1.5, 2.0)),  # five passes of the text: two of two and a half times as much
+        (200_000, 3_200_000, (1.0, 1.5)),  # two passes of the text: one, one of new text, and half as many steps more
+        (300_000, 3_200_000, (2.0, 1.5)),
+        (
+            490_000,
+            3_200_000,
+            (4.0, 1.5),
+        ),  # five passes of the text: each of the others on new text, and half as many steps more
         (1_000_001, 3_200_000, (0.0, 5.0)),  # no longer little
         (900_000, 7_000_000_000, (0.0, 1.0)),
     ],
@@ -43,12 +48,20 @@ def test_the_rule_leaves_other_ways_alone(flags):
     assert extra_text(settings(**flags), 490_000, 3_200_000, resident=True)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("features", "extra", "expected"),
+    [("auto", 4.0, "auto-falling"), ("auto", 0.0, "auto"), ("", 4.0, ""), ("mse:last:1@2", 4.0, "mse:last:1@2")],
+)
+def test_features_by_rule_fade_where_the_teacher_writes_text(features, extra, expected):
+    assert with_falling_features(TrainConfig(features=features), extra).features == expected
+
+
 def test_a_teacher_on_disk_writes_nothing_by_rule():
     assert extra_text(settings(), 490_000, 3_200_000, resident=False) == (0.0, 5.0)
 
 
 def test_what_is_set_is_kept():
-    assert extra_text(settings(write__extra=3.0), 490_000, 3_200_000, resident=False) == (3.0, 1.25)
+    assert extra_text(settings(write__extra=3.0), 490_000, 3_200_000, resident=False) == (3.0, 1.875)
     assert extra_text(settings(write__extra=9.0), 490_000, 3_200_000, resident=False) == (9.0, 1.0)
     assert extra_text(settings(write__extra=3.0, train__epochs=4.0), 490_000, 3_200_000, True) == (3.0, 4.0)
 
