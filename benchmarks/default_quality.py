@@ -6,8 +6,8 @@
     python benchmarks/default_quality.py --data FOLDER --judge OUT                   # judge the student of a run again
 
 The command is `moe2dense convert TEACHER --to SIZE --data FOLDER --tokens 490k --no-control`: the control is another student and
-changes nothing in this one; settings of `--config` replace the rules'. The judge is plain transformers: both models read one block of 256 tokens from each of 96 evenly
-spaced passages, of held-out text and of text of another kind, and their whole distributions are compared in float64.
+changes nothing in this one; settings of `--config` take the place of defaults. The judge is plain transformers: both models read
+one block of 256 tokens from each of 96 evenly spaced passages, of held-out text and of text of another kind, and their whole distributions are compared in float64.
 
 What was measured with it: docs/results.md.
 """
@@ -79,8 +79,12 @@ def run(args: argparse.Namespace, seed: int) -> None:
         numbers = judge(args.teacher, out / "model", args.data, args.block, args.passages)
         before = built_kl(out)
     text = "  ".join(f"{split} KL {kl:.4f}" for split, kl in numbers.items())
+    text += f"  (before training {before:.4f} by the report)"
+    if args.judge:
+        print(f"{args.judge}: {text}")
+        return
     name = f"{Path(args.teacher).name} to {args.to}, {args.tokens} tokens, {args.config or 'defaults'}, seed {seed}"
-    print(f"{name}: {text}  (before training {before:.4f} by the report)  {seconds:.0f} s", flush=True)
+    print(f"{name}: {text}  {seconds:.0f} s", flush=True)
 
 
 def main() -> None:

@@ -28,12 +28,11 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from moe2dense.config.schema import BuildConfig, RunConfig
 from moe2dense.config.toml import merge_flags
-from moe2dense.config.training import TrainConfig
+from moe2dense.config.training import AUTO_FEATURES, TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.data.load import load_blocks
 from moe2dense.data.records import passages
 from moe2dense.distillation.api import distill
-from moe2dense.distillation.cost import AUTO_FEATURES
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.evaluation.api import evaluate
 from moe2dense.evaluation.reference import Reference, reference

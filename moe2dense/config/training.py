@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from moe2dense.common.units import parse_count
 from moe2dense.config.options import option
 
-FEATURES_BY_RULE = ("auto", "auto-falling")
+# what features by rule are where they fit: four hidden states of the teacher, see distillation/auto_features.py
+AUTO_FEATURES = {"auto": "mse:even:4@10", "auto-falling": "mse:even:4@linear:10:0"}
 OPTIMIZERS = ("auto", "adamw", "muon", "adamw-8bit", "adafactor")
 WEIGHTS = ("float32", "bfloat16")
 
@@ -186,7 +187,7 @@ class TrainConfig:
     @property
     def wanted_features(self) -> str:
         """The features that were asked for; "" where they are left to the run."""
-        return "" if self.features in FEATURES_BY_RULE else self.features
+        return "" if self.features in AUTO_FEATURES else self.features
 
 
 @dataclass(frozen=True)

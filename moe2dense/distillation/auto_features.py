@@ -6,9 +6,8 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
-from moe2dense.config.training import TrainConfig
+from moe2dense.config.training import AUTO_FEATURES, TrainConfig
 from moe2dense.distillation.checks import needs_teacher
-from moe2dense.distillation.cost import AUTO_FEATURES
 from moe2dense.distillation.regime import Regime
 from moe2dense.distillation.targets.protocols import FeatureTargets, Targets
 from moe2dense.errors import UserError

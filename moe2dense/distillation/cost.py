@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from moe2dense.common.flops import head_loss, product
 from moe2dense.config.schema import RunConfig
-from moe2dense.config.training import TrainConfig
+from moe2dense.config.training import AUTO_FEATURES, TrainConfig
 from moe2dense.distillation.batching import total_steps
 from moe2dense.distillation.targets.registry import TARGET_FORMATS
 from moe2dense.losses.feature_spec import teacher_features
@@ -18,10 +18,6 @@ MOST_PASSES = 5
 TOKENS_PER_PASS = 0.03  # of each of the student's parameters: a further pass pays from so much text on
 ENOUGH_TOKENS = 20  # for each parameter, passes included (2203.15556): more text leaves less to gain by repeating it
 MUON_BATCH = 3  # batch in tokens over hidden size from which a step of Muon costs less than its gradient
-
-
-# what features by rule are where they fit: four hidden states of the teacher, see auto_features.py
-AUTO_FEATURES = {"auto": "mse:even:4@10", "auto-falling": "mse:even:4@linear:10:0"}
 
 
 def features_to_store(config: TrainConfig, target: "Target") -> str:

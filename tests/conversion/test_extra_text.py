@@ -24,11 +24,7 @@ def settings(**flags):
         (98_000, 3_200_000, (0.0, 1.0)),  # one pass: nothing to replace
         (200_000, 3_200_000, (1.0, 1.5)),  # two passes of the text: one, one of new text, and half as many steps more
         (300_000, 3_200_000, (2.0, 1.5)),
-        (
-            490_000,
-            3_200_000,
-            (4.0, 1.5),
-        ),  # five passes of the text: each of the others on new text, and half as many steps more
+        (490_000, 3_200_000, (4.0, 1.5)),  # five passes of the text: one, and four of new text; half as many more
         (1_000_001, 3_200_000, (0.0, 5.0)),  # no longer little
         (900_000, 7_000_000_000, (0.0, 1.0)),
     ],

@@ -5,12 +5,12 @@ import dataclasses
 import pytest
 import torch
 
-from moe2dense.config.training import TrainConfig
+from moe2dense.config.training import AUTO_FEATURES, TrainConfig
 from moe2dense.data.blocks import Blocks
 from moe2dense.distillation.api import distill
 from moe2dense.distillation.auto_features import settle_features
 from moe2dense.distillation.checks import check_training
-from moe2dense.distillation.cost import AUTO_FEATURES, features_to_store
+from moe2dense.distillation.cost import features_to_store
 from moe2dense.distillation.targets.memory import hidden_targets
 from moe2dense.distillation.targets.store import open_targets
 from moe2dense.distillation.targets.write import write_targets
